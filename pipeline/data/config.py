@@ -1,0 +1,53 @@
+"""Where photographs come from, how they become patches, and how patches reach training."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from pipeline.section import Section
+
+
+class DataConfig(Section):
+    """The data set: its source, its geometry on disk, and the feed."""
+
+    source: str | None = Field(
+        None,
+        description="Photographs to train on: a folder, a glob, a .zip, an s3:// prefix, `sample` (photographs that "
+        "come with installed packages) or `div2k` (downloads the official archives).",
+    )
+    held_out: str | None = Field(
+        None,
+        description="Photographs for validation that training never sees, in the same forms as data.source; "
+        "`sample` and `div2k` bring their own.",
+    )
+    root: str = Field("data", description="The data set's folder (or s3:// prefix): manifest.json and Parquet shards.")
+    lr_dir: str | None = Field(
+        None, description="Low-resolution files to pair with data.source by name, instead of degrading it."
+    )
+    scale: Literal[2, 3, 4] = Field(4, description="High-resolution pixels per low-resolution pixel, on a side.")
+    edge: Literal["replicate", "symmetric"] = Field(
+        "replicate", description="How the degradation extends a photograph past its edges."
+    )
+    patch_px: int = Field(480, ge=16, description="Side of a stored high-resolution patch, in pixels.")
+    patch_step_px: int = Field(
+        352, ge=4, description="Distance between patches; patch_px - crop_px loses no reachable crop."
+    )
+    codec: Literal["raw", "lz4", "zstd", "webp"] = Field(
+        "raw", description="How pixels are stored: raw bytes, raw in compressed pages, or lossless WebP."
+    )
+    shard_mib: int = Field(256, ge=1, description="A Parquet shard is closed when it reaches this size, in MiB.")
+    max_megapixels: float = Field(200.0, gt=0, description="Larger photographs are refused, from their header.")
+    max_rejected_share: float = Field(
+        0.1, ge=0, le=1, description="The run fails when a larger share of the photographs is refused."
+    )
+    min_detail: float = Field(
+        0.0, ge=0, description="Patches with a lower detail score (flat sky, walls) are left out; 0 keeps all."
+    )
+    max_damaged_share: float = Field(
+        0.01, ge=0, le=1, description="Training stops when a larger share of the patches that it met was damaged."
+    )
+    feed: Literal["auto", "ray", "thread"] = Field(
+        "auto",
+        description="How batches reach a worker: through Ray Data, through a prefetch thread in the worker, or "
+        "whichever suits the CPUs that the cluster has to spare.",
+    )
