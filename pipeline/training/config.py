@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.data.config import DataConfig
 from pipeline.model.config import ModelConfig
@@ -87,6 +87,11 @@ class FaultConfig(Section):
     )
 
 
+def _single(value: object) -> object:
+    """A flag gives a list even of one number."""
+    return value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
+
+
 class TrainConfig(Section):
     """Everything that decides a training run."""
 
@@ -97,7 +102,7 @@ class TrainConfig(Section):
     )
     seed: int = Field(0, ge=0, lt=2**63, description="Decides initial weights, samples, crops and flips.")
     storage: str = Field("runs", description="Folder (absolute in a Ray job) or s3:// prefix for run folders.")
-    workers: int | tuple[int, int] = Field(
+    workers: Annotated[int | tuple[int, int], BeforeValidator(_single)] = Field(
         1,
         description="Training workers; [min, max] for an elastic group; 0 runs in this process, without Ray Train.",
     )
@@ -133,6 +138,8 @@ class TrainConfig(Section):
             raise ValueError(
                 f"crop_px={self.crop_px} is not a multiple of data.scale={scale}; use {self.crop_px - self.crop_px % scale}"
             )
+        if self.crop_px > self.data.patch_px:
+            raise ValueError(f"crop_px={self.crop_px} is larger than data.patch_px={self.data.patch_px}; lower it")
         low, high = self.worker_range
         if not 0 <= low <= high or (high > 0 and low == 0):
             raise ValueError(f"workers={self.workers}: give 0, a number, or [min, max] with 1 <= min <= max")
