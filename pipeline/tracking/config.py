@@ -16,7 +16,9 @@ class TrackingConfig(Section):
         "Without one: mlflow.db beside the runs, in `storage`.",
     )
     experiment: str = Field("esrgan", min_length=1, description="MLflow experiment.")
-    model_name: str = Field("esrgan-x4", min_length=1, description="Registered model that receives the generator.")
+    model_name: str = Field(
+        "esrgan-x4", min_length=1, description="Registered model that receives the generator."
+    )
     if_away: Literal["refuse", "spool"] = Field(
         "refuse",
         description="When the store cannot be reached at the start: refuse to begin, or train and send later.",

@@ -1,0 +1,94 @@
+"""Addresses of tracking stores: one absolute form, and no password in anything that is written or shown."""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from pipeline.errors import UserError
+from pipeline.storage import absolute, is_remote
+from pipeline.tracking.config import TrackingConfig
+
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+_USER_INFO = re.compile(r"(?<=://)[^/@\s'\"]+(?=@)")
+_SECRET_OPTION = re.compile(r"(?i)(?<=[?&;])([a-z_]*(?:password|passwd|token|secret)[a-z_]*)=[^&;\s'\"]+")
+
+
+def without_secrets(text: str) -> str:
+    """`text` with user names and passwords in addresses replaced by ***."""
+    return _SECRET_OPTION.sub(r"\1=***", _USER_INFO.sub("***", text))
+
+
+def resolve_uri(config: TrackingConfig, storage: str) -> str:
+    """The one absolute address of the store; the same in every process and from every folder.
+
+    Args:
+        config: `tracking.uri`, or none for mlflow.db in `storage`.
+        storage: the folder (or s3:// prefix) of the run folders.
+
+    Raises:
+        UserError: no address for runs on s3, a folder as address, an unknown form.
+    """
+    if config.uri is None:
+        if is_remote(storage):
+            raise UserError(
+                f"tracking.uri is not set, and storage={storage} cannot hold a database; "
+                "give the address of an MLflow server, such as http://host:5000"
+            )
+        return f"sqlite:///{absolute(storage)}/mlflow.db"
+    return absolute_uri(config.uri)
+
+
+def absolute_uri(uri: str) -> str:
+    """`uri` with a relative SQLite path made absolute. Raises UserError for what is no tracking store."""
+    scheme, colon, rest = uri.partition("://")
+    dialect = scheme.split("+")[0]
+    shown = without_secrets(uri)
+    if not colon or dialect == "file":
+        raise UserError(
+            f"tracking.uri={shown}: not an address of an MLflow store; use sqlite:////absolute/path/mlflow.db or "
+            "http://host:port"
+        )
+    if dialect == "sqlite":
+        path = rest.removeprefix("/").split("?")[0]
+        if path in ("", ":memory:"):
+            raise UserError(f"tracking.uri={shown}: name a file, such as sqlite:////absolute/path/mlflow.db")
+        file = Path(path).expanduser().resolve()
+        if file.is_dir() or not file.parent.is_dir():
+            raise UserError(
+                f"tracking.uri={shown}: not a file in an existing folder; create {file.parent} first"
+            )
+        return f"sqlite:///{file}"
+    try:
+        host = urlsplit(uri).hostname
+        _ = urlsplit(uri).port
+    except ValueError:
+        host = None
+    if scheme not in ("http", "https") and dialect not in DATABASES:
+        raise UserError(
+            f"tracking.uri={shown}: {scheme}:// is not supported; use sqlite, postgresql, mysql, http or https"
+        )
+    if not host:
+        raise UserError(f"tracking.uri={shown}: names no host, or its port is no number")
+    return uri.rstrip("/")
+
+
+def known_uri(uri: str | None, environment: Mapping[str, str] | None = None) -> str:
+    """A given address, or the environment's: ESRGAN_TRACKING__URI, then MLFLOW_TRACKING_URI. Raises UserError."""
+    environment = os.environ if environment is None else environment
+    found = uri or environment.get("ESRGAN_TRACKING__URI") or environment.get("MLFLOW_TRACKING_URI")
+    if not found:
+        raise UserError(
+            "no tracking store is known; set tracking.uri (--tracking.uri sqlite:////path/mlflow.db, or "
+            "ESRGAN_TRACKING__URI, or MLFLOW_TRACKING_URI)"
+        )
+    return absolute_uri(found)
+
+
+def artifact_root(uri: str, storage: str) -> str | None:
+    """Where a new experiment keeps its files: absolute, or None where a server decides."""
+    dialect = uri.partition("://")[0].split("+")[0]
+    if dialect == "sqlite":
+        return str(Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts")
+    return f"{absolute(storage)}/mlartifacts" if dialect in DATABASES else None
