@@ -1,0 +1,26 @@
+"""Functions on 8-bit images: bicubic degradation, metrics, tiled inference. Needs numpy, torch and scikit-image."""
+
+from pipeline.imaging.arrays import Image, to_tensor, to_uint8
+from pipeline.imaging.bicubic import (
+    Edge,
+    bicubic_upscale,
+    float_bicubic_downscale,
+    matlab_bicubic_downscale,
+)
+from pipeline.imaging.metrics import Channel, luma, psnr, ssim
+from pipeline.imaging.tiling import upscale
+
+__all__ = [
+    "Channel",
+    "Edge",
+    "Image",
+    "bicubic_upscale",
+    "float_bicubic_downscale",
+    "luma",
+    "matlab_bicubic_downscale",
+    "psnr",
+    "ssim",
+    "to_tensor",
+    "to_uint8",
+    "upscale",
+]

@@ -1,0 +1,43 @@
+"""Networks, losses and weight files; needs torch and safetensors only.
+
+`pipeline.model.config` (which needs pydantic) and `pipeline.model.export` (which needs onnx) are imported by name.
+"""
+
+from pipeline.model.discriminators import (
+    Discriminator,
+    UNetDiscriminator,
+    VGGStyleDiscriminator,
+    discriminator_accuracy,
+)
+from pipeline.model.features import LAYERS, VGGFeatures, check_layers, find_weights
+from pipeline.model.losses import perceptual_loss, pixel_loss, relativistic_losses
+from pipeline.model.rrdbnet import RRDBNet
+from pipeline.model.seeding import seeded
+from pipeline.model.weights import (
+    decode_generator,
+    encode_generator,
+    generator_sha256,
+    load_generator,
+    save_generator,
+)
+
+__all__ = [
+    "LAYERS",
+    "Discriminator",
+    "RRDBNet",
+    "UNetDiscriminator",
+    "VGGFeatures",
+    "VGGStyleDiscriminator",
+    "check_layers",
+    "decode_generator",
+    "discriminator_accuracy",
+    "encode_generator",
+    "find_weights",
+    "generator_sha256",
+    "load_generator",
+    "perceptual_loss",
+    "pixel_loss",
+    "relativistic_losses",
+    "save_generator",
+    "seeded",
+]

@@ -1,0 +1,121 @@
+"""The two discriminators: ESRGAN's VGG-style classifier and Real-ESRGAN's U-Net."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+NEGATIVE_SLOPE = 0.2
+
+
+class VGGStyleDiscriminator(nn.Module):
+    """A VGG-like classifier with batch norm on every convolution but the first (ESRGAN, sec. 4.1).
+
+    State-dict names and shapes are those of published weights, which are for 128 px.
+
+    Raises:
+        ValueError: `input_px` is not a positive multiple of 32; five strided convolutions halve it.
+    """
+
+    def __init__(self, input_px: int = 128, num_feat: int = 64, in_channels: int = 3) -> None:
+        super().__init__()
+        if input_px < 32 or input_px % 32:
+            raise ValueError(
+                f"input_px={input_px}: the VGG-style discriminator needs a positive multiple of 32"
+            )
+        self.input_px = input_px
+        self.num_feat = num_feat
+        channels = in_channels
+        for level, width in enumerate(_widths(num_feat)):
+            # Batch norm has its own offset, so the convolutions before it have none.
+            self.add_module(f"conv{level}_0", nn.Conv2d(channels, width, 3, padding=1, bias=level == 0))
+            if level > 0:
+                self.add_module(f"bn{level}_0", nn.BatchNorm2d(width))
+            self.add_module(f"conv{level}_1", nn.Conv2d(width, width, 4, stride=2, padding=1, bias=False))
+            self.add_module(f"bn{level}_1", nn.BatchNorm2d(width))
+            channels = width
+        self.linear1 = nn.Linear(channels * (input_px // 32) ** 2, 100)
+        self.linear2 = nn.Linear(100, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, input_px, input_px) in [0, 1] to logits (N, 1).
+
+        Raises:
+            ValueError: another height or width than input_px.
+        """
+        if x.shape[-2:] != (self.input_px, self.input_px):
+            height, width = x.shape[-2:]
+            raise ValueError(
+                f"{height} x {width} pixels: this discriminator was built for input_px={self.input_px}"
+            )
+        for level in range(len(_widths(self.num_feat))):
+            for part in (0, 1):
+                x = self.get_submodule(f"conv{level}_{part}")(x)
+                if (level, part) != (0, 0):
+                    x = self.get_submodule(f"bn{level}_{part}")(x)
+                x = functional.leaky_relu(x, NEGATIVE_SLOPE, inplace=True)
+        # The linear layers run over channels first, whatever the memory format.
+        x = functional.leaky_relu(self.linear1(x.flatten(1)), NEGATIVE_SLOPE, inplace=True)
+        return self.linear2(x)
+
+
+def _widths(num_feat: int) -> tuple[int, ...]:
+    return (num_feat, 2 * num_feat, 4 * num_feat, 8 * num_feat, 8 * num_feat)
+
+
+class UNetDiscriminator(nn.Module):
+    """A U-Net with spectral norm that judges every pixel (Real-ESRGAN, sec. 3.2).
+
+    State-dict names are those of published weights.
+    """
+
+    def __init__(self, num_feat: int = 64, in_channels: int = 3) -> None:
+        super().__init__()
+        self.num_feat = num_feat
+        norm = nn.utils.spectral_norm
+        self.conv0 = nn.Conv2d(in_channels, num_feat, 3, padding=1)
+        self.conv1 = norm(nn.Conv2d(num_feat, num_feat * 2, 4, 2, 1, bias=False))
+        self.conv2 = norm(nn.Conv2d(num_feat * 2, num_feat * 4, 4, 2, 1, bias=False))
+        self.conv3 = norm(nn.Conv2d(num_feat * 4, num_feat * 8, 4, 2, 1, bias=False))
+        self.conv4 = norm(nn.Conv2d(num_feat * 8, num_feat * 4, 3, 1, 1, bias=False))
+        self.conv5 = norm(nn.Conv2d(num_feat * 4, num_feat * 2, 3, 1, 1, bias=False))
+        self.conv6 = norm(nn.Conv2d(num_feat * 2, num_feat, 3, 1, 1, bias=False))
+        self.conv7 = norm(nn.Conv2d(num_feat, num_feat, 3, 1, 1, bias=False))
+        self.conv8 = norm(nn.Conv2d(num_feat, num_feat, 3, 1, 1, bias=False))
+        self.conv9 = nn.Conv2d(num_feat, 1, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, H, W) in [0, 1] to logits (N, 1, H, W).
+
+        Raises:
+            ValueError: H or W is not a multiple of 8; three strided convolutions halve them.
+        """
+        height, width = x.shape[-2:]
+        if height % 8 or width % 8:
+            raise ValueError(f"{height} x {width} pixels: the U-Net discriminator needs multiples of 8")
+
+        def down(conv: nn.Module, features: Tensor) -> Tensor:
+            return functional.leaky_relu(conv(features), NEGATIVE_SLOPE, inplace=True)
+
+        def up(conv: nn.Module, features: Tensor) -> Tensor:
+            larger = functional.interpolate(features, scale_factor=2, mode="bilinear", align_corners=False)
+            return functional.leaky_relu(conv(larger), NEGATIVE_SLOPE, inplace=True)
+
+        full = down(self.conv0, x)
+        half = down(self.conv1, full)
+        quarter = down(self.conv2, half)
+        eighth = down(self.conv3, quarter)
+        features = up(self.conv4, eighth) + quarter
+        features = up(self.conv5, features) + half
+        features = up(self.conv6, features) + full
+        return self.conv9(down(self.conv8, down(self.conv7, features)))
+
+
+Discriminator = VGGStyleDiscriminator | UNetDiscriminator
+
+
+def discriminator_accuracy(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """Share of logits on the right side of the other kind's mean; 0.5 is a draw. Without gradient."""
+    with torch.no_grad():
+        real_right = (real_logits > fake_logits.mean()).float().mean()
+        fake_right = (fake_logits < real_logits.mean()).float().mean()
+        return (real_right + fake_right) / 2

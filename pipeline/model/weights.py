@@ -1,0 +1,228 @@
+"""Generator weights in files: ours, and those that the community publishes."""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from pipeline.errors import UserError
+from pipeline.model.rrdbnet import UNSHUFFLE, RRDBNet
+
+SIZES = ("num_feat", "num_block", "num_grow_ch", "residual_scale", "scale")
+DEFAULT_RESIDUAL_SCALE = 0.2
+
+
+def save_generator(
+    generator: RRDBNet, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes the generator's weights, in float32.
+
+    Args:
+        generator: the network.
+        path: .safetensors keeps the sizes and `metadata` in the file's header; .pth is a plain
+            {"params_ema": state dict} as BasicSR and spandrel read it, without metadata.
+        metadata: more texts for the header.
+
+    Raises:
+        UserError: another suffix.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        content = encode_generator(generator, metadata)
+    elif path.suffix == ".pth":
+        buffer = io.BytesIO()
+        torch.save({"params_ema": _plain_state(generator)}, buffer)
+        content = buffer.getvalue()
+    else:
+        raise UserError(f"{path}: weights are written as .safetensors or .pth")
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
+def encode_generator(generator: RRDBNet, metadata: Mapping[str, str] | None = None) -> bytes:
+    """The bytes of a .safetensors file of the generator; `decode_generator` reads them."""
+    return safetensors.torch.save(_plain_state(generator), {**(metadata or {}), **sizes_as_text(generator)})
+
+
+def sizes_as_text(generator: RRDBNet) -> dict[str, str]:
+    """The header entries from which `decode_generator` reads the architecture."""
+    return {"architecture": "RRDBNet", **{name: repr(getattr(generator, name)) for name in SIZES}}
+
+
+def load_generator(path: str | os.PathLike[str]) -> tuple[RRDBNet, dict[str, str]]:
+    """A generator from a file alone, in float32, on the CPU.
+
+    Reads .safetensors and .pth (never unpickling anything but tensors), weights under "params_ema", "params" or bare,
+    with today's names or those of the two older ESRGAN repositories.
+
+    Returns:
+        The network, and what the file says about it: the header's texts, the sizes, and `residual_scale_source`,
+        which is "metadata" or "default" (weights do not show the residual scale).
+
+    Raises:
+        UserError: no such file, not readable as weights, or not an RRDBNet.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the weights ({error.strerror})") from None
+    return decode_generator(content, str(path))
+
+
+def decode_generator(content: bytes, name: str) -> tuple[RRDBNet, dict[str, str]]:
+    """`load_generator` for a file's content; `name` is what errors call it."""
+    tensors, metadata = read_tensors(content, name)
+    state = {modern_name(key): tensor for key, tensor in tensors.items()}
+    sizes = _sizes(state, metadata, name)
+    # Without storage there is nothing to initialise, and no random number is drawn.
+    with torch.device("meta"):
+        generator = RRDBNet(**sizes)
+    _compare(state, generator.state_dict(), name)
+    generator.load_state_dict(
+        {key: tensor.float().contiguous() for key, tensor in state.items()}, assign=True
+    )
+    source = "metadata" if "residual_scale" in metadata else "default"
+    info = {
+        **metadata,
+        **{key: repr(getattr(generator, key)) for key in SIZES},
+        "residual_scale_source": source,
+    }
+    return generator, info
+
+
+def generator_sha256(state_dict: Mapping[str, Tensor]) -> str:
+    """sha256 over the tensors' bytes, names sorted, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name in sorted(state_dict):
+        tensor = state_dict[name].detach().cpu().contiguous()
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def read_tensors(content: bytes, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a .safetensors or .pth file's content, told apart by the content.
+
+    Raises:
+        UserError: neither of the two, damaged, or with something else than tensors in it.
+    """
+    try:
+        if content[:2] == b"PK" or content[:1] == b"\x80":
+            loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            return _unwrapped(loaded, name), {}
+        length = int.from_bytes(content[:8], "little")
+        tensors = safetensors.torch.load(content)
+        return tensors, json.loads(content[8 : 8 + length]).get("__metadata__", {})
+    except (
+        SafetensorError,
+        pickle.UnpicklingError,
+        RuntimeError,
+        ValueError,
+        EOFError,
+        KeyError,
+        OSError,
+    ) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{name}: not readable as weights ({reason[:120]}); give a .safetensors or .pth file"
+        ) from None
+
+
+def modern_name(name: str) -> str:
+    """A parameter's name as `RRDBNet` has it, from the names of any ESRGAN repository; others stay as they are."""
+    name = name.removeprefix("module.")
+    for pattern, replacement in _OLDER_NAMES:
+        name, found = pattern.subn(replacement, name)
+        if found:
+            break
+    return name
+
+
+_OLDER_NAMES = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in [
+        # The first repository: numbered layers of a Sequential.
+        (r"^model\.0\.(\w+)$", r"conv_first.\1"),
+        (r"^model\.1\.sub\.(\d+)\.RDB(\d)\.conv(\d)\.0\.(\w+)$", r"body.\1.rdb\2.conv\3.\4"),
+        (r"^model\.1\.sub\.\d+\.(weight|bias)$", r"conv_body.\1"),
+        (r"^model\.3\.(\w+)$", r"conv_up1.\1"),
+        (r"^model\.6\.(\w+)$", r"conv_up2.\1"),
+        (r"^model\.8\.(\w+)$", r"conv_hr.\1"),
+        (r"^model\.10\.(\w+)$", r"conv_last.\1"),
+        # The same repository, later.
+        (r"^RRDB_trunk\.(\d+)\.RDB(\d)\.(conv\d\.\w+)$", r"body.\1.rdb\2.\3"),
+        (r"^trunk_conv\.", "conv_body."),
+        (r"^upconv(\d)\.", r"conv_up\1."),
+        (r"^HRconv\.", "conv_hr."),
+    ]
+]
+
+
+def _plain_state(generator: RRDBNet) -> dict[str, Tensor]:
+    return {
+        name: tensor.detach().cpu().float().contiguous() for name, tensor in generator.state_dict().items()
+    }
+
+
+def _unwrapped(loaded: object, name: str) -> dict[str, Tensor]:
+    """The state dict of a .pth file: averaged weights before plain ones, or the file itself."""
+    if isinstance(loaded, dict):
+        for key in ("params_ema", "params", "state_dict"):
+            if isinstance(loaded.get(key), dict):
+                loaded = loaded[key]
+                break
+    if isinstance(loaded, dict) and loaded and all(isinstance(value, Tensor) for value in loaded.values()):
+        return {str(key): value for key, value in loaded.items()}
+    raise UserError(f"{name}: holds no state dict (a mapping from names to tensors)")
+
+
+def _sizes(state: Mapping[str, Tensor], metadata: Mapping[str, str], name: str) -> dict[str, Any]:
+    """RRDBNet's arguments, from names and shapes; the residual scale from the metadata, or the paper's."""
+    first, dense = state.get("conv_first.weight"), state.get("body.0.rdb1.conv1.weight")
+    if first is None or dense is None or first.ndim != 4 or dense.ndim != 4:
+        missing = "conv_first.weight" if first is None else "body.0.rdb1.conv1.weight"
+        raise UserError(f"{name}: not the weights of an RRDBNet ({missing} is missing or has another form)")
+    scales = {3 * factor**2: scale for scale, factor in UNSHUFFLE.items()}
+    if first.shape[1] not in scales:
+        raise UserError(
+            f"{name}: conv_first takes {first.shape[1]} channels; RGB generators take 3, 12 or 48"
+        )
+    blocks = [int(key.split(".")[1]) for key in state if re.match(r"body\.\d+\.", key)]
+    try:
+        residual_scale = float(metadata.get("residual_scale", DEFAULT_RESIDUAL_SCALE))
+    except ValueError:
+        raise UserError(
+            f"{name}: residual_scale={metadata['residual_scale']!r} in its header is no number"
+        ) from None
+    return {
+        "num_feat": first.shape[0],
+        "num_block": max(blocks) + 1,
+        "num_grow_ch": dense.shape[0],
+        "residual_scale": residual_scale,
+        "scale": scales[first.shape[1]],
+    }
+
+
+def _compare(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str) -> None:
+    for key, tensor in expected.items():
+        if key not in found:
+            raise UserError(f"{name}: not the weights of an RRDBNet at this scale ({key} is missing)")
+        if found[key].shape != tensor.shape:
+            shapes = f"{tuple(found[key].shape)}, expected {tuple(tensor.shape)}"
+            raise UserError(f"{name}: not the weights of an RRDBNet ({key} has shape {shapes})")
+    extra = sorted(found.keys() - expected.keys())
+    if extra:
+        raise UserError(
+            f"{name}: not the weights of an RRDBNet (it has {extra[0]}, {len(extra)} such in all)"
+        )
