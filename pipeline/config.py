@@ -2,7 +2,9 @@
 
 import argparse
 import difflib
+import json
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -80,9 +82,13 @@ def load_config(
     if add_arguments:
         add_arguments(parser)
     flags = CliSettingsSource(
-        _Settings, root_parser=parser, parse_args_method=_parse_args, cli_parse_args=list(argv), cli_hide_none_type=True
+        _Settings,
+        root_parser=parser,
+        parse_args_method=_parse_args,
+        cli_parse_args=list(argv),
+        cli_hide_none_type=True,
     )
-    options = parser.parse_args([item for item in argv])
+    options = parser.parse_args(list(argv))
     chosen = Path(options.config) if options.config else default_file
     sources: list[tuple[str, dict[str, Any]]] = [
         ("flag", flags()),
@@ -131,7 +137,9 @@ def json_schema() -> dict[str, Any]:
     return Config.model_json_schema()
 
 
-def _parse_args(parser: argparse.ArgumentParser, args: Sequence[str], namespace: Any = None) -> argparse.Namespace:
+def _parse_args(
+    parser: argparse.ArgumentParser, args: Sequence[str], namespace: Any = None
+) -> argparse.Namespace:
     return parser.parse_args(args, namespace)
 
 
@@ -174,7 +182,9 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
     merged = dict(below)
     for name, value in above.items():
         old = merged.get(name)
-        merged[name] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        merged[name] = (
+            _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        )
     return merged
 
 
@@ -225,3 +235,43 @@ def _holds(values: Mapping[str, Any], field: Sequence[str]) -> bool:
             return False
         place = place[part]
     return bool(field)
+
+
+def fields_page() -> str:
+    """All fields as a Markdown page: name, type or choices, default, help."""
+    lines = [
+        "# Configuration fields",
+        "",
+        "Set a field by a flag (`--gan.steps 1000`), the environment (`ESRGAN_GAN__STEPS=1000`) or the file",
+        "(`gan: {steps: 1000}`); the first of these that is there wins. This page is generated:",
+        "`python -m pipeline.config --page > docs/fields.md`.",
+        "",
+        "| field | default | what it does |",
+        "|---|---|---|",
+    ]
+    lines += [f"| `{name}` | `{default}` | {text} |" for name, default, text in _described(Config(), "")]
+    return "\n".join(lines) + "\n"
+
+
+def _described(section: BaseModel, prefix: str) -> list[tuple[str, str, str]]:
+    """Fields of a section, with the defaults that this use of it has."""
+    rows = []
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            rows += _described(value, f"{prefix}{name}.")
+        else:
+            rows.append((prefix + name, _shown(value), field.description or ""))
+    return rows
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        value = {
+            key: item.model_dump() if isinstance(item, BaseModel) else item for key, item in value.items()
+        }
+    return json.dumps(value, default=list)
+
+
+if __name__ == "__main__":
+    print(fields_page() if "--page" in sys.argv else json.dumps(json_schema(), indent=2), end="")

@@ -13,11 +13,15 @@ from pipeline.tracking.config import TrackingConfig
 class Schedule(Section):
     """Learning rate as a function of the stage's step: a warm-up, then one of three shapes."""
 
-    shape: Literal["constant", "halving", "cosine"] = Field("constant", description="Shape after the warm-up.")
+    shape: Literal["constant", "halving", "cosine"] = Field(
+        "constant", description="Shape after the warm-up."
+    )
     warmup_steps: int = Field(0, ge=0, description="Steps of linear rise from zero.")
     milestones: tuple[int, ...] = Field((), description="halving: steps at which the rate is halved.")
     period_steps: int | None = Field(
-        None, ge=1, description="cosine: length of a period; the rate restarts after each. Default: the whole stage."
+        None,
+        ge=1,
+        description="cosine: length of a period; the rate restarts after each. Default: the whole stage.",
     )
     final_share: float = Field(
         0.0, ge=0, le=1, description="cosine: the rate at the end of a period, as a share of the peak."
@@ -30,7 +34,8 @@ class PsnrStage(Section):
     steps: int = Field(1_000_000, ge=0, description="Optimiser steps of stage 1; 0 skips it.")
     learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate of stage 1.")
     schedule: Schedule = Field(
-        Schedule(shape="cosine", period_steps=250_000, final_share=5e-4), description="Learning rate over stage 1."
+        Schedule(shape="cosine", period_steps=250_000, final_share=5e-4),
+        description="Learning rate over stage 1.",
     )
 
 
@@ -60,7 +65,9 @@ class PerceptualConfig(Section):
         None, pattern="^[0-9a-f]{64}$", description="Expected sha256 of the file in perceptual.weights."
     )
     layers: dict[str, float] = Field(
-        {"conv5_4": 1.0}, min_length=1, description="VGG19 convolutions whose output is compared, with their weights."
+        {"conv5_4": 1.0},
+        min_length=1,
+        description="VGG19 convolutions whose output is compared, with their weights.",
     )
 
 
@@ -68,8 +75,12 @@ class AdamConfig(Section):
     """Adam, for both networks."""
 
     beta1: float = Field(0.9, ge=0, lt=1, description="Adam's first decay rate.")
-    beta2: float = Field(0.99, ge=0, lt=1, description="Second decay rate: 0.99 as in BasicSR, 0.999 in the paper.")
-    clip_norm: float | None = Field(None, gt=0, description="Largest gradient norm of each network; none: no clipping.")
+    beta2: float = Field(
+        0.99, ge=0, lt=1, description="Second decay rate: 0.99 as in BasicSR, 0.999 in the paper."
+    )
+    clip_norm: float | None = Field(
+        None, gt=0, description="Largest gradient norm of each network; none: no clipping."
+    )
 
 
 class FaultConfig(Section):
@@ -83,7 +94,9 @@ class FaultConfig(Section):
         600.0, gt=0, description="How long to wait for the workers' processes and their devices, in seconds."
     )
     max_skipped_steps: int = Field(
-        10, ge=0, description="Steps with a non-finite loss or gradient in a row that are skipped before giving up."
+        10,
+        ge=0,
+        description="Steps with a non-finite loss or gradient in a row that are skipped before giving up.",
     )
 
 
@@ -101,7 +114,9 @@ class TrainConfig(Section):
         description="Name of the run and of its folder in `storage`; the same name again resumes it.",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="Decides initial weights, samples, crops and flips.")
-    storage: str = Field("runs", description="Folder (absolute in a Ray job) or s3:// prefix for run folders.")
+    storage: str = Field(
+        "runs", description="Folder (absolute in a Ray job) or s3:// prefix for run folders."
+    )
     workers: Annotated[int | tuple[int, int], BeforeValidator(_single)] = Field(
         1,
         description="Training workers; [min, max] for an elastic group; 0 runs in this process, without Ray Train.",
@@ -109,7 +124,9 @@ class TrainConfig(Section):
     use_gpu: bool = Field(False, description="One GPU for each worker.")
     cpus_per_worker: float = Field(1.0, gt=0, description="CPUs that each worker reserves.")
     wait_for_nodes_s: float = Field(
-        0.0, ge=0, description="How long to wait for missing CPUs and GPUs where nodes are added on demand, in seconds."
+        0.0,
+        ge=0,
+        description="How long to wait for missing CPUs and GPUs where nodes are added on demand, in seconds.",
     )
     data: DataConfig = Field(DataConfig(), description="The data set.")
     model: ModelConfig = Field(ModelConfig(), description="Network sizes.")
@@ -119,15 +136,21 @@ class TrainConfig(Section):
     gan: GanStage = Field(GanStage(), description="Stage 2.")
     perceptual: PerceptualConfig = Field(PerceptualConfig(), description="Perceptual features.")
     adam: AdamConfig = Field(AdamConfig(), description="Optimiser.")
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="Decay of the averaged weights.")
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.999, description="Decay of the averaged weights."
+    )
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="bf16: convolutions in bfloat16; losses, means and logits stay in float32."
     )
-    channels_last: bool = Field(True, description="Keep activations channels-last: faster, same result up to rounding.")
+    channels_last: bool = Field(
+        True, description="Keep activations channels-last: faster, same result up to rounding."
+    )
     log_every_steps: int = Field(100, ge=1, description="Steps between two lines of progress.")
     checkpoint_every_steps: int = Field(5000, ge=1, description="Steps between two checkpoints.")
     validate_every_steps: int = Field(5000, ge=1, description="Steps between two validations.")
-    keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints to keep; the best is kept besides.")
+    keep_checkpoints: int = Field(
+        2, ge=1, description="Newest checkpoints to keep; the best is kept besides."
+    )
     tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow.")
     faults: FaultConfig = Field(FaultConfig(), description="Time-outs and restarts.")
 
@@ -136,15 +159,20 @@ class TrainConfig(Section):
         scale = self.data.scale
         if self.crop_px % scale:
             raise ValueError(
-                f"crop_px={self.crop_px} is not a multiple of data.scale={scale}; use {self.crop_px - self.crop_px % scale}"
+                f"crop_px={self.crop_px} is not a multiple of data.scale={scale}; "
+                f"use {self.crop_px - self.crop_px % scale}"
             )
         if self.crop_px > self.data.patch_px:
-            raise ValueError(f"crop_px={self.crop_px} is larger than data.patch_px={self.data.patch_px}; lower it")
+            raise ValueError(
+                f"crop_px={self.crop_px} is larger than data.patch_px={self.data.patch_px}; lower it"
+            )
         low, high = self.worker_range
         if not 0 <= low <= high or (high > 0 and low == 0):
             raise ValueError(f"workers={self.workers}: give 0, a number, or [min, max] with 1 <= min <= max")
         if self.batch_size < high:
-            raise ValueError(f"batch_size={self.batch_size} is smaller than workers={high}; every worker needs a patch")
+            raise ValueError(
+                f"batch_size={self.batch_size} is smaller than workers={high}; every worker needs a patch"
+            )
         if self.gan.steps and self.model.discriminator == "vgg" and self.crop_px % 32:
             raise ValueError(
                 f"crop_px={self.crop_px} is not a multiple of 32, which the VGG-style discriminator needs; "

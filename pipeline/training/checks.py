@@ -1,0 +1,81 @@
+"""What can be found wrong with a run before anything is started."""
+
+import shutil
+from pathlib import Path
+
+from pipeline.errors import UserError
+from pipeline.model import find_weights
+from pipeline.storage import Storage, absolute, is_remote
+from pipeline.training.config import TrainConfig
+
+
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """`config` with every local path absolute, so that it means the same on every worker.
+
+    Raises:
+        UserError: a relative path in a job that runs in a temporary copy of the working directory.
+    """
+    paths = {"storage": config.storage, "data.root": config.data.root}
+    for field, path in paths.items():
+        relative = not is_remote(path) and not Path(path).expanduser().is_absolute()
+        if relative and in_copied_folder():
+            raise UserError(
+                f"{field}={path}: relative to a copy of the working directory, which Ray deletes after the job; "
+                f"give an absolute path or an s3:// prefix, for example --{field} {Path.home() / path}"
+            )
+    data = config.data.model_copy(update={"root": absolute(config.data.root)})
+    return config.model_copy(update={"storage": absolute(config.storage), "data": data})
+
+
+def in_copied_folder() -> bool:
+    """Whether this process runs in the folder that Ray unpacked for `ray job submit --working-dir`."""
+    return "/runtime_resources/working_dir_files/" in f"{Path.cwd()}/"
+
+
+def check_before_start(config: TrainConfig, run: Storage) -> None:
+    """Finds mistakes that need neither Ray nor the data. Raises UserError."""
+    if config.data.scale == 3:
+        raise UserError("data.scale=3: the generator exists for scale 4 and 2; use one of these to train")
+    metrics = ("psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb")
+    if config.tracking.metric not in metrics:
+        raise UserError(f"tracking.metric={config.tracking.metric}: not one of {', '.join(metrics)}")
+    if config.gan.steps and config.gan.perceptual_weight:
+        find_weights(config.perceptual.weights, config.perceptual.sha256)
+    run.require_writable("storage")
+    _require_space(config, run)
+
+
+def _require_space(config: TrainConfig, run: Storage) -> None:
+    """Raises UserError when the checkpoints that will be kept do not fit on the disk."""
+    free = run.free_bytes()
+    needed = checkpoint_bytes(config) * (
+        config.keep_checkpoints + 3
+    )  # the best, stage 1's, and one being written
+    if free is not None and free < needed:
+        raise UserError(
+            f"storage={config.storage}: {free / 2**20:.0f} MiB free, and checkpoints take about "
+            f"{needed / 2**20:.0f} MiB; free some space, choose another place, or lower keep_checkpoints"
+        )
+    shared_memory = Path("/dev/shm")
+    if (
+        config.worker_range[1] > 1
+        and shared_memory.is_dir()
+        and shutil.disk_usage(shared_memory).free < 2**26
+    ):
+        raise UserError(
+            f"/dev/shm: less than 64 MiB free, too little for {config.worker_range[1]} workers; enlarge it"
+        )
+
+
+def checkpoint_bytes(config: TrainConfig) -> int:
+    """About how large a checkpoint of the run is."""
+    size = config.model
+    feat, grow = size.num_feat, size.num_grow_ch
+    dense = sum((feat + index * grow) * (grow if index < 4 else feat) * 9 for index in range(5))
+    generator = size.num_block * 3 * dense + 5 * feat * feat * 9
+    discriminator = 0
+    if config.gan.steps:
+        base = config.model.discriminator_num_feat
+        discriminator = 160 * 9 * base * base + 8 * base * 100 * (config.crop_px // 32) ** 2
+    # Weights, averaged weights and Adam's two moments; the discriminator has no averaged weights.
+    return 4 * (4 * generator + 3 * discriminator)

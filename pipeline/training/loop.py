@@ -1,0 +1,263 @@
+"""The training loop: both stages, from top to bottom. It does not know who started it."""
+
+import copy
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline.data import HeldOutPhoto
+from pipeline.data.feed import Batch as RawBatch
+from pipeline.data.feed import Feed
+from pipeline.errors import UserError
+from pipeline.model import RRDBNet, VGGFeatures
+from pipeline.model.weights import sizes_as_text
+from pipeline.storage import Storage
+from pipeline.tracking.records import Event, Metrics, Picture, write_segment
+from pipeline.training import checkpoint as checkpoints
+from pipeline.training.checkpoint import Checkpointer, CheckpointName
+from pipeline.training.config import TrainConfig
+from pipeline.training.distributed import bare, world_size
+from pipeline.training.meter import Meter, progress_line
+from pipeline.training.schedule import learning_rate
+from pipeline.training.state import Best, Stage, TrainState, begin_gan, new_state
+from pipeline.training.step import Batch, GanWeights, StepSettings, gan_step, psnr_step
+from pipeline.training.validation import PICTURES, pictures, validate
+from pipeline.training.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+
+def train(
+    config: TrainConfig, worker: Worker, run: Storage, feed: Feed, held_out: Sequence[HeldOutPhoto]
+) -> None:
+    """Trains from the newest checkpoint in `run`, or from the beginning, to the end of both stages.
+
+    Everything that lasts goes into `run`: checkpoints, and a segment of records for tracking before each of them.
+
+    Args:
+        config: the validated configuration; equal on every worker.
+        worker: this process's place in the group.
+        run: the run's folder, which every worker can read.
+        feed: this worker's share of every step.
+        held_out: photographs for validation; none: no validation.
+
+    Raises:
+        UserError: no usable checkpoint, weights that are missing, too much damaged data, or losses that stay
+            non-finite; the message names the field to change.
+    """
+    device = worker.device
+    state = _resume_or_begin(config, worker, run)
+    last = config.psnr.steps + config.gan.steps
+    recorder = _Recorder(config, worker, run, state, held_out)
+    meter = Meter(config.batch_size, device)
+    features: VGGFeatures | None = None
+
+    with ExitStack() as stack:
+        checkpointer = stack.enter_context(recorder.checkpointer()) if worker.leads else None
+        batches = stack.enter_context(closing(feed.batches(state.step, last)))
+        if state.step == 0:
+            recorder.validate()
+        while state.step < last:
+            if state.stage == "psnr" and state.step >= config.psnr.steps:
+                begin_gan(state, config, device)
+            if state.stage == "gan" and features is None:
+                features = VGGFeatures(
+                    config.perceptual.layers,
+                    config.perceptual.weights,
+                    config.perceptual.sha256,
+                    seed=config.seed,
+                ).to(device)
+
+            asked = time.perf_counter()
+            raw = next(batches)
+            batch = _on_device(raw, config, device)
+            waited_s = time.perf_counter() - asked
+
+            if state.stage == "psnr":
+                losses = psnr_step(state, batch, _settings(config, state))
+            else:
+                assert features is not None
+                weights = GanWeights(
+                    config.gan.pixel_weight, config.gan.perceptual_weight, config.gan.adversarial_weight
+                )
+                losses = gan_step(
+                    state, batch, features, config.perceptual.layers, weights, _settings(config, state)
+                )
+            state.step += 1
+            meter.add(losses, waited_s, raw.damaged)
+
+            stage_ends = state.step in (config.psnr.steps, last)
+            validates = stage_ends or state.step % config.validate_every_steps == 0
+            saves = validates or state.step % config.checkpoint_every_steps == 0
+            # A checkpoint ends an interval, so that a resumed run continues with whole intervals.
+            if saves or state.step % config.log_every_steps == 0:
+                values = meter.finish()
+                _require_healthy(config, state, values)
+                recorder.interval(values)
+                saves = saves or worker.preempted()
+            if validates:
+                began = time.perf_counter()
+                recorder.validate()
+                meter.pause(time.perf_counter() - began)
+            if saves:
+                if checkpointer is not None:
+                    recorder.save(checkpointer)
+                worker.report({"step": float(state.step), **recorder.latest})
+
+
+def _resume_or_begin(config: TrainConfig, worker: Worker, run: Storage) -> TrainState:
+    """The newest sound checkpoint's state, the same on all workers; else a new one."""
+    chosen = checkpoints.newest(run) if worker.leads else None
+    name = chosen.name if chosen else None
+    if world_size() > 1:
+        code = torch.tensor([name.step, name.stage == "gan"] if name else [-1, 0], device=worker.device)
+        dist.broadcast(code, 0)
+        step, is_gan = code.tolist()
+        name = CheckpointName(step, "gan" if is_gan else "psnr") if step >= 0 else None
+    stage: Stage = "gan" if name and name.stage == "gan" else "psnr"
+    state = new_state(config, stage, worker.device)
+    if name is not None:
+        if chosen is None:
+            try:
+                chosen = checkpoints.read(run, name)
+            except checkpoints.DamagedCheckpoint as error:
+                raise UserError(
+                    f"storage={config.storage}: worker {worker.rank} cannot read what worker 0 reads ({error}); "
+                    "storage must be shared by all nodes"
+                ) from None
+        state.load(chosen.ema, chosen.tensors, chosen.scalars)
+        if worker.leads:
+            print(f"resuming at step {state.step} of stage {state.stage} (checkpoint {name})", flush=True)
+    return state
+
+
+def _settings(config: TrainConfig, state: TrainState) -> StepSettings:
+    if state.stage == "psnr":
+        rate = learning_rate(config.psnr.schedule, config.psnr.learning_rate, state.step, config.psnr.steps)
+    else:
+        step = state.step - config.psnr.steps
+        rate = learning_rate(config.gan.schedule, config.gan.learning_rate, step, config.gan.steps)
+    return StepSettings(rate, config.ema_decay, config.precision, config.adam.clip_norm)
+
+
+def _on_device(raw: RawBatch, config: TrainConfig, device: torch.device) -> Batch:
+    """uint8 travels to the device and becomes float there."""
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+
+    def ready(images: Tensor) -> Tensor:
+        return images.to(device, non_blocking=True).to(torch.float32, memory_format=layout).div_(255)
+
+    return Batch(ready(raw.lr), ready(raw.hr), config.batch_size)
+
+
+def _require_healthy(config: TrainConfig, state: TrainState, values: dict[str, float]) -> None:
+    """Ends a run that has gone wrong; every worker comes to the same verdict. Raises UserError."""
+    in_a_row, altogether = (int(count) for count in state.skipped.tolist())
+    values["skipped_steps"] = altogether
+    if in_a_row > config.faults.max_skipped_steps:
+        raise UserError(
+            f"step {state.step}: {in_a_row} steps in a row had non-finite gradients "
+            f"(faults.max_skipped_steps={config.faults.max_skipped_steps}); lower {state.stage}.learning_rate"
+            + ("" if config.precision == "fp32" else " or use precision=fp32")
+        )
+    state.damaged += int(values["damaged_patches"])
+    share = state.damaged / (state.step * config.batch_size)
+    if share > config.data.max_damaged_share:
+        raise UserError(
+            f"step {state.step}: {state.damaged} damaged patches so far, a share of {share:.2%} "
+            f"(data.max_damaged_share={config.data.max_damaged_share}); check with prepare_data.py --verify"
+        )
+
+
+@dataclass
+class _Recorder:
+    """Turns what happens into lines for people, records for tracking, and checkpoints."""
+
+    config: TrainConfig
+    worker: Worker
+    run: Storage
+    state: TrainState
+    held_out: Sequence[HeldOutPhoto]
+    latest: dict[str, float] = field(default_factory=dict)
+    """The newest validation metrics."""
+    _records: list[Metrics | Picture | Event] = field(default_factory=list)
+    _stage_one: RRDBNet | None = None
+
+    def interval(self, values: dict[str, float]) -> None:
+        """Prints and records an interval's means and rates."""
+        if not self.worker.leads:
+            return
+        config, state = self.config, self.state
+        last = config.psnr.steps + config.gan.steps
+        print(progress_line(state.stage, state.step, last, values), flush=True)
+        values["learning_rate"] = _settings(config, state).learning_rate
+        named = {
+            name if name.startswith("loss_") else f"train/{name}": value for name, value in values.items()
+        }
+        named = {name.replace("loss_", "loss/"): value for name, value in named.items()}
+        self._records.append(Metrics(state.step, _now_ms(), named))
+
+    def validate(self) -> None:
+        """Validates the averaged weights; every worker takes part."""
+        if not self.held_out:
+            return
+        state, scale = self.state, self.config.data.scale
+        self.latest = validate(state.ema, self.held_out, scale, self.worker.device)
+        value = self.latest[self.config.tracking.metric]
+        if state.best is None or value > state.best.value:
+            state.best = Best(state.step, value)
+        if not self.worker.leads:
+            return
+        means = ", ".join(f"{name} {mean:.4f}" for name, mean in self.latest.items())
+        print(
+            f"[{state.stage}] step {state.step} validation ({len(self.held_out)} photographs): {means}",
+            flush=True,
+        )
+        self._records.append(
+            Metrics(state.step, _now_ms(), {f"validation/{name}": mean for name, mean in self.latest.items()})
+        )
+        shown = [state.ema] if state.stage == "psnr" else [self._result_of_stage_one(), state.ema]
+        for name, strip in pictures(shown, self.held_out[:PICTURES], scale, self.worker.device).items():
+            self._records.append(Picture(state.step, _now_ms(), f"validation/{name}", strip))
+
+    def checkpointer(self) -> Checkpointer:
+        """Where checkpoints go, with the generator's architecture in their metadata."""
+        return Checkpointer(self.run, self.config.keep_checkpoints, sizes_as_text(self.state.ema))
+
+    def save(self, checkpointer: Checkpointer) -> None:
+        """Hands the state and the records since the last checkpoint to the checkpointer's thread."""
+        state, records = self.state, self._records
+        self._records = []
+        name = CheckpointName(state.step, state.stage)
+        keep = {self.config.psnr.steps} | ({state.best.step} if state.best else set())
+        checkpointer.save(
+            name,
+            state.ema.state_dict(),
+            state.tensors(),
+            {**state.scalars(), "metrics": self.latest},
+            before=lambda: write_segment(self.run, name.step, records),
+            keep=frozenset(keep),
+        )
+
+    def _result_of_stage_one(self) -> RRDBNet:
+        """The generator that stage 2 started from."""
+        if self._stage_one is None:
+            state = self.state
+            network = copy.deepcopy(state.ema)
+            name = CheckpointName(self.config.psnr.steps, "psnr")
+            if self.config.psnr.steps:
+                network.load_state_dict(checkpoints.read(self.run, name).ema)
+            else:
+                network.load_state_dict(bare(state.generator).state_dict())
+            self._stage_one = network.eval()
+        return self._stage_one
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

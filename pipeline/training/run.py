@@ -1,0 +1,260 @@
+"""The one door to training: for the job, for every trial of a sweep, and for tests."""
+
+import fcntl
+import json
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from pipeline.data import check_source, load_manifest, read_held_out
+from pipeline.data.feed import Feed
+from pipeline.errors import UserError
+from pipeline.model.weights import generator_sha256
+from pipeline.storage import Storage
+from pipeline.tracking import Sender, TrackedRun, finish_run, open_run, require_store
+from pipeline.tracking.registry import ModelCard, register_generator
+from pipeline.training import checkpoint as checkpoints
+from pipeline.training import identity as identities
+from pipeline.training.checks import check_before_start, with_absolute_paths
+from pipeline.training.config import TrainConfig
+from pipeline.training.loop import train
+from pipeline.training.worker import Worker
+
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a finished run leaves behind; also `result.json` in its folder."""
+
+    run_name: str
+    run_id: str | None
+    """MLflow's id."""
+    stage: str
+    step: int
+    """Updates over both stages."""
+    generator_sha256: str
+    """Over the averaged weights' bytes, names sorted."""
+    checkpoint: str
+    model_version: int | None
+    metrics: dict[str, float]
+    """Validation metrics of the registered generator."""
+
+
+def run_training(
+    config: TrainConfig, *, callbacks: Sequence[Any] = (), parent_run_id: str | None = None
+) -> TrainingResult:
+    """Trains both stages, or goes on where an earlier try stopped, and registers the best generator.
+
+    Args:
+        config: the validated configuration. `workers: 0` trains in this process, without Ray Train.
+        callbacks: Ray Train callbacks (a trial's link to Ray Tune).
+        parent_run_id: MLflow run that this one belongs to (a sweep).
+
+    Returns:
+        The result; for a run that had ended before, what it left, and nothing is changed.
+
+    Raises:
+        UserError: anything that the user can mend; found before Ray starts wherever it can be.
+    """
+    config = with_absolute_paths(config)
+    run = Storage(config.storage) / config.run_name
+    there = identities.load(run)
+    if there is not None:
+        identities.require_same_fields(there, config)
+    finished = _finished(run)
+    if finished is not None:
+        print(
+            f"run {config.run_name} has ended at step {finished.step}; nothing to do ({run.path(RESULT)})",
+            flush=True,
+        )
+        return finished
+    check_before_start(config, run)
+    has_data = Storage(config.data.root).exists("manifest.json")
+    if not has_data:
+        check_source(config.data)
+    require_store(config.tracking, config.storage)
+
+    with _only_writer(run, config.run_name):
+        if config.worker_range[1] > 0 or not has_data:
+            from pipeline.training import ray_trainer
+
+            ray_trainer.connect(config)
+        if not has_data:
+            from pipeline.data.prepare import prepare
+
+            prepare(config.data)
+        _require_fitting_data(config)
+        return _tracked_training(config, run, callbacks, parent_run_id)
+
+
+def _tracked_training(
+    config: TrainConfig, run: Storage, callbacks: Sequence[Any], parent_run_id: str | None
+) -> TrainingResult:
+    manifest = load_manifest(config.data.root)
+    identity = identities.claim(run, config, manifest.sha256)
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    run.write_bytes("config.yaml", text.encode())
+    tracked = open_run(
+        config.tracking,
+        run,
+        run_name=config.run_name,
+        parameters=_flat(config.model_dump(mode="json", exclude={"tracking"})),
+        tags={"esrgan.key": identity.key, "esrgan.data": manifest.sha256},
+        config_text=text,
+        parent_run_id=parent_run_id,
+        run_id=identity.tracking_run_id,
+    )
+    if tracked is not None:
+        identities.with_tracking(run, identity, tracked.run_id)
+    status = "FAILED"
+    try:
+        with Sender(run, config.tracking, tracked, published_step=lambda: _published_step(run)) as sender:
+            with _terminable():
+                _train(config, run, callbacks)
+            left = sender.flush(timeout_s=60.0)
+            if left:
+                print(
+                    f"{left} segments of metrics could not be sent; later: python jobs/send_metrics.py --run {run.uri}",
+                    flush=True,
+                )
+        result = _conclude(config, run, tracked, text, manifest.sha256)
+        status = "FINISHED"
+        return result
+    except (KeyboardInterrupt, SystemExit):
+        status = "KILLED"
+        raise
+    finally:
+        if tracked is not None:
+            finish_run(tracked, status)
+
+
+def _train(config: TrainConfig, run: Storage, callbacks: Sequence[Any]) -> None:
+    last = config.psnr.steps + config.gan.steps
+    if _published_step(run) >= last:
+        return
+    if config.worker_range[1] == 0:
+        feed = Feed(config.data.root, config.seed, config.batch_size, config.crop_px, rank=0, world_size=1)
+        device = torch.device("cuda" if config.use_gpu else "cpu")
+        train(config, Worker(device=device), run, feed, read_held_out(config.data.root))
+    else:
+        from pipeline.training import ray_trainer
+
+        ray_trainer.fit(config, run, callbacks)
+
+
+def _conclude(
+    config: TrainConfig, run: Storage, tracked: TrackedRun | None, text: str, manifest_sha256: str
+) -> TrainingResult:
+    """Registers the best generator and writes the result."""
+    final = checkpoints.newest(run)
+    last = config.psnr.steps + config.gan.steps
+    if final is None or final.name.step != last:
+        raise RuntimeError(f"{run.uri}: training ended, but the last checkpoint is not that of step {last}")
+    best = final.scalars["best"]
+    chosen = final
+    if best is not None and best["step"] != last:
+        chosen = checkpoints.read(run, checkpoints.CheckpointName(best["step"], final.name.stage))
+    metrics = chosen.scalars["metrics"]
+    version = None
+    if tracked is not None and config.tracking.register_model:
+        registered = register_generator(
+            tracked,
+            config.tracking,
+            Path(run.path(chosen.name.folder)) / "generator.safetensors",
+            step=chosen.name.step,
+            metrics=metrics,
+            evaluation_set=manifest_sha256,
+            card=ModelCard(config_text=text, data_sha256=manifest_sha256),
+        )
+        version = registered.version
+        print(f"registered {registered.name} version {version}: {registered.reason}", flush=True)
+    result = TrainingResult(
+        run_name=config.run_name,
+        run_id=tracked.run_id if tracked else None,
+        stage=final.name.stage,
+        step=final.name.step,
+        generator_sha256=generator_sha256(final.ema),
+        checkpoint=run.path(final.name.folder),
+        model_version=version,
+        metrics=metrics,
+    )
+    run.write_bytes(RESULT, json.dumps(asdict(result), indent=2).encode())
+    return result
+
+
+def _finished(run: Storage) -> TrainingResult | None:
+    if not run.exists(RESULT):
+        return None
+    try:
+        return TrainingResult(**json.loads(run.read_bytes(RESULT)))
+    except (ValueError, TypeError):
+        return None  # Damaged: concluding again writes it anew.
+
+
+def _published_step(run: Storage) -> int:
+    """The step of the newest published checkpoint; -1 without one."""
+    names = checkpoints.listed(run)
+    return names[-1].step if names else -1
+
+
+def _require_fitting_data(config: TrainConfig) -> None:
+    manifest = load_manifest(config.data.root)
+    if manifest.scale != config.data.scale:
+        raise UserError(
+            f"data.scale={config.data.scale}: {config.data.root} was made for scale {manifest.scale}"
+        )
+    if manifest.patch_px < config.crop_px:
+        raise UserError(
+            f"crop_px={config.crop_px}: the patches in {config.data.root} have {manifest.patch_px} pixels; "
+            "lower crop_px or prepare larger patches"
+        )
+
+
+@contextmanager
+def _only_writer(run: Storage, run_name: str) -> Iterator[None]:
+    """Keeps a second process from training the same run on this machine; the system frees the lock on any end."""
+    if run.remote:
+        yield
+        return
+    folder = Path(run.uri)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"run_name={run_name}: another process is training {run.uri}; wait for it or stop it first"
+            ) from None
+        yield
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Turns SIGTERM (`ray job stop`) into SystemExit, so that the run's status is set before the process ends."""
+
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # Not the main thread (a trial's driver): its owner handles signals.
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

@@ -1,0 +1,26 @@
+"""Learning rates as functions of the step, so that resuming needs no scheduler state."""
+
+import math
+
+from pipeline.training.config import Schedule
+
+
+def learning_rate(schedule: Schedule, peak: float, step: int, stage_steps: int) -> float:
+    """The rate for the update number `step` (from 0) of a stage with `stage_steps` updates.
+
+    Shapes, after a linear warm-up: constant; halved at each milestone (ESRGAN, sec. 4.1); cosine from the peak to
+    `final_share` of it, restarting every `period_steps` (Loshchilov and Hutter 2017, eq. 5). Warm-up steps belong to
+    the first period.
+    """
+    if step < schedule.warmup_steps:
+        return peak * (step + 1) / schedule.warmup_steps
+    if schedule.shape == "halving":
+        return peak * 0.5 ** sum(step >= milestone for milestone in schedule.milestones)
+    if schedule.shape == "cosine":
+        period = schedule.period_steps or stage_steps
+        start = schedule.warmup_steps if step < period else 0
+        share = (step % period - start) / max(1, period - start)
+        return peak * (
+            schedule.final_share + (1 - schedule.final_share) * 0.5 * (1 + math.cos(math.pi * share))
+        )
+    return peak

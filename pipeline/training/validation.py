@@ -1,0 +1,90 @@
+"""Validation on whole held-out photographs, shared out over the workers."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.data import HeldOutPhoto
+from pipeline.imaging import bicubic_upscale, psnr, ssim, upscale
+from pipeline.model import RRDBNet
+from pipeline.training.distributed import rank, sum_in_place, world_size
+
+METRICS = ("psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb")
+TILE_PX = 512  # low-resolution pixels; larger photographs go through in tiles
+PICTURES = 4
+_PICTURE_PX = 48  # low-resolution side of the crop that is shown
+
+Image = NDArray[np.uint8]
+
+
+def validate(
+    generator: RRDBNet, photos: Sequence[HeldOutPhoto], scale: int, device: torch.device
+) -> dict[str, float]:
+    """Means over photographs of PSNR (dB) and SSIM, on Y and RGB, with a border of `scale` pixels.
+
+    Photographs go to workers by size, the largest first, so that no worker waits long for another. Every worker gets
+    the same result, which does not depend on their number: each photograph's values are computed by one worker, and
+    the means are taken in the photographs' order.
+    """
+    by_size = sorted(range(len(photos)), key=lambda index: -photos[index].hr.size)
+    values = torch.zeros(len(photos), len(METRICS), dtype=torch.float64)
+    for index in by_size[rank() :: world_size()]:
+        values[index] = torch.tensor(
+            _photo_metrics(generator, photos[index], scale, device), dtype=torch.float64
+        )
+    values = values.to(device)
+    sum_in_place([values])
+    return dict(zip(METRICS, values.mean(0).tolist(), strict=True))
+
+
+def _photo_metrics(generator: RRDBNet, photo: HeldOutPhoto, scale: int, device: torch.device) -> list[float]:
+    sr = upscale(generator, photo.lr, tile_px=TILE_PX, device=device)
+    # Identical images have no finite PSNR; 100 dB keeps a mean meaningful.
+    return [
+        min(psnr(sr, photo.hr, border=scale, channel="y"), 100.0),
+        ssim(sr, photo.hr, border=scale, channel="y"),
+        min(psnr(sr, photo.hr, border=scale, channel="rgb"), 100.0),
+        ssim(sr, photo.hr, border=scale, channel="rgb"),
+    ]
+
+
+def pictures(
+    generators: Sequence[RRDBNet], photos: Sequence[HeldOutPhoto], scale: int, device: torch.device
+) -> dict[str, Image]:
+    """A strip for each of the first photographs: input, bicubic, each generator's result, original.
+
+    All show the same crop, the one with the most detail, at the high resolution.
+    """
+    strips = {}
+    for photo in photos[:PICTURES]:
+        y, x = _most_detailed(photo.lr)
+        lr = np.ascontiguousarray(photo.lr[y : y + _PICTURE_PX, x : x + _PICTURE_PX])
+        hr = photo.hr[scale * y : scale * (y + _PICTURE_PX), scale * x : scale * (x + _PICTURE_PX)]
+        results = [upscale(generator, lr, device=device) for generator in generators]
+        nearest = lr.repeat(scale, axis=0).repeat(scale, axis=1)
+        strips[photo.name] = _strip([nearest, bicubic_upscale(lr, scale), *results, hr])
+    return strips
+
+
+def _most_detailed(lr: Image) -> tuple[int, int]:
+    """Corner of the square crop whose neighbouring pixels differ most."""
+    grey = lr.mean(axis=2)
+    step = _PICTURE_PX // 2
+    corners = [
+        (y, x)
+        for y in range(0, max(1, lr.shape[0] - _PICTURE_PX + 1), step)
+        for x in range(0, max(1, lr.shape[1] - _PICTURE_PX + 1), step)
+    ]
+
+    def detail(corner: tuple[int, int]) -> float:
+        crop = grey[corner[0] : corner[0] + _PICTURE_PX, corner[1] : corner[1] + _PICTURE_PX]
+        return float(np.abs(np.diff(crop, axis=0)).mean() + np.abs(np.diff(crop, axis=1)).mean())
+
+    return max(corners, key=detail)
+
+
+def _strip(images: Sequence[Image]) -> Image:
+    gap = np.full((images[0].shape[0], 4, 3), 255, np.uint8)
+    return np.concatenate([part for image in images for part in (image, gap)][:-1], axis=1)

@@ -1,0 +1,32 @@
+"""What the loop needs to know of its surroundings, whoever made them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+
+def _nothing(metrics: Mapping[str, float]) -> None:
+    return None
+
+
+def _never() -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One process of a training run."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    report: Callable[[Mapping[str, float]], None] = _nothing
+    """Tells the surroundings of a finished interval; every worker calls it equally often."""
+    preempted: Callable[[], bool] = _never
+    """Whether this worker's machine is about to be taken away; every worker calls it equally often."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether this worker writes files and prints."""
+        return self.rank == 0

@@ -1,0 +1,196 @@
+"""Checkpoints: whole or not used, kept by rule, never silently skipped."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.errors import UserError
+from pipeline.model import load_generator
+from pipeline.storage import Storage
+from pipeline.training import checkpoint as checkpoints
+from pipeline.training.checkpoint import Checkpoint, Checkpointer, CheckpointName
+from pipeline.training.config import TrainConfig
+from pipeline.training.state import Best, TrainState, begin_gan, new_state
+from pipeline.training.step import Batch, StepSettings, psnr_step
+
+CPU = torch.device("cpu")
+CONFIG = TrainConfig.model_validate(
+    {
+        "batch_size": 2,
+        "crop_px": 32,
+        "model": {
+            "num_block": 1,
+            "num_feat": 8,
+            "num_grow_ch": 4,
+            "discriminator_num_feat": 4,
+            "residual_scale": 0.3,
+        },
+        "data": {"patch_px": 64},
+    }
+)
+SIZES = {
+    "architecture": "RRDBNet", "num_feat": "8", "num_block": "1", "num_grow_ch": "4", "residual_scale": "0.3", "scale": "4",
+}  # fmt: skip
+
+
+def trained_state() -> TrainState:
+    state = new_state(CONFIG, "psnr", CPU)
+    generator = torch.Generator().manual_seed(0)
+    lr, hr = torch.rand(2, 3, 8, 8, generator=generator), torch.rand(2, 3, 32, 32, generator=generator)
+    psnr_step(state, Batch(lr, hr, 2), StepSettings(1e-3, 0.9))
+    state.step = 1
+    return state
+
+
+def written(run: Storage, state: TrainState, step: int) -> CheckpointName:
+    name = CheckpointName(step, state.stage)
+    tensors = {key: value.detach().clone() for key, value in state.tensors().items()}
+    ema = {key: value.clone() for key, value in state.ema.state_dict().items()}
+    checkpoints.write(
+        run, Checkpoint(name, ema, tensors, {**state.scalars(), "step": step, "metrics": {}}), SIZES
+    )
+    return name
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Storage:
+    return Storage(str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("stage", ["psnr", "gan"])
+def test_a_state_comes_back_bit_for_bit(run: Storage, stage: str) -> None:
+    state = trained_state()
+    state.best, state.damaged = Best(1, 27.5), 3
+    if stage == "gan":
+        begin_gan(state, CONFIG, CPU)
+    name = written(run, state, 1)
+    loaded = checkpoints.read(run, name)
+    other = new_state(CONFIG.model_copy(update={"seed": 99}), stage, CPU)
+    other.load(loaded.ema, loaded.tensors, loaded.scalars)
+    assert other.scalars() == state.scalars()
+    mine, theirs = state.tensors(), other.tensors()
+    assert mine.keys() == theirs.keys()
+    for key, value in mine.items():
+        assert torch.equal(value, theirs[key]), key
+    for key, value in state.ema.state_dict().items():
+        assert torch.equal(value, other.ema.state_dict()[key])
+
+
+def test_the_generator_file_is_a_model_by_itself(run: Storage) -> None:
+    state = trained_state()
+    name = written(run, state, 1)
+    generator, info = load_generator(Path(run.path(name.folder)) / "generator.safetensors")
+    assert info["residual_scale_source"] == "metadata"
+    assert generator.residual_scale == 0.3
+    assert torch.equal(generator.conv_last.weight, state.ema.conv_last.weight)
+
+
+@pytest.mark.parametrize(
+    "file", ["generator.safetensors", "training.safetensors", "state.json", "manifest.json"]
+)
+def test_a_flipped_bit_anywhere_makes_the_older_checkpoint_count(
+    run: Storage, file: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = trained_state()
+    written(run, state, 1)
+    newer = written(run, state, 2)
+    content = bytearray((run / newer.folder).read_bytes(file))
+    for place in {0, len(content) // 2, len(content) - 2}:
+        damaged = bytearray(content)
+        damaged[place] ^= 0x10
+        (run / newer.folder).write_bytes(file, bytes(damaged))
+        caplog.clear()
+        found = checkpoints.newest(run)
+        assert found is not None
+        assert found.name.step == 1
+        assert str(newer) in caplog.text
+
+
+def test_a_checkpoint_without_a_manifest_is_not_there(run: Storage) -> None:
+    name = written(run, trained_state(), 1)
+    run.remove(f"{name.folder}/manifest.json")
+    assert checkpoints.newest(run) is None
+    with Checkpointer(run, keep=2, metadata=SIZES):
+        assert run.names("checkpoints") == []
+
+
+def test_only_damaged_checkpoints_are_an_error(run: Storage) -> None:
+    name = written(run, trained_state(), 1)
+    (run / name.folder).write_bytes("state.json", b"{}")
+    with pytest.raises(UserError, match="all 1 checkpoints are damaged"):
+        checkpoints.newest(run)
+
+
+def test_non_finite_weights_are_never_written(run: Storage) -> None:
+    state = trained_state()
+    with torch.no_grad():
+        state.ema.conv_last.weight[0, 0, 0, 0] = float("inf")
+    with pytest.raises(FloatingPointError, match=r"conv_last\.weight"):
+        written(run, state, 1)
+    assert checkpoints.listed(run) == []
+
+
+def test_old_checkpoints_go_and_the_kept_ones_stay(run: Storage) -> None:
+    state = trained_state()
+    order = []
+    with Checkpointer(run, keep=2, metadata=SIZES) as checkpointer:
+        for step in range(1, 7):
+            checkpointer.save(
+                CheckpointName(step, "psnr"), state.ema.state_dict(), state.tensors(), state.scalars(),
+                before=lambda step=step: order.append((step, len(checkpoints.listed(run)))), keep=frozenset({2}),
+            )  # fmt: skip
+    assert [name.step for name in checkpoints.listed(run)] == [2, 5, 6]
+    # What must be durable first was called before its checkpoint appeared.
+    assert order[0] == (1, 0)
+    assert [step for step, _ in order] == [1, 2, 3, 4, 5, 6]
+
+
+def test_training_may_go_on_while_a_checkpoint_is_written(run: Storage) -> None:
+    state = trained_state()
+    expected = state.ema.conv_last.weight.clone()
+    with Checkpointer(run, keep=2, metadata=SIZES) as checkpointer:
+        checkpointer.save(
+            CheckpointName(1, "psnr"), state.ema.state_dict(), state.tensors(), state.scalars(),
+            before=lambda: None, keep=frozenset(),
+        )  # fmt: skip
+        with torch.no_grad():
+            state.ema.conv_last.weight.zero_()
+    assert torch.equal(checkpoints.read(run, CheckpointName(1, "psnr")).ema["conv_last.weight"], expected)
+
+
+def test_a_failed_write_reaches_training_with_its_reason(run: Storage) -> None:
+    state = trained_state()
+
+    def full_disk() -> None:
+        raise OSError(28, "No space left on device")
+
+    def save(checkpointer: Checkpointer) -> None:
+        checkpointer.save(
+            CheckpointName(1, "psnr"), state.ema.state_dict(), state.tensors(), state.scalars(),
+            before=full_disk, keep=frozenset(),
+        )  # fmt: skip
+
+    with (
+        pytest.raises(OSError, match="No space left"),
+        Checkpointer(run, keep=2, metadata=SIZES) as checkpointer,
+    ):
+        save(checkpointer)
+    assert checkpoints.listed(run) == []
+
+
+def test_another_architecture_is_refused(run: Storage) -> None:
+    name = written(run, trained_state(), 1)
+    loaded = checkpoints.read(run, name)
+    tensors = dict(loaded.tensors)
+    tensors["generator.extra.weight"] = torch.zeros(1)
+    with pytest.raises(UserError, match=r"generator\.extra\.weight"):
+        new_state(CONFIG, "psnr", CPU).load(loaded.ema, tensors, loaded.scalars)
+
+
+def test_the_manifest_names_every_file_with_its_checksum(run: Storage) -> None:
+    name = written(run, trained_state(), 1)
+    manifest = json.loads((run / name.folder).read_bytes("manifest.json"))
+    assert set(manifest["files"]) == {"generator.safetensors", "training.safetensors", "state.json"}
+    assert all(len(entry["sha256"]) == 64 and entry["bytes"] > 0 for entry in manifest["files"].values())

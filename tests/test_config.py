@@ -1,0 +1,145 @@
+"""Loading the configuration: precedence, refusals in one line, recipes that load."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.config import json_schema, load_config, with_fields
+from pipeline.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+def load(argv: list[str], environment: dict[str, str] | None = None):
+    return load_config(argv, description="", environment=environment or {})[0]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text("gan: {steps: 7, pixel_weight: 0.5}\nworkers: [1, 2]\n")
+    return path
+
+
+def test_flag_beats_environment_beats_file_beats_default(file: Path) -> None:
+    argv = ["--config", str(file)]
+    environment = {"ESRGAN_GAN__STEPS": "8", "ESRGAN_PRECISION": "bf16"}
+    assert load(argv).gan.steps == 7
+    assert load(argv, environment).gan.steps == 8
+    config = load([*argv, "--gan.steps", "9"], environment)
+    assert (config.gan.steps, config.gan.pixel_weight, config.precision, config.seed) == (9, 0.5, "bf16", 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "range_"), [("2", (2, 2)), ("[1,4]", (1, 4)), ("1,4", (1, 4)), ("0", (0, 0))]
+)
+def test_workers_are_a_number_or_a_range(text: str, range_: tuple[int, int]) -> None:
+    assert load(["--workers", text]).worker_range == range_
+
+
+@pytest.mark.parametrize(("text", "range_"), [("2", (2, 2)), ("[1,4]", (1, 4))])
+def test_workers_come_from_the_environment_alike(text: str, range_: tuple[int, int]) -> None:
+    assert load([], {"ESRGAN_WORKERS": text}).worker_range == range_
+
+
+@pytest.mark.parametrize(
+    ("argv", "environment", "message"),
+    [
+        (["--gan.steps", "-1"], {}, "gan.steps='-1'"),
+        (["--gan.stepz", "1"], {}, "did you mean --gan.steps?"),
+        (["--crop_px", "30"], {}, "crop_px=30 is not a multiple of data.scale=4; use 28"),
+        (["--crop_px", "72"], {}, "crop_px=72 is not a multiple of 32"),
+        (["--crop_px", "1024"], {}, "crop_px=1024 is larger than data.patch_px=480"),
+        (["--workers", "3,2"], {}, "workers=(3, 2)"),
+        (["--workers", "many"], {}, "workers='many'"),
+        (["--workers", "4", "--batch_size", "3"], {}, "batch_size=3 is smaller than workers=4"),
+        (["--psnr.steps", "0", "--gan.steps", "0"], {}, "nothing to train"),
+        (["--run_name", "a/b"], {}, "run_name='a/b'"),
+        (["--config", "/no/such/file.yaml"], {}, "there is no such file"),
+        (["--gan.steps"], {}, "expected one argument"),
+        (
+            [],
+            {"ESRGAN_GAN__STEPZ": "5"},
+            "environment: gan.stepz: there is no such field; did you mean steps?",
+        ),
+        ([], {"ESRGAN_GEN": "5"}, "environment ESRGAN_GEN: there is no field gen"),
+        ([], {"ESRGAN_WORKERS": "x"}, "environment: workers='x'"),
+    ],
+)
+def test_a_mistake_is_one_line_with_field_and_value(
+    argv: list[str], environment: dict[str, str], message: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        load(argv, environment)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("gan: {stepz: 7}", "gan.stepz: there is no such field; did you mean steps?"),
+        ("gan: [1]", "gan"),
+        ("a: b: c", "line 1: not valid YAML"),
+        ("- 1", "holds a list"),
+        ("precision: fp8", "precision='fp8'"),
+    ],
+)
+def test_a_mistake_in_a_file_names_the_file(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load(["--config", str(path)])
+    assert str(path) in str(caught.value)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_recipe_loads_and_says_what_it_is(path: Path) -> None:
+    load(["--config", str(path)])
+    comment = path.read_text().split("\n\n")[0]
+    for word in ("Source:", "Data:", "Expected", "Time:", "Command:"):
+        assert word in comment, word
+
+
+def test_paper_recipe_has_the_published_numbers() -> None:
+    config = load(["--config", str(ROOT / "configs/esrgan_x4.yaml")])
+    assert (config.model.num_block, config.model.num_feat, config.model.num_grow_ch) == (23, 64, 32)
+    assert (config.psnr.steps, config.psnr.learning_rate) == (1_000_000, 2e-4)
+    assert (config.gan.pixel_weight, config.gan.perceptual_weight, config.gan.adversarial_weight) == (
+        1e-2,
+        1.0,
+        5e-3,
+    )
+    assert config.gan.schedule.milestones == (50_000, 100_000, 200_000, 300_000)
+
+
+def test_changed_fields_are_validated_again() -> None:
+    config = load([])
+    assert with_fields(config, {"gan.pixel_weight": 0.25}).gan.pixel_weight == 0.25
+    with pytest.raises(UserError, match=r"model\.residual_scale=7"):
+        with_fields(config, {"model.residual_scale": 7})
+    with pytest.raises(UserError, match="no such field"):
+        with_fields(config, {"gan.pixel_wait": 1})
+
+
+def test_schema_for_editors_is_up_to_date() -> None:
+    stored = json.loads((ROOT / "configs/schema.json").read_text())
+    assert stored == json_schema(), "run: python -m pipeline.config > configs/schema.json"
+
+
+def test_page_of_fields_is_up_to_date() -> None:
+    from pipeline.config import fields_page
+
+    assert (ROOT / "docs/fields.md").read_text() == fields_page(), (
+        "run: python -m pipeline.config --page > docs/fields.md"
+    )
+
+
+def test_yaml_dump_of_a_configuration_loads_to_the_same(tmp_path: Path) -> None:
+    config = load(["--config", str(ROOT / "configs/demo.yaml")])
+    path = tmp_path / "dump.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert load(["--config", str(path)]) == config

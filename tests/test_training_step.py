@@ -1,0 +1,203 @@
+"""The step: the same on any number of workers, and the same as the plain sequence of operations."""
+
+import copy
+
+import pytest
+import torch
+from gloo import run_workers
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipeline.model import RRDBNet
+from pipeline.model.losses import relativistic_losses
+from pipeline.training.config import TrainConfig
+from pipeline.training.distributed import bare
+from pipeline.training.state import TrainState, begin_gan, new_state
+from pipeline.training.step import Batch, GanWeights, StepSettings, gan_step, psnr_step
+
+CONFIG = TrainConfig.model_validate(
+    {
+        "batch_size": 8,
+        "crop_px": 32,
+        "seed": 3,
+        "model": {"num_block": 1, "num_feat": 8, "num_grow_ch": 4, "discriminator_num_feat": 4},
+        "data": {"patch_px": 64},
+        "channels_last": False,
+    }
+)
+WEIGHTS = GanWeights(pixel=1e-2, perceptual=1.0, adversarial=5e-3)
+SETTINGS = StepSettings(learning_rate=1e-3, ema_decay=0.9)
+
+
+class SmallFeatures(nn.Module):
+    """Stands for VGG19: two convolutions with seeded weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.register_buffer("first", torch.randn(6, 3, 3, 3, generator=generator, dtype=torch.float64))
+        self.register_buffer("second", torch.randn(6, 6, 3, 3, generator=generator, dtype=torch.float64))
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        x = functional.conv2d(images, self.first.to(images.dtype), padding=1)
+        return {"conv": functional.conv2d(functional.relu(x), self.second.to(images.dtype), padding=1)}
+
+
+def images(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(100 + step)
+    lr = torch.rand(8, 3, 8, 8, generator=generator, dtype=torch.float64)
+    hr = torch.rand(8, 3, 32, 32, generator=generator, dtype=torch.float64)
+    return lr, hr
+
+
+def share(rank: int, world_size: int, step: int) -> Batch:
+    lr, hr = images(step)
+    rows = slice(8 * rank // world_size, 8 * (rank + 1) // world_size)
+    return Batch(lr[rows], hr[rows], global_size=8)
+
+
+def double_state() -> TrainState:
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        state = new_state(CONFIG, "psnr", torch.device("cpu"))
+        begin_gan(state, CONFIG, torch.device("cpu"))
+    finally:
+        torch.set_default_dtype(default)
+    return state
+
+
+def steps_of_both_stages(rank: int, world_size: int) -> dict[str, Tensor]:
+    """Gradients (as Adam's first moments), running statistics and losses of one step of each stage."""
+    seen: dict[str, Tensor] = {}
+    for stage in ("psnr", "gan"):
+        state = double_state()
+        batch = share(rank, world_size, 0)
+        if stage == "psnr":
+            losses = psnr_step(state, batch, SETTINGS)
+        else:
+            losses = gan_step(state, batch, SmallFeatures(), {"conv": 1.0}, WEIGHTS, SETTINGS)
+        for name, value in state.tensors().items():
+            if name.endswith("exp_avg") or "running" in name:
+                seen[f"{stage}.{name}"] = value.clone()
+        seen |= {f"{stage}.loss.{name}": value for name, value in losses.items() if "accuracy" not in name}
+    return seen
+
+
+def close(one: Tensor, other: Tensor, tolerance: float = 1e-12) -> bool:
+    """Whether two tensors differ by at most `tolerance`, relative to the larger of their largest element and 0.001."""
+    return bool((one - other).abs().max() <= tolerance * max(1e-3, float(one.abs().max())))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_workers_follow_the_gradients_of_one_worker(world_size: int) -> None:
+    alone = steps_of_both_stages(0, 1)
+    together = run_workers(world_size, steps_of_both_stages)
+    assert len(alone) > 50
+    for name, value in alone.items():
+        if ".loss." in name:
+            assert close(value, torch.stack([result[name] for result in together]).mean(0)), name
+        else:
+            for result in together:
+                assert close(value, result[name]), name
+
+
+def plain_sequence(state: TrainState) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Both networks' gradients from five separate forwards of the discriminator, as the published code does it."""
+    generator, discriminator = copy.deepcopy(bare(state.generator)), copy.deepcopy(bare(state.discriminator))
+    features = SmallFeatures()
+    lr, hr = images(0)
+    sr = generator(lr)
+    for parameter in discriminator.parameters():
+        parameter.requires_grad_(False)
+    content = functional.l1_loss(features(sr)["conv"], features(hr)["conv"].detach())
+    generator_loss, _ = relativistic_losses(discriminator(hr).detach(), discriminator(sr))
+    (1e-2 * functional.l1_loss(sr, hr) + content + 5e-3 * generator_loss).backward()
+    for parameter in discriminator.parameters():
+        parameter.requires_grad_(True)
+    _, discriminator_loss = relativistic_losses(discriminator(hr), discriminator(sr.detach()))
+    discriminator_loss.backward()
+    return (
+        {name: parameter.grad for name, parameter in generator.named_parameters()},
+        {name: parameter.grad for name, parameter in discriminator.named_parameters()},
+    )
+
+
+def test_cut_graph_gives_the_gradients_of_the_plain_sequence() -> None:
+    state = double_state()
+    expected_generator, expected_discriminator = plain_sequence(state)
+    gan_step(state, share(0, 1, 0), SmallFeatures(), {"conv": 1.0}, WEIGHTS, SETTINGS)
+    beta1 = CONFIG.adam.beta1
+    tensors = state.tensors()
+    for kind, expected in (("generator", expected_generator), ("discriminator", expected_discriminator)):
+        for name, gradient in expected.items():
+            # After one step Adam's first moment is (1 - beta1) times the gradient.
+            moment = tensors[f"{kind}_optimizer.{name}.exp_avg"] / (1 - beta1)
+            assert close(gradient, moment), f"{kind} {name}"
+
+
+def test_non_finite_gradients_leave_everything_as_it_was() -> None:
+    state = double_state()
+    gan_step(state, share(0, 1, 0), SmallFeatures(), {"conv": 1.0}, WEIGHTS, SETTINGS)
+    before = {name: value.clone() for name, value in state.tensors().items()}
+    lr, hr = images(1)
+    lr[0, 0, 0, 0] = float("nan")
+    gan_step(state, Batch(lr, hr, 8), SmallFeatures(), {"conv": 1.0}, WEIGHTS, SETTINGS)
+    after = state.tensors()
+    assert state.skipped.tolist() == [1, 1]
+    for name, value in before.items():
+        if name != "skipped":
+            assert torch.equal(value, after[name]), name
+    gan_step(state, share(0, 1, 2), SmallFeatures(), {"conv": 1.0}, WEIGHTS, SETTINGS)
+    assert state.skipped.tolist() == [0, 1]
+
+
+def test_stage_two_starts_from_the_averaged_weights() -> None:
+    state = new_state(CONFIG, "psnr", torch.device("cpu"))
+    for step in range(3):
+        lr, hr = images(step)
+        psnr_step(state, Batch(lr.float(), hr.float(), 8), SETTINGS)
+    averaged = {name: value.clone() for name, value in state.ema.state_dict().items()}
+    assert any(not torch.equal(value, averaged[name]) for name, value in state.generator.state_dict().items())
+    begin_gan(state, CONFIG, torch.device("cpu"))
+    assert state.stage == "gan"
+    for name, value in state.generator.state_dict().items():
+        assert torch.equal(value, averaged[name])
+    assert not state.generator_optimizer.state
+
+
+def test_averaged_weights_decay_towards_the_generator() -> None:
+    state = new_state(CONFIG, "psnr", torch.device("cpu"))
+    before = state.ema.conv_last.weight.clone()
+    lr, hr = images(0)
+    psnr_step(state, Batch(lr.float(), hr.float(), 8), SETTINGS)
+    generator = state.generator
+    assert isinstance(generator, RRDBNet)
+    expected = 0.9 * before + 0.1 * generator.conv_last.weight
+    assert torch.allclose(state.ema.conv_last.weight, expected, rtol=0, atol=1e-7)
+
+
+def test_clipping_bounds_the_step_but_not_the_reported_norm() -> None:
+    lr, hr = images(0)
+    batch = Batch(lr.float(), hr.float(), 8)
+    free, clipped = (new_state(CONFIG, "psnr", torch.device("cpu")) for _ in range(2))
+    norm = psnr_step(free, batch, SETTINGS)["gradient_norm_generator"]
+    limit = float(norm) / 10
+    reported = psnr_step(clipped, batch, StepSettings(1e-3, 0.9, clip_norm=limit))["gradient_norm_generator"]
+    assert torch.equal(norm, reported)
+    key = "generator_optimizer.conv_last.weight.exp_avg"
+    assert torch.allclose(clipped.tensors()[key] * 10, free.tensors()[key], rtol=1e-4)
+
+
+def test_bf16_keeps_weights_losses_and_logits_in_float32() -> None:
+    state = new_state(CONFIG, "psnr", torch.device("cpu"))
+    begin_gan(state, CONFIG, torch.device("cpu"))
+    lr, hr = images(0)
+    losses = gan_step(
+        state, Batch(lr.float(), hr.float(), 8), SmallFeatures(), {"conv": 1.0}, WEIGHTS,
+        StepSettings(1e-3, 0.9, precision="bf16"),
+    )  # fmt: skip
+    assert {value.dtype for value in losses.values()} == {torch.float32}
+    assert {value.dtype for value in state.generator.parameters()} == {torch.float32}
+    assert all(torch.isfinite(value) for value in losses.values())
