@@ -57,7 +57,7 @@ def load_config(
     *,
     description: str,
     default_file: Path | None = None,
-    add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
+    add_arguments: Callable[[argparse.ArgumentParser], object] | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> tuple[Config, argparse.Namespace]:
     """Reads flags, environment and file into one validated configuration.
@@ -81,7 +81,7 @@ def load_config(
     parser.add_argument("--config", metavar="FILE", help=f"YAML file with the fields below{default_text}.")
     if add_arguments:
         add_arguments(parser)
-    flags = CliSettingsSource(
+    flags: CliSettingsSource[Any] = CliSettingsSource(
         _Settings,
         root_parser=parser,
         parse_args_method=_parse_args,

@@ -47,7 +47,7 @@ def claim(run: Storage, config: TrainConfig, manifest_sha256: str) -> RunIdentit
     if there.manifest_sha256 != manifest_sha256:
         raise UserError(
             f"run_name={config.run_name}: {run.uri} was trained on another data set (manifest "
-            f"{there.manifest_sha256[:12]}, now {manifest_sha256[:12]}); choose another run_name or the former data.root"
+            f"{there.manifest_sha256[:12]}, now {manifest_sha256[:12]}); choose another run_name or the former data"
         )
     return there
 

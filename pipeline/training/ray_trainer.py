@@ -23,7 +23,7 @@ from pipeline.training.worker import Worker
 REFUSAL = "refusal.json"
 
 
-def connect(config: TrainConfig) -> None:
+def connect(config: TrainConfig, dashboard: bool = False) -> None:
     """Joins the Ray that RAY_ADDRESS names, or starts a private one that ends with this process.
 
     A Ray that only happens to run on the machine is left alone.
@@ -42,7 +42,7 @@ def connect(config: TrainConfig) -> None:
         try:
             ray.init(
                 address=address or "local",
-                include_dashboard=False if not address else None,
+                include_dashboard=None if address else dashboard,
                 log_to_driver=True,
             )
         except ConnectionError as error:

@@ -131,8 +131,7 @@ def _tracked_training(
         status = "KILLED"
         raise
     finally:
-        if tracked is not None:
-            finish_run(tracked, status)
+        finish_run(tracked, status, run)
 
 
 def _train(config: TrainConfig, run: Storage, callbacks: Sequence[Any]) -> None:

@@ -51,7 +51,9 @@ class TuneConfig(Section):
     )
     metric: str = Field("psnr_y", description="Validation metric that decides.")
     mode: Literal["max", "min"] = Field("max", description="Whether a larger or a smaller metric is better.")
-    search: Literal["random", "optuna"] = Field("random", description="How the next trial's values are chosen.")
+    search: Literal["random", "optuna"] = Field(
+        "random", description="How the next trial's values are chosen."
+    )
     scheduler: Literal["none", "asha"] = Field("none", description="asha: stop the weaker trials early.")
     grace_steps: int = Field(1, ge=1, description="asha: no trial is stopped before this step.")
     reduction_factor: int = Field(3, ge=2, description="asha: one trial in so many goes on at each rung.")

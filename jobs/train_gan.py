@@ -1,0 +1,34 @@
+"""Trains ESRGAN: stage 1 on pixels, then stage 2 against a discriminator. Run again, it resumes."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from pipeline import command
+from pipeline.config import load_config
+from pipeline.training.run import run_training
+
+DEMO = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
+
+
+def main(argv: list[str]) -> None:
+    """Loads the configuration, trains, prints the result."""
+    config, options = load_config(
+        argv,
+        description=__doc__ or "",
+        default_file=DEMO,
+        add_arguments=lambda parser: parser.add_argument(
+            "--json", metavar="FILE", help="Also write the result there."
+        ),
+    )
+    command.require_writable_file(options.json, "--json")
+    result = run_training(config)
+    command.write_json(options.json, asdict(result))
+    metrics = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
+    print(f"run {result.run_name}: step {result.step} of stage {result.stage}")
+    print(f"checkpoint: {result.checkpoint}")
+    if result.model_version is not None:
+        print(f"registered: models:/{config.tracking.model_name}/{result.model_version} ({metrics})")
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,50 @@
+"""Sweeps loss weights and residual scaling; each trial is a whole training run. Run again, it resumes."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from pipeline import command
+from pipeline.config import load_config
+
+DEMO = Path(__file__).resolve().parent.parent / "configs" / "tune_demo.yaml"
+
+
+def main(argv: list[str]) -> None:
+    """Loads the configuration, runs the sweep, names the best trial."""
+    config, options = load_config(
+        argv,
+        description=__doc__ or "",
+        default_file=DEMO,
+        add_arguments=lambda parser: parser.add_argument(
+            "--json", metavar="FILE", help="Also write the result there."
+        ),
+    )
+    command.require_writable_file(options.json, "--json")
+    from pipeline.tuning.sweep import run_sweep
+
+    result = run_sweep(config)
+    command.write_json(options.json, asdict(result))
+    metric = config.tune.metric
+    fields = list(config.tune.space)
+    rows = [
+        [
+            trial.run_name,
+            trial.status,
+            *(
+                f"{value:.4g}" if isinstance(value, float) else str(value)
+                for value in map(trial.values.get, fields)
+            ),
+            f"{trial.metrics[metric]:.4f}" if metric in trial.metrics else "-",
+        ]
+        for trial in sorted(
+            result.trials, key=lambda trial: trial.metrics.get(metric, float("-inf")), reverse=True
+        )
+    ]
+    print(command.table(["trial", "status", *fields, metric], rows))
+    print(f"picture: {result.picture}")
+    best = " ".join(f"--{name} {value}" for name, value in result.best.values.items())
+    print(f"best: {result.best.run_name} with {metric} {result.best.metrics[metric]:.4f}: {best}")
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,343 @@
+"""A sweep: Ray Tune chooses values, each trial is a whole training run, and the best one is named.
+
+The sweep's folder is STORAGE/NAME/:
+
+    sweep.json          what is searched and what stays fixed; a sweep with other values is another sweep
+    trials/<run name>/  the trials' run folders, named by their values
+    outcomes/*.json     one for each trial that ended
+    tradeoff.png        every searched field against the metric
+
+Ray Tune's own snapshot is not used for resuming: it lags, and it forgets limits. What lies in these folders says which
+trials ended, and which began; those that began go on from their own checkpoints.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import optuna
+from ray import tune
+from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search import ConcurrencyLimiter
+from ray.tune.search.optuna import OptunaSearch
+
+from pipeline.config import Config, with_fields
+from pipeline.data import check_source, load_manifest
+from pipeline.data.prepare import prepare
+from pipeline.errors import UserError
+from pipeline.storage import Storage
+from pipeline.tracking import TrackedRun, finish_run, open_parent, require_store
+from pipeline.training import identity as identities
+from pipeline.training import ray_trainer
+from pipeline.training.checks import check_before_start, with_absolute_paths
+from pipeline.training.config import TrainConfig
+from pipeline.training.run import run_training
+from pipeline.tuning.config import Choice, TuneConfig, Uniform
+from pipeline.tuning.picture import tradeoff_picture
+
+logger = logging.getLogger(__name__)
+
+Values = dict[str, float | str]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a trial ended."""
+
+    run_name: str
+    run_id: str | None
+    """MLflow's id."""
+    values: Values
+    """The searched fields."""
+    status: str
+    """finished, stopped (early, by the scheduler) or failed."""
+    step: int
+    metrics: dict[str, float]
+    reason: str = ""
+    """Why it failed."""
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What a sweep leaves behind."""
+
+    run_id: str
+    """MLflow's id of the parent run."""
+    trials: list[Outcome]
+    best: Outcome
+    picture: str
+
+
+def run_sweep(config: Config) -> SweepResult:
+    """Runs the sweep, or what is left of it.
+
+    Raises:
+        UserError: bad values, a sweep of the same name that searches something else, or no trial that finished.
+    """
+    base = _base(config)
+    settings = config.tune
+    storage = Storage(base.storage)
+    sweep = storage / settings.name
+    for values in _extremes(settings):
+        _trial_config(base, values)
+    check_before_start(base, sweep)
+    has_data = Storage(base.data.root).exists("manifest.json")
+    if not has_data:
+        check_source(base.data)
+    require_store(base.tracking, base.storage)
+    _claim(sweep, base, settings)
+
+    # Without Ray's dashboard, trials that ASHA stops keep their CPUs.
+    ray_trainer.connect(base, dashboard=settings.scheduler == "asha")
+    if not has_data:
+        prepare(base.data)
+    load_manifest(base.data.root)
+    parent = open_parent(
+        base.tracking,
+        base.storage,
+        name=settings.name,
+        key=f"sweep-{_digest(sweep.uri)}",
+        parameters={"tune": settings.model_dump_json(), "storage": base.storage},
+    )
+    status = "FAILED"
+    try:
+        if len(outcomes(sweep)) >= settings.trials:
+            print(f"sweep {settings.name} has ended with {settings.trials} trials; nothing to do", flush=True)
+        else:
+            _search(base, settings, sweep, parent)
+        result = _conclude(settings, sweep, parent)
+        status = "FINISHED"
+        return result
+    except (KeyboardInterrupt, SystemExit):
+        status = "KILLED"
+        raise
+    finally:
+        finish_run(parent, status)
+
+
+def outcomes(sweep: Storage) -> list[Outcome]:
+    """The trials that ended, in the order of their names."""
+    return [Outcome(**json.loads(sweep.read_bytes(f"outcomes/{name}"))) for name in sweep.names("outcomes")]
+
+
+def _base(config: Config) -> TrainConfig:
+    plain = TrainConfig.model_validate(config.model_dump(exclude={"tune"}))
+    absolute = with_absolute_paths(plain)
+    tracking = absolute.tracking.model_copy(
+        # A trial is a trial: only a run of its own should hand out models.
+        update={
+            "uri": absolute.tracking.uri or f"sqlite:///{absolute.storage}/mlflow.db",
+            "register_model": False,
+        }
+    )
+    return absolute.model_copy(update={"tracking": tracking})
+
+
+def _search(base: TrainConfig, settings: TuneConfig, sweep: Storage, parent: TrackedRun) -> None:
+    ended = outcomes(sweep)
+    begun = _begun(sweep, {outcome.run_name for outcome in ended})
+    known = len(ended) + len(begun)
+    # A sampler that starts again with the same seed would propose the same values again.
+    seed = base.seed + known
+    sampler = (
+        optuna.samplers.TPESampler(seed=seed)
+        if settings.search == "optuna"
+        else optuna.samplers.RandomSampler(seed)
+    )
+    search = OptunaSearch(
+        {name: _distribution(span) for name, span in settings.space.items()},
+        metric=settings.metric,
+        mode=settings.mode,
+        sampler=sampler,
+        points_to_evaluate=begun or None,
+    )
+    for outcome in ended:
+        if settings.metric in outcome.metrics:
+            search.add_evaluated_point(outcome.values, outcome.metrics[settings.metric])
+    if known:
+        print(f"sweep {settings.name}: {len(ended)} trials ended before, {len(begun)} go on", flush=True)
+
+    def driver(values: Values) -> None:
+        trial = _trial_config(base, values, sweep)
+        folder = sweep / "trials" / trial.run_name
+        folder.write_bytes("values.json", json.dumps(values).encode())
+        result = run_training(trial, callbacks=[TuneReportCallback()], parent_run_id=parent.run_id)
+        _keep(sweep, Outcome(trial.run_name, result.run_id, values, "finished", result.step, result.metrics))
+        tune.report({**result.metrics, "step": result.step})
+
+    tuner = tune.Tuner(
+        # A driver only waits for its workers; were it to hold a CPU, they could wait for it for ever.
+        tune.with_resources(driver, {"CPU": 0, "memory": 2**20}),
+        tune_config=tune.TuneConfig(
+            num_samples=settings.trials - len(ended),
+            search_alg=ConcurrencyLimiter(search, max_concurrent=settings.max_concurrent),
+            scheduler=_scheduler(base, settings),
+            metric=settings.metric,
+            mode=settings.mode,
+            trial_name_creator=lambda trial: _run_name(trial.config),
+        ),
+        run_config=tune.RunConfig(
+            name=f"{settings.name}-{known}",
+            storage_path=sweep.path("ray"),
+            callbacks=[_Watcher(base, settings, sweep, parent)],
+            verbose=0,
+        ),
+    )
+    tuner.fit()
+
+
+class _Watcher(tune.Callback):
+    """Prints a line for each trial, and keeps the outcome of those that did not get to do it themselves."""
+
+    def __init__(self, base: TrainConfig, settings: TuneConfig, sweep: Storage, parent: TrackedRun) -> None:
+        self._settings, self._sweep, self._parent = settings, sweep, parent
+        self._last = base.psnr.steps + base.gan.steps
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial begins."""
+        shown = ", ".join(f"{name}={_short(value)}" for name, value in trial.config.items())
+        print(f"{_run_name(trial.config)} begins: {shown}", flush=True)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial finished, or the scheduler stopped it."""
+        self._note(trial, "stopped")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial failed."""
+        error = trial.get_error() if hasattr(trial, "get_error") else None
+        lines = str(error).strip().splitlines()
+        self._note(trial, "failed", lines[-1] if lines else "its process ended")
+
+    def _note(self, trial: Any, status: str, reason: str = "") -> None:
+        name = _run_name(trial.config)
+        known = {outcome.run_name: outcome for outcome in outcomes(self._sweep)}
+        if name not in known:
+            last = trial.last_result or {}
+            metrics = {key: value for key, value in last.items() if key.startswith(("psnr_", "ssim_"))}
+            identity = identities.load(self._sweep / "trials" / name)
+            run_id = identity.tracking_run_id if identity else None
+            known[name] = Outcome(
+                name, run_id, dict(trial.config), status, int(last.get("step", 0)), metrics, reason
+            )
+            _keep(self._sweep, known[name])
+            if run_id is not None:
+                folder = (self._sweep / "trials" / name).uri
+                tracked = TrackedRun(self._parent.uri, run_id, self._parent.experiment_id, folder)
+                finish_run(tracked, "KILLED" if status == "stopped" else "FAILED")
+        outcome = known[name]
+        metric = self._settings.metric
+        shown = f"{metric} {outcome.metrics[metric]:.4f}" if metric in outcome.metrics else outcome.reason
+        print(
+            f"{name} {outcome.status} at step {outcome.step}/{self._last}: {shown} "
+            f"({len(known)}/{self._settings.trials})",
+            flush=True,
+        )
+
+
+def _conclude(settings: TuneConfig, sweep: Storage, parent: TrackedRun) -> SweepResult:
+    trials = outcomes(sweep)
+    sign = 1 if settings.mode == "max" else -1
+    finished = [trial for trial in trials if trial.status == "finished" and settings.metric in trial.metrics]
+    if not finished:
+        reasons = (
+            "; ".join(f"{trial.run_name}: {trial.reason}" for trial in trials if trial.reason)
+            or "see the log"
+        )
+        raise UserError(f"tune.name={settings.name}: no trial finished ({reasons[:400]})")
+    best = max(finished, key=lambda trial: sign * trial.metrics[settings.metric])
+    content = tradeoff_picture([asdict(trial) for trial in trials], settings.metric, best.run_name)
+    sweep.write_bytes("tradeoff.png", content)
+    return SweepResult(parent.run_id, trials, best, sweep.path("tradeoff.png"))
+
+
+def _trial_config(base: TrainConfig, values: Mapping[str, Any], sweep: Storage | None = None) -> TrainConfig:
+    """The base with a trial's values, validated again. Raises UserError naming the field."""
+    changes: dict[str, Any] = dict(values)
+    if sweep is not None:
+        changes |= {"run_name": _run_name(values), "storage": sweep.path("trials")}
+    try:
+        changed = with_fields(Config.model_validate(base.model_dump()), changes)
+    except UserError as error:
+        raise UserError(f"tune.space: {error}") from None
+    return TrainConfig.model_validate(changed.model_dump(exclude={"tune"}))
+
+
+def _extremes(settings: TuneConfig) -> list[Values]:
+    """Values at both ends of every range: if these are allowed, all between are."""
+    spans = settings.space.items()
+    low = {name: span.low if isinstance(span, Uniform) else span.choice[0] for name, span in spans}
+    high = {name: span.high if isinstance(span, Uniform) else span.choice[-1] for name, span in spans}
+    single = [{name: choice} for name, span in spans if isinstance(span, Choice) for choice in span.choice]
+    return [low, high, *single]
+
+
+def _claim(sweep: Storage, base: TrainConfig, settings: TuneConfig) -> None:
+    """Writes what the sweep is, or checks that it is the same. Raises UserError."""
+    fixed = base.model_dump(mode="json", include=set(identities.LEARNING_FIELDS))
+    mine = {
+        "search": settings.model_dump(mode="json", include={"space", "metric", "mode"}),
+        "fixed": fixed,
+    }
+    if not sweep.exists("sweep.json"):
+        sweep.write_bytes("sweep.json", json.dumps(mine, indent=2).encode())
+        return
+    there = json.loads(sweep.read_bytes("sweep.json"))
+    if there != json.loads(json.dumps(mine)):
+        different = [
+            f"{part}.{name}"
+            for part in mine
+            for name in mine[part]
+            if there.get(part, {}).get(name) != mine[part][name]
+        ]
+        raise UserError(
+            f"tune.name={settings.name} is in use with other values of {', '.join(different)}; choose another tune.name"
+        )
+
+
+def _begun(sweep: Storage, ended: set[str]) -> list[Values]:
+    """Values of trials that began and did not end."""
+    names = [name for name in sweep.names("trials") if name not in ended]
+    return [
+        json.loads(sweep.read_bytes(f"trials/{name}/values.json"))
+        for name in names
+        if sweep.exists(f"trials/{name}/values.json")
+    ]
+
+
+def _keep(sweep: Storage, outcome: Outcome) -> None:
+    sweep.write_bytes(f"outcomes/{outcome.run_name}.json", json.dumps(asdict(outcome), indent=2).encode())
+
+
+def _scheduler(base: TrainConfig, settings: TuneConfig) -> TrialScheduler:
+    if settings.scheduler == "none":
+        return FIFOScheduler()
+    last = base.psnr.steps + base.gan.steps
+    return ASHAScheduler(
+        time_attr="step",
+        # One more than the last step: at the last step itself ASHA would stop a trial that is about to finish.
+        max_t=last + 1,
+        grace_period=min(settings.grace_steps, last),
+        reduction_factor=settings.reduction_factor,
+    )
+
+
+def _distribution(span: Uniform | Choice) -> optuna.distributions.BaseDistribution:
+    if isinstance(span, Uniform):
+        return optuna.distributions.FloatDistribution(span.low, span.high, log=span.log)
+    return optuna.distributions.CategoricalDistribution(span.choice)
+
+
+def _run_name(values: Mapping[str, Any]) -> str:
+    return f"trial-{_digest(json.dumps(values, sort_keys=True))}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def _short(value: float | str) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
