@@ -1,0 +1,251 @@
+"""Batches through Ray Data, and the choice between it and the thread, made anew for every group of workers."""
+
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+import ray.train
+from ray.data import Datasource, ReadTask
+from ray.data.block import BlockMetadata
+from ray.exceptions import GetTimeoutError, RayTaskError
+
+from pipeline.data.feed import Feed
+from pipeline.data.fetch import Batch, as_tensor, fetch, reader_and_samples
+from pipeline.data.manifest import load_manifest
+from pipeline.data.order import Samples, rank_share
+from pipeline.data.reader import PatchReader
+from pipeline.errors import UserError
+
+# A block of several steps spreads Ray's cost for a block; few tasks make the first batch come soon at any length.
+STEPS_IN_A_BLOCK = 8
+BLOCK_BYTES = 16 * 2**20
+MOST_TASKS = 1500
+# Without a limit Ray Data runs hundreds of steps ahead.
+STORE_BYTES = 128 * 2**20
+START_TIMEOUT_S = 120.0
+# Ray Data's executor takes about a core for each worker while it waits for room.
+CORES_FOR_RAY = 4.0
+
+Transport = Literal["thread", "ray"]
+
+
+class FeedDataConfig(ray.train.DataConfig):
+    """Gives every worker a feed of its own instead of a split of a data set, so that the order depends on steps alone.
+
+    Ray Train calls `configure` whenever a group of workers starts, with the size of the group.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: str,
+        seed: int,
+        batch_size: int,
+        crop_px: int,
+        feed: Literal["auto", "ray", "thread"] = "auto",
+        cpus_per_worker: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self._whole = Feed(root, seed, batch_size, crop_px)
+        self._wanted, self._cpus_per_worker = feed, cpus_per_worker
+
+    def configure(
+        self,
+        datasets: Mapping[str, Any],
+        world_size: int,
+        worker_handles: list[Any] | None = None,
+        worker_node_ids: list[str] | None = None,
+        **more: Any,
+    ) -> list[dict[str, Any]]:
+        """For each rank, its feed under every name in `datasets`; prints which transport it is, and why."""
+        transport, reason = self._wanted, "as configured"
+        if transport == "auto":
+            cpus = {
+                node["NodeID"]: float(node["Resources"].get("CPU", 0.0))
+                for node in ray.nodes()
+                if node["Alive"]
+            }
+            transport, reason = choose(cpus, worker_node_ids or [], world_size, self._cpus_per_worker)
+        print(f"data.feed: {transport} ({reason})", flush=True)
+        feeds = [
+            replace(self._whole, rank=rank, world_size=world_size, transport=transport)
+            for rank in range(world_size)
+        ]
+        return [dict.fromkeys(datasets, feed) for feed in feeds]
+
+
+def choose(
+    cpus_of_nodes: Mapping[str, float], worker_nodes: Sequence[str], world_size: int, cpus_per_worker: float
+) -> tuple[Transport, str]:
+    """Ray Data where every worker has a CPU to spare for it, on another node or among many cores; and the reason."""
+    total = sum(cpus_of_nodes.values())
+    spare = (total - world_size * cpus_per_worker) / world_size
+    elsewhere = sum(cpus for node, cpus in cpus_of_nodes.items() if node not in worker_nodes) / world_size
+    if worker_nodes and elsewhere >= 1:
+        return "ray", f"{elsewhere:.3g} CPUs for each worker on other nodes"
+    if total / world_size >= CORES_FOR_RAY and spare >= 1:
+        return "ray", f"{spare:.3g} spare CPUs for each worker"
+    return (
+        "thread",
+        f"{spare:.3g} spare CPUs and {total / world_size:.3g} in all for each worker are too few for Ray Data",
+    )
+
+
+def ray_batches(feed: Feed, first_step: int, last_step: int) -> Generator[Batch, None, None]:
+    """What `Feed.batches` gives, read and cut by Ray Data's tasks on any node.
+
+    Raises:
+        UserError: as `Feed.batches`, or no task could be started.
+    """
+    if first_step >= last_step:
+        return
+    source = StepSource(feed, first_step, last_step)
+    _require_tasks_start()
+    dataset = ray.data.read_datasource(
+        source,
+        override_num_blocks=source.tasks,
+        # Workers may hold every CPU; a task that waited for one would hang the run without a word.
+        ray_remote_args={"num_cpus": 0},
+        concurrency=2,
+    )
+    context = dataset.context
+    context.execution_options.preserve_order = True
+    context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
+        object_store_memory=STORE_BYTES
+    )
+    context.enable_progress_bars = False
+    # A split of one runs the executor in a process of its own; in this one it would fight the training step for the
+    # interpreter.
+    (split,) = dataset.streaming_split(1)
+    expected = first_step
+    try:
+        with closing(
+            iter(split.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
+        ) as blocks:
+            for block in blocks:
+                for step, batch in _unpacked(block, feed.crop_px):
+                    if step != expected:
+                        raise RuntimeError(f"Ray Data gave step {step} instead of {expected}")
+                    expected += 1
+                    yield batch
+    except RayTaskError as error:
+        cause = error.as_instanceof_cause()
+        if isinstance(cause, UserError):
+            raise UserError(str(error.cause).splitlines()[0]) from None  # Ray appends advice
+        raise
+
+
+class StepSource(Datasource):
+    """A data set whose rows are one worker's batches of consecutive steps."""
+
+    def __init__(self, feed: Feed, first_step: int, last_step: int) -> None:
+        manifest = load_manifest(feed.root)
+        self._feed, self._first, self._last, self._sha256 = feed, first_step, last_step, manifest.sha256
+        first, last = rank_share(feed.batch_size, feed.rank, feed.world_size)
+        self._step_bytes = 3 * (last - first) * (feed.crop_px**2 + (feed.crop_px // manifest.scale) ** 2)
+        self._block_steps = max(1, min(STEPS_IN_A_BLOCK, BLOCK_BYTES // max(1, self._step_bytes)))
+        self.tasks = min(MOST_TASKS, -(-(last_step - first_step) // self._block_steps))
+
+    def estimate_inmemory_data_size(self) -> int:
+        """Bytes of all steps."""
+        return self._step_bytes * (self._last - self._first)
+
+    def get_read_tasks(self, parallelism: int, *args: Any, **more: Any) -> list[ReadTask]:
+        """One task for each run of consecutive steps."""
+        edges = np.linspace(self._first, self._last, self.tasks + 1).round().astype(int).tolist()
+        tasks = []
+        for first, last in pairwise(edges):
+            metadata = BlockMetadata(
+                num_rows=last - first,
+                size_bytes=self._step_bytes * (last - first),
+                input_files=None,
+                exec_stats=None,
+            )
+            tasks.append(
+                ReadTask(_Reading(self._feed, self._sha256, first, last, self._block_steps), metadata)
+            )
+        return tasks
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What a task does: batches of its steps, a block at a time."""
+
+    feed: Feed
+    manifest_sha256: str
+    first: int
+    last: int
+    block_steps: int
+
+    def __call__(self) -> Iterator[pa.Table]:
+        feed = self.feed
+        reader, samples = _kept_open(
+            feed.root, self.manifest_sha256, feed.seed, feed.batch_size, feed.crop_px
+        )
+        share = rank_share(feed.batch_size, feed.rank, feed.world_size)
+        for start in range(self.first, self.last, self.block_steps):
+            steps = range(start, min(start + self.block_steps, self.last))
+            yield _packed(steps, [fetch(reader, samples, step, *share) for step in steps])
+
+
+@lru_cache(maxsize=4)
+def _kept_open(
+    root: str, manifest_sha256: str, seed: int, batch_size: int, crop_px: int
+) -> tuple[PatchReader, Samples]:
+    """Tasks that run one after another in a process share its open files."""
+    manifest = load_manifest(root)
+    if manifest.sha256 != manifest_sha256:
+        raise UserError(
+            f"data.root={root}: the data set has been prepared anew since training started; start again"
+        )
+    return reader_and_samples(manifest, seed, batch_size, crop_px)
+
+
+def _packed(steps: Sequence[int], batches: Sequence[Batch]) -> pa.Table:
+    """One row per step; images as (B, h, w, 3) bytes."""
+    columns = {
+        "step": pa.array(steps, pa.int64()),
+        "damaged": pa.array([batch.damaged for batch in batches], pa.int64()),
+    }
+    for name in ("lr", "hr"):
+        images = np.stack([getattr(batch, name).permute(0, 2, 3, 1).numpy() for batch in batches])
+        kind = pa.binary(images[0].nbytes)
+        columns[name] = pa.Array.from_buffers(kind, len(images), [None, pa.py_buffer(images)])
+    return pa.table(columns)
+
+
+def _unpacked(block: pa.Table, crop_px: int) -> Iterator[tuple[int, Batch]]:
+    for row in range(block.num_rows):
+        data = {name: block[name][row].as_buffer() for name in ("lr", "hr")}
+        count = len(data["hr"]) // (3 * crop_px**2)
+        images = {}
+        for name, buffer in data.items():
+            side = round((len(buffer) / (3 * count)) ** 0.5)
+            # A copy: the block's memory is shared, read-only, and wanted back.
+            pixels = np.frombuffer(buffer, np.uint8).reshape(count, side, side, 3).copy()
+            images[name] = as_tensor(pixels)
+        yield block["step"][row].as_py(), Batch(images["lr"], images["hr"], block["damaged"][row].as_py())
+
+
+def _require_tasks_start() -> None:
+    """A task like those of the feed must run; Ray Data would wait for it without a word."""
+    probe = ray.remote(_nothing).options(num_cpus=0).remote()
+    try:
+        ray.get(probe, timeout=START_TIMEOUT_S)
+    except GetTimeoutError:
+        ray.cancel(probe, force=True)
+        raise UserError(
+            f"data.feed=ray: no task of the feed started within {START_TIMEOUT_S:g} s (`ray status` shows what the "
+            "cluster waits for); use data.feed=thread"
+        ) from None
+
+
+def _nothing() -> None:
+    return None
