@@ -1,0 +1,1 @@
+"""Measuring generators on photographs, showing the differences, and upscaling with them."""

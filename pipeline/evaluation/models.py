@@ -1,0 +1,187 @@
+"""Opens whatever a user may mean by a model: a registered version, a run, a checkpoint, a file, or `bicubic`."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import torch
+from numpy.typing import NDArray
+
+from pipeline.errors import UserError
+from pipeline.imaging import bicubic_upscale, upscale
+from pipeline.model import RRDBNet, decode_generator
+from pipeline.storage import Storage, is_remote
+from pipeline.tracking.registry import pull_generator
+from pipeline.training import checkpoint
+
+BICUBIC = "bicubic"
+WEIGHTS = "generator.safetensors"
+SUFFIXES = (".safetensors", ".pth")
+# Low-resolution pixels up to which an image goes through in one piece (about 2.2 GB for the paper's network).
+WHOLE_UP_TO_PX = 512 * 512
+AUTO_TILE_PX = 256
+
+Image = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """Something that makes a picture larger."""
+
+    name: str
+    """As the user wrote it: the table's and the report's label."""
+    scale: int
+    generator: RRDBNet | None = None
+    """None: MATLAB's bicubic."""
+    info: Mapping[str, str] = field(default_factory=dict)
+    """What the file says about the network, and where its residual scale comes from."""
+    device: str = "cpu"
+    bf16: bool = False
+
+    def upscale(self, lr: Image, tile_px: int | None = None) -> Image:
+        """uint8 RGB (H, W, 3) to (H * scale, W * scale, 3).
+
+        Args:
+            lr: the picture.
+            tile_px: side of a tile in `lr`'s pixels; 0: never tiles; none: 256 from 512 x 512 pixels on.
+        """
+        if self.generator is None:
+            return bicubic_upscale(lr, self.scale)
+        if tile_px is None:
+            tile_px = AUTO_TILE_PX if lr.shape[0] * lr.shape[1] > WHOLE_UP_TO_PX else 0
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        return upscale(self.generator, lr, tile_px=tile_px or None, device=self.device, dtype=dtype)
+
+
+def open_model(
+    source: str,
+    tracking_uri: str | None = None,
+    *,
+    device: str = "cpu",
+    bf16: bool = False,
+    bicubic_scale: int = 4,
+) -> Model:
+    """Opens a model.
+
+    Args:
+        source: models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint folder, a run's folder (its newest sound
+            checkpoint), a .safetensors or .pth file, or `bicubic`.
+        tracking_uri: the store behind models:/; by default the environment's.
+        device: where the generator computes.
+        bf16: convolutions in bfloat16.
+        bicubic_scale: the factor of `bicubic`.
+
+    Raises:
+        UserError: not there, damaged, or not a generator.
+    """
+    if source == BICUBIC:
+        return Model(BICUBIC, bicubic_scale)
+    if source.startswith("models:/"):
+        path = pull_generator(source, tracking_uri)
+        content = path.read_bytes()
+    else:
+        content = _weights(source)
+    generator, info = decode_generator(content, source)
+    return Model(source, generator.scale, generator.eval(), info, device, bf16)
+
+
+def interpolated(first: Model, second: Model, alpha: float) -> Model:
+    """Network interpolation: weights (1 - alpha) * first + alpha * second (ESRGAN, sec. 3.4).
+
+    The paper interpolates from the PSNR network (first) to the GAN network (second), with alpha = 0.8 for its figures.
+
+    Raises:
+        UserError: alpha outside 0 ... 1, `bicubic`, or networks of different sizes.
+    """
+    name = f"{1 - alpha:.4g} * {first.name} + {alpha:.4g} * {second.name}"
+    if not 0 <= alpha <= 1:
+        raise UserError(f"--interpolate: ALPHA={alpha} is not between 0 and 1")
+    if first.generator is None or second.generator is None:
+        raise UserError("--interpolate: bicubic has no weights; give two networks")
+    a, b = first.generator.state_dict(), second.generator.state_dict()
+    sizes = [(model.scale, float(model.info["residual_scale"])) for model in (first, second)]
+    shapes = [{key: tensor.shape for key, tensor in state.items()} for state in (a, b)]
+    if sizes[0] != sizes[1] or shapes[0] != shapes[1]:
+        raise UserError(f"--interpolate: {first.name} and {second.name} are networks of different sizes")
+    mixed = {key: (1 - alpha) * a[key] + alpha * b[key] for key in a}
+    info = {
+        key: first.info[key] for key in ("num_feat", "num_block", "num_grow_ch", "residual_scale", "scale")
+    }
+    with torch.device("meta"):
+        generator = RRDBNet(
+            int(info["num_feat"]), int(info["num_block"]), int(info["num_grow_ch"]),
+            float(info["residual_scale"]), first.scale,
+        )  # fmt: skip
+    generator.load_state_dict(mixed, assign=True)
+    return replace(first, name=name, generator=generator.eval(), info=info)
+
+
+def notes(models: Sequence[Model]) -> list[str]:
+    """What a user should know about how the files were read, one line each."""
+    return [
+        f"{model.name}: the file does not say its residual scale; {model.info['residual_scale']} is taken"
+        for model in models
+        if model.info.get("residual_scale_source") == "default"
+    ]
+
+
+def choose_device(name: str) -> str:
+    """`auto` is a CUDA device where torch sees one, else the CPU. Raises UserError for a device that is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from None
+    return name
+
+
+def _weights(source: str) -> bytes:
+    """The content of the generator's file that `source` names."""
+    if source.lower().endswith(SUFFIXES):
+        folder, _, name = source.rpartition("/")
+        storage = Storage(folder or ("/" if source.startswith("/") else "."))
+        try:
+            return storage.read_bytes(name)
+        except (OSError, pyarrow.ArrowException):
+            raise UserError(f"--model {source}: there is no such file, or it cannot be read") from None
+    if not is_remote(source) and "://" not in source and Path(source).expanduser().is_file():
+        raise UserError(f"--model {source}: weights are .safetensors or .pth files")
+    storage = Storage(source)
+    if storage.exists(WEIGHTS):
+        return _from_checkpoint(storage)
+    damaged = ""
+    for found in reversed(checkpoint.listed(storage)):
+        try:
+            return _from_checkpoint(storage / found.folder)
+        except UserError as error:
+            damaged = damaged or f"; {error}"
+    if storage.exists():
+        raise UserError(
+            f"--model {source}: neither a checkpoint ({WEIGHTS}) nor a run with one (checkpoints/){damaged}"
+        )
+    raise UserError(
+        f"--model {source}: there is no such file or folder; give models:/NAME@ALIAS, a checkpoint's or run's folder, "
+        "a .safetensors or .pth file, or bicubic"
+    )
+
+
+def _from_checkpoint(folder: Storage) -> bytes:
+    """The generator's file in a checkpoint, checked against the manifest."""
+    try:
+        content = folder.read_bytes(WEIGHTS)
+        expected = json.loads(folder.read_bytes("manifest.json"))["files"][WEIGHTS]["sha256"]
+    except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException):
+        raise UserError(
+            f"{folder.uri}: not a finished checkpoint (its manifest.json is missing or damaged); "
+            f"name the file {WEIGHTS} to use it all the same"
+        ) from None
+    if hashlib.sha256(content).hexdigest() != expected:
+        raise UserError(
+            f"{folder.path(WEIGHTS)}: differs from its checksum in manifest.json; use another checkpoint"
+        )
+    return content
