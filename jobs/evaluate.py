@@ -10,14 +10,9 @@ from pipeline.evaluation.crops import Box
 from pipeline.evaluation.evaluate import evaluate, table, write_results
 from pipeline.evaluation.layout import find_pairs
 from pipeline.evaluation.lpips import load_lpips
-from pipeline.evaluation.models import choose_device, interpolated, notes, open_model
+from pipeline.evaluation.models import MODEL_HELP, choose_device, interpolated, notes, open_model
 from pipeline.evaluation.scoring import Scorer, Settings
 from pipeline.storage import Storage
-
-MODEL_HELP = (
-    "models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint's or a run's folder, a .safetensors or .pth file, "
-    "or bicubic."
-)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -137,16 +137,16 @@ def shown(metric: str, value: float) -> str:
 
 
 def short_labels(models: Sequence[Model]) -> list[str]:
-    """Names for a table: the last part of a path, unless two models share it."""
-    short = [
-        model.name
-        if model.name.startswith("models:/") or " " in model.name
-        else PurePosixPath(model.name).name
-        for model in models
-    ]
+    """Names for a table: the last part of each path, unless two models share it."""
+    short = [" + ".join(_short(term) for term in model.name.split(" + ")) for model in models]
     return [
         label if short.count(label) == 1 else model.name for label, model in zip(short, models, strict=True)
     ]
+
+
+def _short(name: str) -> str:
+    factor, times, source = name.rpartition(" * ")
+    return factor + times + (source if source.startswith("models:/") else PurePosixPath(source).name)
 
 
 def require_matching_sizes(pairs: Sequence[Pair], scale: int) -> None:

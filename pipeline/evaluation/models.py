@@ -19,6 +19,10 @@ from pipeline.tracking.registry import pull_generator
 from pipeline.training import checkpoint
 
 BICUBIC = "bicubic"
+MODEL_HELP = (
+    "models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint's or a run's folder, a .safetensors or .pth file, "
+    "or bicubic."
+)
 WEIGHTS = "generator.safetensors"
 SUFFIXES = (".safetensors", ".pth")
 # Low-resolution pixels up to which an image goes through in one piece (about 2.2 GB for the paper's network).

@@ -1,0 +1,135 @@
+"""Enlarges photographs of any size: files, folders, object stores. Goes on where it stopped."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
+import pyarrow
+from tqdm import tqdm
+
+from pipeline.data.photos import PhotoRefused
+from pipeline.errors import UserError
+from pipeline.evaluation.layout import images_in
+from pipeline.evaluation.models import Model
+from pipeline.evaluation.photo_files import SUFFIXES, read_source, write_copy
+from pipeline.imaging import bicubic_upscale
+from pipeline.storage import Storage
+
+
+@dataclass(frozen=True)
+class Task:
+    """One photograph and the name of its copy, both relative to their folders."""
+
+    name: str
+    target: str
+
+
+@dataclass(frozen=True)
+class Upscaled:
+    """What became of the photographs."""
+
+    written: list[str] = field(default_factory=list)
+    """Addresses of new files."""
+    skipped: list[str] = field(default_factory=list)
+    """Addresses of files that were there."""
+    failed: list[dict[str, str]] = field(default_factory=list)
+    """`path` and `reason`."""
+
+
+@dataclass(frozen=True)
+class Upscaler:
+    """Enlarges one photograph; it travels to Ray's workers as a value."""
+
+    model: Model
+    source: Storage
+    output: Storage
+    form: str
+    tile_px: int | None
+    max_megapixels: float
+
+    def __call__(self, task: Task) -> dict[str, str]:
+        """`target`, and `failed` with the reason where it did not work. A file appears whole or not at all."""
+        try:
+            photo = read_source(self.source.read_bytes(task.name), self.max_megapixels)
+            pixels = self.model.upscale(photo.rgb, self.tile_px)
+            scale = self.model.scale
+            alpha = photo.alpha if photo.alpha is None or scale == 1 else bicubic_upscale(photo.alpha, scale)
+            self.output.write_bytes(task.target, write_copy(pixels, alpha, photo, self.form))
+        except PhotoRefused as error:
+            return {"name": task.name, "failed": str(error)}
+        except (OSError, pyarrow.ArrowException) as error:
+            return {"name": task.name, "failed": str(error).splitlines()[0]}
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
+                raise
+            return {"name": task.name, "failed": "out of memory; lower --tile"}
+        return {"name": task.name, "target": task.target}
+
+
+def plan(source: str, output: str, form: str) -> tuple[Storage, Storage, list[Task]]:
+    """What is to be done: relative names are kept, and the suffix becomes the format's.
+
+    Two photographs of one name but for the suffix keep their own suffix in front of the new one.
+
+    Raises:
+        UserError: no such folder or file, no photographs in it, or the output is the input's folder.
+    """
+    folder, names = images_in(source, "--input")
+    target = Storage(output)
+    if target.uri == folder.uri:
+        raise UserError(
+            f"--output {output}: is the input's folder; choose another, so that nothing is overwritten"
+        )
+    # The copies of an earlier run may lie below the photographs.
+    inside = (
+        f"{target.uri}/".removeprefix(f"{folder.uri}/") if target.uri.startswith(f"{folder.uri}/") else None
+    )
+    names = [name for name in names if inside is None or not name.startswith(inside)]
+    if not names:
+        raise UserError(f"--input {source}: no photographs there besides the output")
+    suffix = SUFFIXES[form]
+    plain = Counter(str(PurePosixPath(name).with_suffix("")) for name in names)
+    tasks = []
+    for name in names:
+        stem = str(PurePosixPath(name).with_suffix(""))
+        tasks.append(Task(name, f"{name if plain[stem] > 1 else stem}{suffix}"))
+    return folder, target, tasks
+
+
+def upscale_all(
+    upscaler: Upscaler, tasks: Sequence[Task], workers: int = 0, overwrite: bool = False
+) -> Upscaled:
+    """Enlarges all photographs whose copy is not there yet, in this process or on Ray's workers."""
+    there = set() if overwrite else set(upscaler.output.files())
+    result = Upscaled(skipped=[upscaler.output.path(task.target) for task in tasks if task.target in there])
+    left = [task for task in tasks if task.target not in there]
+    # tqdm shows images per second and the time left; where there is no terminal, a line every few seconds.
+    outcomes = tqdm(
+        _outcomes(upscaler, left, workers), total=len(left), unit=" images", smoothing=0.1, mininterval=1
+    )
+    for outcome in outcomes:
+        if "failed" in outcome:
+            result.failed.append({"path": upscaler.source.path(outcome["name"]), "reason": outcome["failed"]})
+        else:
+            result.written.append(upscaler.output.path(outcome["target"]))
+    for entries in (result.written, result.skipped):
+        entries.sort()
+    result.failed.sort(key=lambda entry: entry["path"])
+    return result
+
+
+def _outcomes(upscaler: Upscaler, tasks: Sequence[Task], workers: int) -> Iterable[dict[str, Any]]:
+    if workers == 0 or not tasks:
+        return _here(upscaler, tasks)
+    from pipeline.evaluation.spread import spread
+
+    return spread(
+        upscaler, tasks, workers, gpus_per_worker=1 if upscaler.model.device.startswith("cuda") else 0
+    )
+
+
+def _here(upscaler: Upscaler, tasks: Sequence[Task]) -> Iterator[dict[str, Any]]:
+    for task in tasks:
+        yield upscaler(task)
