@@ -1,0 +1,54 @@
+"""A data set of a few noise patches, written without ingest."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.data import manifest as manifests
+from pipeline.data.checks import pack_seal, row_checks
+from pipeline.data.shards import PATCH_SCHEMA, ShardWriter, encode_pixels
+from pipeline.storage import Storage
+
+
+def pixels(patch: int, side: int, scale: int) -> tuple[np.ndarray, np.ndarray]:
+    """A patch whose low-resolution version is every scale-th pixel of it, so that a wrong cut shows."""
+    hr = np.random.default_rng(patch).integers(0, 256, (side, side, 3), np.uint8)
+    return hr, np.ascontiguousarray(hr[::scale, ::scale])
+
+
+def write_patches(
+    folder: Path, count: int, side: int = 32, scale: int = 4, rows: int = 8, codec: str = "raw"
+) -> str:
+    """Writes `count` patches in shards of `rows`; gives the data set's root."""
+    storage = Storage(str(folder))
+    shards = []
+    for first in range(0, count, rows):
+        writer = ShardWriter(storage, f"patches-{len(shards):05d}.parquet", PATCH_SCHEMA, codec)
+        for patch in range(first, min(first + rows, count)):
+            hr, lr = pixels(patch, side, scale)
+            checks = np.concatenate([row_checks(image.reshape(len(image), -1)) for image in (hr, lr)])
+            cells = {
+                "patch_id": patch,
+                "source_id": 0,
+                "y": 0,
+                "x": 0,
+                "hr": encode_pixels(hr, codec),
+                "lr": encode_pixels(lr, codec),
+                "detail": 1.0,
+                "checks": pack_seal(patch, checks),
+            }
+            writer.write(pa.Table.from_pylist([cells], schema=PATCH_SCHEMA))
+        shards.append(asdict(writer.finish()))
+    content = {
+        "patches": count,
+        "settings": {"scale": scale, "patch_px": side, "codec": codec},
+        "shards": shards,
+        "held_out": [],
+        "sources": [],
+        "rejected": [],
+        "degradation": {},
+    }
+    storage.write_bytes(manifests.NAME, manifests.encode(content))
+    return storage.uri
