@@ -1,0 +1,132 @@
+"""Batches through Ray Data and Ray Train are those of the prefetch thread."""
+
+import hashlib
+import json
+from contextlib import closing
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_patches import write_patches
+
+from pipeline.data.feed import Batch, Feed
+from pipeline.data.ray_feed import MOST_TASKS, FeedDataConfig, StepSource, choose
+from pipeline.errors import UserError
+
+FIELDS: dict[str, Any] = {"seed": 3, "batch_size": 6, "crop_px": 16}
+
+
+def digest(batch: Batch) -> str:
+    parts = [images.permute(0, 2, 3, 1).numpy().tobytes() for images in (batch.lr, batch.hr)]
+    return hashlib.sha256(b"".join(parts)).hexdigest() + f" {batch.damaged}"
+
+
+def digests(feed: Feed, first: int, last: int) -> list[str]:
+    with closing(feed.batches(first, last)) as batches:
+        return [digest(batch) for batch in batches]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "expected"),
+    [
+        ({"a": 2.0}, ["a", "a"], "thread"),
+        ({"a": 6.0}, ["a", "a"], "thread"),
+        ({"a": 8.0}, ["a", "a"], "ray"),
+        ({"a": 4.0}, ["a"], "ray"),
+        ({"a": 2.0, "b": 2.0}, ["a", "a"], "ray"),
+        ({"a": 2.0, "b": 1.0}, ["a", "a"], "thread"),
+        ({"a": 2.0, "b": 2.0}, ["a", "b"], "thread"),
+    ],
+)
+def test_auto_takes_ray_only_where_cpus_are_to_spare(
+    nodes: dict[str, float], workers: list[str], expected: str
+) -> None:
+    transport, reason = choose(nodes, workers, len(workers), 1.0)
+    assert transport == expected
+    assert "CPUs" in reason
+
+
+def test_auto_takes_the_thread_where_workers_hold_all_of_many_cores() -> None:
+    assert choose({"a": 8.0}, ["a", "a"], 2, 4.0)[0] == "thread"
+
+
+def test_every_rank_gets_a_feed_of_its_own_and_the_choice_is_printed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = FeedDataConfig(root="data", feed="thread", **FIELDS)
+    feeds = [feeds["train"] for feeds in config.configure({"train": None}, 3)]
+    assert feeds == [Feed("data", **FIELDS, rank=rank, world_size=3) for rank in range(3)]
+    assert capsys.readouterr().out == "data.feed: thread (as configured)\n"
+
+
+@pytest.mark.parametrize("steps", [1, 7, 8, 9, 400_000])
+def test_read_tasks_cover_every_step_once_and_stay_few(tmp_path: Path, steps: int) -> None:
+    feed = Feed(write_patches(tmp_path, 3), **FIELDS)
+    source = StepSource(feed, 5, 5 + steps)
+    spans = [(task.read_fn.first, task.read_fn.last) for task in source.get_read_tasks(-1)]
+    assert len(spans) <= MOST_TASKS
+    assert spans[0][0] == 5
+    assert spans[-1][1] == 5 + steps
+    assert all(one[1] == two[0] and two[0] < two[1] for one, two in pairwise(spans))
+
+
+@pytest.mark.ray
+def test_ray_and_thread_give_the_same_batches_from_any_step(ray_cluster: str, tmp_path: Path) -> None:
+    root = write_patches(tmp_path, 13, rows=5)
+    for first in (0, 11):
+        expected = digests(Feed(root, **FIELDS), first, 30)
+        assert digests(Feed(root, **FIELDS, transport="ray"), first, 30) == expected
+
+
+@pytest.mark.ray
+def test_a_users_error_in_a_task_of_ray_data_is_one_clear_line(ray_cluster: str, tmp_path: Path) -> None:
+    root = write_patches(tmp_path, 5)
+    for shard in tmp_path.glob("*.parquet"):
+        shard.unlink()
+    with pytest.raises(UserError, match="verify") as caught:
+        digests(Feed(root, **FIELDS, transport="ray"), 0, 3)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize(("transport", "first"), [("ray", 0), ("thread", 0), ("ray", 5)])
+def test_two_workers_of_ray_train_get_their_shares_in_order(
+    ray_cluster: str, tmp_path: Path, transport: str, first: int
+) -> None:
+    import ray.train.torch
+
+    root = write_patches(tmp_path / "data", 13, rows=5)
+    out = tmp_path / "out"
+    out.mkdir()
+
+    # Inside the test, so that it travels to the workers by value.
+    def loop(config: dict[str, Any]) -> None:
+        import hashlib
+        import json
+        from contextlib import closing
+        from pathlib import Path
+
+        feed = ray.train.get_dataset_shard("train")
+        lines = []
+        with closing(feed.batches(config["first"], 20)) as batches:
+            for batch in batches:
+                parts = [images.permute(0, 2, 3, 1).numpy().tobytes() for images in (batch.lr, batch.hr)]
+                lines.append(hashlib.sha256(b"".join(parts)).hexdigest() + f" {batch.damaged}")
+        rank = ray.train.get_context().get_world_rank()
+        Path(config["out"], f"{rank}.json").write_text(json.dumps([feed.transport, lines]))
+
+    ray.train.torch.TorchTrainer(
+        loop,
+        train_loop_config={"first": first, "out": str(out)},
+        scaling_config=ray.train.ScalingConfig(num_workers=2),
+        torch_config=ray.train.torch.TorchConfig(backend="gloo"),
+        datasets={"train": lambda: None},
+        dataset_config=FeedDataConfig(root=root, feed=transport, **FIELDS),  # type: ignore[arg-type]
+        run_config=ray.train.RunConfig(name="feed", storage_path=str(tmp_path / "ray")),
+    ).fit()
+
+    for rank in range(2):
+        expected = digests(Feed(root, **FIELDS, rank=rank, world_size=2), first, 20)
+        assert json.loads((out / f"{rank}.json").read_text()) == [transport, expected]
