@@ -1,0 +1,322 @@
+"""How fast patches reach training: `python benchmarks/feed.py` prints a table of ratios, measured in one run.
+
+Everything lies in a temporary folder and in the page cache. Ray is a private one with as many CPUs as the machine.
+"""
+
+import argparse
+import io
+import os
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import torch
+from PIL import Image
+
+from pipeline.data import manifest as manifests
+from pipeline.data.checks import pack_seal, row_checks
+from pipeline.data.feed import Batch, Feed
+from pipeline.data.fetch import as_tensor, fetch, flipped, opened
+from pipeline.data.manifest import Shard, load_manifest
+from pipeline.data.order import Samples
+from pipeline.data.shards import PATCH_SCHEMA, ShardWriter
+from pipeline.imaging import matlab_bicubic_downscale
+from pipeline.storage import Storage
+
+PATCH, SCALE, CROP, BATCH = 480, 4, 128, 16
+PATCHES, ROWS = 128, 32
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5, help="repetitions of every measurement")
+    parser.add_argument("--without-ray", action="store_true", help="leave out what needs Ray")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory(prefix="feed") as folder:
+        patches = make_patches()
+        root = write_data(Path(folder) / "data", patches, ROWS)
+        feed = Feed(root, seed=1, batch_size=BATCH, crop_px=CROP)
+        table = [("figure", "median", "lowest to highest", "asked for")]
+        table += rates(feed, patches, arguments.rounds, not arguments.without_ray)
+        table += first_batches(Path(folder), arguments.rounds)
+    print(
+        f"\n{platform.machine()}, {os.cpu_count()} cores, load {load:.1f} before; Python {platform.python_version()}, "
+        f"torch {torch.__version__}; {PATCHES} patches of {PATCH} px (raw), batches of {BATCH} crops of {CROP} px; "
+        f"{arguments.rounds} rounds\n"
+    )
+    for number, row in enumerate(table):
+        print("| " + " | ".join(row) + " |")
+        if number == 0:
+            print("|" + "---|" * len(row))
+
+
+def rates(
+    feed: Feed, patches: list[tuple[np.ndarray, np.ndarray]], rounds: int, with_ray: bool
+) -> list[tuple[str, ...]]:
+    """Patches per second of every way, one after the other in each round; and what a feed costs."""
+    samples = Samples(len(patches), PATCH, SCALE, feed.seed, BATCH, CROP)
+    pngs = [png(hr) for hr, _ in patches]
+    small_pngs = [png(lr) for _, lr in patches]
+    ways: dict[str, Callable[[], tuple[float, float]]] = {
+        "memory": lambda: timed(from_memory(patches, samples, step) for step in range(60)),
+        "png": lambda: timed(from_png(pngs, small_pngs, samples, step) for step in range(6)),
+        "thread": lambda: from_feed(feed, 150),
+    }
+    found: dict[str, list[float]] = {}
+    cost: dict[str, list[float]] = {}
+    steps: dict[str, list[float]] = {}
+    with opened(load_manifest(feed.root), feed.seed, BATCH, CROP) as (reader, order), ray_or_not(with_ray):
+        ways["fetch"] = lambda: timed(fetch(reader, order, step, 0, BATCH) for step in range(60))
+        if with_ray:
+            ways["ray"] = lambda: from_feed(replace(feed, transport="ray"), 600)
+        feeds = {"thread": feed} | ({"ray": replace(feed, transport="ray")} if with_ray else {})
+        for _ in range(rounds):
+            for name, way in ways.items():
+                rate, seconds = way()
+                found.setdefault(name, []).append(rate)
+                cost.setdefault(name, []).append(seconds)
+            for name, one in ({"none": None} | feeds).items():
+                steps.setdefault(name, []).append(small_operations(one))
+
+    def ratio(one: str, other: str, values: dict[str, list[float]] = found) -> tuple[str, str]:
+        return spread([a / b for a, b in zip(values[one], values[other], strict=True)])
+
+    rows: list[tuple[str, ...]] = [
+        (f"{name}, patches/s", *spread(rate, 0), "") for name, rate in found.items()
+    ]
+    rows += [
+        ("fetch to arrays in memory", *ratio("fetch", "memory"), "0.5"),
+        ("fetch to decoding PNG (BasicSR's way)", *ratio("fetch", "png"), "20"),
+    ]
+    for name, least in (("thread", "0.95"), ("ray", "0.8")):
+        if name in feeds:
+            rows += [
+                (f"{name} feed to fetch", *ratio(name, "fetch"), least),
+                (
+                    f"step of small operations, {name} feed to none",
+                    *ratio(name, "none", steps),
+                    "at most 1.1",
+                ),
+                (f"CPU seconds per 1000 patches, {name} feed", *spread(cost[name]), "reported"),
+            ]
+    return [*rows, ("CPU seconds per 1000 patches, fetch", *spread(cost["fetch"]), "reported")]
+
+
+def timed(batches: Iterator[Batch]) -> tuple[float, float]:
+    """(patches per second, CPU seconds of all processes per 1000 patches); the first batch does not count."""
+    next(batches)
+    began, cpu = time.perf_counter(), cpu_seconds()
+    count = sum(1 for _ in batches) * BATCH
+    return count / (time.perf_counter() - began), 1000 * (cpu_seconds() - cpu) / count
+
+
+def from_feed(feed: Feed, steps: int) -> tuple[float, float]:
+    """The same, through a feed."""
+    with closing(feed.batches(0, steps)) as batches:
+        return timed(batches)
+
+
+def from_memory(patches: list[tuple[np.ndarray, np.ndarray]], samples: Samples, step: int) -> Batch:
+    """The bound: `fetch` without reading and verifying."""
+    hr = np.empty((BATCH, CROP, CROP, 3), np.uint8)
+    lr = np.empty((BATCH, CROP // SCALE, CROP // SCALE, 3), np.uint8)
+    draws = samples.of_step(step)
+    for index, (patch, y, x, flips) in enumerate(
+        zip(draws.patch.tolist(), draws.y.tolist(), draws.x.tolist(), draws.flips.tolist(), strict=True)
+    ):
+        large, small = patches[patch]
+        hr[index] = flipped(large[y : y + CROP, x : x + CROP], flips)
+        y, x = y // SCALE, x // SCALE
+        lr[index] = flipped(small[y : y + CROP // SCALE, x : x + CROP // SCALE], flips)
+    return Batch(as_tensor(lr), as_tensor(hr), 0)
+
+
+def from_png(pngs: list[bytes], small_pngs: list[bytes], samples: Samples, step: int) -> Batch:
+    """BasicSR's order of work: decode both PNGs to float, crop, flip, stack."""
+    draws = samples.of_step(step)
+    pairs = []
+    for patch, y, x, flips in zip(
+        draws.patch.tolist(), draws.y.tolist(), draws.x.tolist(), draws.flips.tolist(), strict=True
+    ):
+        images = []
+        for data, one, two, side in (
+            (pngs[patch], y, x, CROP),
+            (small_pngs[patch], y // SCALE, x // SCALE, CROP // SCALE),
+        ):
+            with Image.open(io.BytesIO(data)) as image:
+                pixels = np.asarray(image).astype(np.float32) / 255
+            pixels = flipped(pixels[one : one + side, two : two + side], flips)
+            images.append(torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))))
+        pairs.append(images)
+    hr, lr = (torch.stack(images) for images in zip(*pairs, strict=True))
+    return Batch(lr, hr, 0)
+
+
+def small_operations(feed: Feed | None) -> float:
+    """Median seconds of a step of many small operations, with a feed beside it or on one batch that is there."""
+    weights = [torch.randn(48, 48) for _ in range(8)]
+    durations = []
+    batches = feed.batches(0, 150) if feed else constant(150)
+    with closing(batches):
+        for batch in batches:
+            began = time.perf_counter()
+            values = batch.lr[:, 0].reshape(-1, 32).float()[:48, :1].expand(48, 48).contiguous()
+            for turn in range(1500):  # about 10 ms, most of it in the interpreter
+                values = torch.tanh(values @ weights[turn % 8])
+            durations.append(time.perf_counter() - began)
+    return statistics.median(durations[20:])
+
+
+def constant(steps: int) -> Iterator[Batch]:
+    """The same batch again and again."""
+    images = torch.zeros(BATCH, 3, CROP, CROP, dtype=torch.uint8)
+    batch = Batch(images[:, :, ::SCALE, ::SCALE], images, 0)
+    for _ in range(steps):
+        yield batch
+
+
+def first_batches(folder: Path, rounds: int) -> list[tuple[str, ...]]:
+    """Seconds from nothing to the first batch, for manifests as DIV2K's would be at that size.
+
+    All shards are links to one of 364 rows (a shard of 256 MiB) with small patches. Its patch ids are right for the
+    first shard only, so a batch is timed as: manifest, order, the footers of the shards drawn, then crops of the first.
+    """
+    side, crop, rows = 32, 16, 364
+    images = np.zeros((side, side, 3), np.uint8), np.zeros((side // SCALE, side // SCALE, 3), np.uint8)
+    one = write_data(folder / "one", [images] * rows, rows)
+    shard = load_manifest(one).shards[0]
+    found: dict[int, list[float]] = {}
+    for patches in (10_000, 1_000_000):
+        many = folder / str(patches)
+        many.mkdir()
+        shards = [replace(shard, name=f"patches-{number:05d}.parquet") for number in range(patches // rows)]
+        for link in shards:
+            (many / link.name).symlink_to(Path(one) / shard.name)
+        write_manifest(Storage(str(many)), shards, side, sources=patches // 23)
+    for _ in range(rounds):
+        for patches in (10_000, 1_000_000):
+            began = time.perf_counter()
+            manifest = load_manifest(str(folder / str(patches)))
+            with opened(manifest, 1, BATCH, crop) as (reader, samples):
+                for patch in samples.of_step(0).patch.tolist():
+                    reader._offsets_of(*manifest.layout.locate(patch))
+                for index in range(BATCH):
+                    reader.crop(index, 0, 0, crop)
+            found.setdefault(patches, []).append(time.perf_counter() - began)
+    ratios = [large / small for small, large in zip(*found.values(), strict=True)]
+    rows_of_table = [
+        (f"first batch of {patches} patches, s", *spread(seconds, 3), "")
+        for patches, seconds in found.items()
+    ]
+    return [*rows_of_table, ("first batch, the larger to the smaller", *spread(ratios), "at most 2")]
+
+
+def make_patches() -> list[tuple[np.ndarray, np.ndarray]]:
+    """Pictures with the smoothness of photographs, so that PNG compresses them as such."""
+    draws = np.random.default_rng(0)
+    found = []
+    for _ in range(PATCHES):
+        coarse = draws.integers(0, 256, (PATCH // 8, PATCH // 8, 3), np.uint8)
+        smooth = np.asarray(
+            Image.fromarray(coarse).resize((PATCH, PATCH), Image.Resampling.BICUBIC), np.int16
+        )
+        hr = (smooth + draws.normal(0, 4, smooth.shape)).clip(0, 255).astype(np.uint8)
+        found.append((hr, np.ascontiguousarray(matlab_bicubic_downscale(hr, SCALE))))
+    return found
+
+
+def write_data(folder: Path, patches: list[tuple[np.ndarray, np.ndarray]], rows: int) -> str:
+    """A data set of raw patches."""
+    storage = Storage(str(folder))
+    shards: list[Shard] = []
+    for first in range(0, len(patches), rows):
+        writer = ShardWriter(storage, f"patches-{len(shards):05d}.parquet", PATCH_SCHEMA, "raw")
+        for number in range(first, first + rows):
+            checks = np.concatenate([row_checks(image.reshape(len(image), -1)) for image in patches[number]])
+            hr, lr = (image.tobytes() for image in patches[number])
+            cells = {"patch_id": number, "source_id": 0, "y": 0, "x": 0, "hr": hr, "lr": lr, "detail": 1.0}
+            cells["checks"] = pack_seal(number, checks)
+            writer.write(pa.Table.from_pylist([cells], schema=PATCH_SCHEMA))
+        shards.append(writer.finish())
+    write_manifest(storage, shards, len(patches[0][0]))
+    return storage.uri
+
+
+def write_manifest(storage: Storage, shards: list[Shard], side: int, sources: int = 0) -> None:
+    """A manifest of those shards."""
+    source = {
+        "bytes": 4_000_000,
+        "first_patch": 0,
+        "height": 1404,
+        "patches": 23,
+        "path": "DIV2K_train_HR/0001.png",
+    }
+    source |= {"pixels_sha256": "0" * 64, "set": "train", "sha256": "0" * 64, "source_id": 0, "width": 2040}
+    content = {
+        "patches": sum(shard.rows for shard in shards),
+        "settings": {"scale": SCALE, "patch_px": side, "codec": "raw"},
+        "shards": [asdict(shard) for shard in shards],
+        "sources": [source] * sources,
+        **{"held_out": [], "rejected": [], "degradation": {}},
+    }
+    storage.write_bytes(manifests.NAME, manifests.encode(content))
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """A PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+@contextmanager
+def ray_or_not(with_ray: bool) -> Iterator[None]:
+    """A private Ray, where one is wanted."""
+    if not with_ray:
+        yield
+        return
+    import ray
+
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    os.environ.pop("RAY_ADDRESS", None)
+    with tempfile.TemporaryDirectory(prefix="er", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        ray.init(address="local", include_dashboard=False, _temp_dir=folder, log_to_driver=False)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of the processes that it started, Ray's included."""
+    total = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
+    for child in psutil.Process().children(recursive=True):
+        try:
+            total += sum(child.cpu_times()[:2])
+        except psutil.NoSuchProcess:
+            continue
+    return total
+
+
+def spread(values: list[float], digits: int = 2) -> tuple[str, str]:
+    """Median, and the range."""
+    return f"{statistics.median(values):.{digits}f}", f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
