@@ -6,7 +6,8 @@ from pipeline import command
 from pipeline.config import make_parser
 from pipeline.errors import UserError
 from pipeline.evaluation.models import MODEL_HELP, notes, open_model
-from pipeline.model.weights import DEFAULT_RESIDUAL_SCALE, save_generator
+from pipeline.evaluation.published_form import misread, with_published_growth
+from pipeline.model.weights import save_generator
 
 SUFFIXES = (".safetensors", ".pth", ".onnx")
 
@@ -35,19 +36,16 @@ def main(argv: list[str]) -> None:
         raise UserError("--model bicubic: has no weights to export")
     for line in notes([model]):
         print(f"note: {line}")
-    scale = model.generator.residual_scale
     try:
         if output.suffix == ".onnx":
             from pipeline.model.export import export_onnx
 
             export_onnx(model.generator, output)
         else:
-            if scale != DEFAULT_RESIDUAL_SCALE:
-                print(
-                    f"note: other programs take residual_scale={DEFAULT_RESIDUAL_SCALE}, and this network has {scale}: "
-                    "their pictures will be wrong; the ONNX file carries its own"
-                )
-            save_generator(model.generator, output)
+            warning = misread(model.generator)
+            if warning:
+                print(f"note: {warning}")
+            save_generator(with_published_growth(model.generator), output)
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({error.strerror})") from None
     print(f"written: {output}")

@@ -50,13 +50,13 @@ class Upscaler:
     max_megapixels: float
 
     def __call__(self, task: Task) -> dict[str, str]:
-        """`target`, and `failed` with the reason where it did not work. A file appears whole or not at all."""
+        """`name`, and one of `target`, `failed` and `unwritable` (reasons). A file appears whole or not at all."""
         try:
             photo = read_source(self.source.read_bytes(task.name), self.max_megapixels)
             pixels = self.model.upscale(photo.rgb, self.tile_px)
             scale = self.model.scale
             alpha = photo.alpha if photo.alpha is None or scale == 1 else bicubic_upscale(photo.alpha, scale)
-            self.output.write_bytes(task.target, write_copy(pixels, alpha, photo, self.form))
+            copy = write_copy(pixels, alpha, photo, self.form)
         except PhotoRefused as error:
             return {"name": task.name, "failed": str(error)}
         except (OSError, pyarrow.ArrowException) as error:
@@ -65,6 +65,10 @@ class Upscaler:
             if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
                 raise
             return {"name": task.name, "failed": "out of memory; lower --tile"}
+        try:
+            self.output.write_bytes(task.target, copy)
+        except (OSError, pyarrow.ArrowException) as error:
+            return {"name": task.name, "unwritable": str(error).splitlines()[0]}
         return {"name": task.name, "target": task.target}
 
 
@@ -101,7 +105,11 @@ def plan(source: str, output: str, form: str) -> tuple[Storage, Storage, list[Ta
 def upscale_all(
     upscaler: Upscaler, tasks: Sequence[Task], workers: int = 0, overwrite: bool = False
 ) -> Upscaled:
-    """Enlarges all photographs whose copy is not there yet, in this process or on Ray's workers."""
+    """Enlarges all photographs whose copy is not there yet, in this process or on Ray's workers.
+
+    Raises:
+        UserError: a copy cannot be written (a full disk): the others could not be, either.
+    """
     there = set() if overwrite else set(upscaler.output.files())
     result = Upscaled(skipped=[upscaler.output.path(task.target) for task in tasks if task.target in there])
     left = [task for task in tasks if task.target not in there]
@@ -110,6 +118,12 @@ def upscale_all(
         _outcomes(upscaler, left, workers), total=len(left), unit=" images", smoothing=0.1, mininterval=1
     )
     for outcome in outcomes:
+        if "unwritable" in outcome:
+            outcomes.close()
+            raise UserError(
+                f"--output {upscaler.output.uri}: the copy of {outcome['name']} cannot be written "
+                f"({outcome['unwritable']}); {len(result.written)} were written; make room and run again to go on"
+            )
         if "failed" in outcome:
             result.failed.append({"path": upscaler.source.path(outcome["name"]), "reason": outcome["failed"]})
         else:

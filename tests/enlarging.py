@@ -1,0 +1,61 @@
+"""Small generators, pictures and commands for the tests of evaluation and upscaling."""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.errors import UserError
+from pipeline.model import RRDBNet, save_generator
+
+ROOT = Path(__file__).parent.parent
+
+
+def write_generator(path: Path, seed: int = 0, **sizes: Any) -> Path:
+    """A tiny generator whose pictures are near mid-grey with structure."""
+    torch.manual_seed(seed)
+    generator = RRDBNet(**{"num_feat": 8, "num_block": 1, "num_grow_ch": 4, **sizes})
+    with torch.no_grad():
+        generator.conv_last.bias.fill_(0.5)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_generator(generator, path)
+    return path
+
+
+def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Waves and an edge, uint8 RGB."""
+    y, x = np.mgrid[0:height, 0:width] / 32
+    a, b, c = np.random.default_rng(seed).uniform(0.5, 3, 3)
+    waves = [np.sin(a * y + b * x), np.cos(b * y - c * x), np.sin(c * (x + y))]
+    levels = np.stack([120 + 80 * wave + 40 * (waves[0] > 0.5) for wave in waves], axis=-1)
+    return levels.clip(0, 255).astype(np.uint8)
+
+
+def write_picture(path: Path, height: int = 64, width: int = 80, seed: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture(height, width, seed)).save(path)
+    return path
+
+
+def job(name: str) -> Callable[[list[str]], int | None]:
+    """The `main` of jobs/NAME.py."""
+    spec = importlib.util.spec_from_file_location(f"job_{name}", ROOT / "jobs" / f"{name}.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def refusal(name: str, *arguments: str | Path) -> str:
+    """The one line with which a command refuses its input."""
+    with pytest.raises(UserError) as caught:
+        job(name)([str(argument) for argument in arguments])
+    text = str(caught.value)
+    assert "\n" not in text
+    return text

@@ -1,0 +1,161 @@
+"""The numbers of an evaluation: those of the metrics themselves, averaged exactly, in the contract's form."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from enlarging import job, picture, write_generator, write_picture
+from PIL import Image
+
+from pipeline.evaluation.evaluate import evaluate
+from pipeline.evaluation.layout import find_pairs
+from pipeline.evaluation.lpips import BACKBONE, LINEAR, Lpips, load_lpips
+from pipeline.evaluation.models import open_model
+from pipeline.evaluation.scoring import METRICS, Scorer, Settings
+from pipeline.imaging import bicubic_upscale, matlab_bicubic_downscale, psnr, ssim, upscale
+
+
+def run(folder: Path, *arguments: object) -> dict:
+    """metrics.json of one call of the command."""
+    assert not job("evaluate")([*map(str, arguments), "--out", str(folder / "out")])
+    return json.loads((folder / "out" / "metrics.json").read_text())
+
+
+def test_values_are_those_of_direct_calls(tmp_path: Path) -> None:
+    hr = picture(64, 80)
+    write_picture(tmp_path / "hr" / "a.png")
+    weights = write_generator(tmp_path / "g.safetensors")
+    result = run(tmp_path, "--model", weights, "--hr", tmp_path / "hr")
+    generator = open_model(str(weights)).generator
+    assert generator is not None
+    sr = upscale(generator, matlab_bicubic_downscale(hr))
+    expected = {
+        "psnr_y": psnr(sr, hr, 4, "y"), "ssim_y": ssim(sr, hr, 4, "y"),
+        "psnr_rgb": psnr(sr, hr, 4, "rgb"), "ssim_rgb": ssim(sr, hr, 4, "rgb"),
+    }  # fmt: skip
+    assert result == {
+        "mean": expected, "images": [{"name": "a.png", **expected}], "border": 4, "model": str(weights),
+    }  # fmt: skip
+
+
+def test_bicubic_on_the_reference_photo(tmp_path: Path, reference: dict[str, np.ndarray]) -> None:
+    hr, lr = reference["photo_hr"], reference["photo_lr_replicate"]
+    for name, image in (("hr/p.png", hr), ("lr/px4.png", lr)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(image).save(tmp_path / name)
+    alone = run(tmp_path, "--model", "bicubic", "--hr", tmp_path / "hr")
+    with_lr = run(tmp_path, "--model", "bicubic", "--hr", tmp_path / "hr", "--lr", tmp_path / "lr")
+    assert alone["mean"] == with_lr["mean"]
+    assert alone["mean"]["psnr_y"] == psnr(bicubic_upscale(lr, 4), hr, 4, "y")
+    # Bicubic of a photograph of this kind lies here; another kernel or a shift by half a pixel does not.
+    assert alone["mean"]["psnr_y"] == pytest.approx(psnr(reference["photo_up"], hr, 4, "y"), abs=0.3)
+
+
+def test_several_models_stand_under_models_in_the_given_order(tmp_path: Path) -> None:
+    write_picture(tmp_path / "hr" / "a.png")
+    weights = write_generator(tmp_path / "g.safetensors")
+    result = run(tmp_path, "--model", "bicubic", weights, "--hr", tmp_path / "hr")
+    assert [entry["model"] for entry in result["models"]] == ["bicubic", str(weights)]
+    assert all(set(entry) == {"mean", "images", "border", "model"} for entry in result["models"])
+
+
+def test_the_mean_is_over_images_and_json_gets_it(tmp_path: Path) -> None:
+    for seed in range(3):
+        write_picture(tmp_path / "hr" / f"{seed}.png", 48 + 4 * seed, 64, seed)
+    result = run(tmp_path, "--model", "bicubic", "--hr", tmp_path / "hr", "--json", tmp_path / "mean.json")
+    values = [image["psnr_y"] for image in result["images"]]
+    assert result["mean"]["psnr_y"] == pytest.approx(sum(values) / 3, abs=1e-12)
+    assert json.loads((tmp_path / "mean.json").read_text()) == result["mean"]
+
+
+def test_sizes_that_do_not_divide_are_cut_and_grey_becomes_rgb(tmp_path: Path) -> None:
+    (tmp_path / "hr").mkdir()
+    grey = picture(67, 83)[..., 0]
+    Image.fromarray(grey).save(tmp_path / "hr" / "a.png")
+    result = run(tmp_path, "--model", "bicubic", "--hr", tmp_path / "hr")
+    hr = np.repeat(grey[:64, :80, None], 3, axis=2)
+    assert result["mean"]["psnr_y"] == psnr(bicubic_upscale(matlab_bicubic_downscale(hr), 4), hr, 4, "y")
+
+
+def test_refused_pictures_are_named_and_not_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_picture(tmp_path / "hr" / "good.png")
+    (tmp_path / "hr" / "page.png").write_text("<html>")
+    write_picture(tmp_path / "hr" / "tiny.png", 16, 16)
+    result = run(tmp_path, "--model", "bicubic", "--hr", tmp_path / "hr")
+    assert [image["name"] for image in result["images"]] == ["good.png"]
+    assert {Path(each["path"]).name for each in result["refused"]} == {"page.png", "tiny.png"}
+    assert "HTML" in capsys.readouterr().out
+
+
+def test_equal_pictures_have_no_number_for_psnr_and_json_stays_valid(tmp_path: Path) -> None:
+    flat = np.full((48, 48, 3), 90, np.uint8)
+    (tmp_path / "hr").mkdir()
+    Image.fromarray(flat).save(tmp_path / "hr" / "flat.png")
+    result = run(tmp_path, "--model", "bicubic", "--hr", tmp_path / "hr")
+    assert result["mean"]["psnr_y"] is None
+    assert result["mean"]["ssim_y"] == pytest.approx(1)
+    assert "∞" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_tiles_change_a_metric_by_less_than_its_printed_digits(tmp_path: Path) -> None:
+    write_picture(tmp_path / "hr" / "a.png", 320, 400)
+    weights = write_generator(tmp_path / "g.safetensors")
+    whole = run(tmp_path, "--model", weights, "--hr", tmp_path / "hr", "--tile", 0)["mean"]
+    tiled = run(tmp_path, "--model", weights, "--hr", tmp_path / "hr", "--tile", 32)["mean"]
+    assert tiled["psnr_y"] == pytest.approx(whole["psnr_y"], abs=2e-3)
+
+
+def test_limit_takes_the_first_names(tmp_path: Path) -> None:
+    for name in "cab":
+        write_picture(tmp_path / "hr" / f"{name}.png")
+    result = run(tmp_path, "--model", "bicubic", "--hr", tmp_path / "hr", "--limit", 2)
+    assert [image["name"] for image in result["images"]] == ["a.png", "b.png"]
+
+
+@pytest.mark.ray
+def test_ray_workers_give_the_same_numbers(tmp_path: Path, ray_cluster: str) -> None:
+    for seed in range(4):
+        write_picture(tmp_path / "hr" / f"{seed}.png", 48, 64, seed)
+    models = [open_model("bicubic"), open_model(str(write_generator(tmp_path / "g.safetensors")))]
+    pairs, _ = find_pairs(str(tmp_path / "hr"), None, 4)
+    scorer = Scorer(models, Settings())
+    assert evaluate(scorer, pairs, workers=1).as_json() == evaluate(scorer, pairs).as_json()
+
+
+def test_lpips_of_equal_pictures_is_zero_and_grows_with_the_distance(tmp_path: Path) -> None:
+    distance = random_lpips(tmp_path)
+    hr = picture(64, 64)
+    near, far = (np.clip(hr.astype(int) + step, 0, 255).astype(np.uint8) for step in (4, 40))
+    assert distance(hr, hr) == 0
+    assert 0 < distance(near, hr) < distance(far, hr)
+
+
+def test_lpips_says_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match=r"alexnet-owt-7be5be79\.pth is not in .*; .*torchvision"):
+        load_lpips(str(tmp_path))
+
+
+def test_lpips_refuses_another_backbone(tmp_path: Path) -> None:
+    random_lpips(tmp_path)
+    with pytest.raises(Exception, match="not torchvision's AlexNet"):
+        load_lpips(str(tmp_path))
+
+
+def random_lpips(folder: Path) -> Lpips:
+    """The real code on random weights."""
+    from torchvision.models import alexnet
+
+    torch.manual_seed(0)
+    torch.save(alexnet().state_dict(), folder / BACKBONE)
+    channels = (64, 192, 384, 256, 256)
+    linear = {f"lin{n}.model.1.weight": torch.rand(1, size, 1, 1) for n, size in enumerate(channels)}
+    torch.save(linear, folder / LINEAR)
+    return load_lpips(str(folder), check=False)
+
+
+def test_metrics_have_the_contracts_names() -> None:
+    assert METRICS == ("psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb")

@@ -1,0 +1,82 @@
+"""What a user may mean by a model."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from enlarging import picture, write_generator
+
+from pipeline.errors import UserError
+from pipeline.evaluation.models import interpolated, notes, open_model
+
+
+def write_checkpoint(run: Path, name: str, seed: int) -> Path:
+    folder = run / "checkpoints" / name
+    weights = write_generator(folder / "generator.safetensors", seed)
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(
+        json.dumps({"format": 1, "files": {weights.name: {"sha256": digest}}})
+    )
+    return folder
+
+
+def same(first: object, second: object) -> bool:
+    a, b = first.generator.state_dict(), second.generator.state_dict()  # type: ignore[attr-defined]
+    return all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_run_stands_for_its_newest_finished_checkpoint(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "psnr-00000900", 1)
+    newest = write_checkpoint(tmp_path, "gan-00001000", 2)
+    unfinished = write_checkpoint(tmp_path, "gan-00002000", 3)
+    (unfinished / "manifest.json").unlink()
+    assert same(open_model(str(tmp_path)), open_model(str(newest)))
+
+
+def test_a_damaged_checkpoint_is_passed_over_in_a_run_and_refused_by_name(tmp_path: Path) -> None:
+    sound = write_checkpoint(tmp_path, "psnr-00000001", 1)
+    damaged = write_checkpoint(tmp_path, "psnr-00000002", 2)
+    content = bytearray((damaged / "generator.safetensors").read_bytes())
+    content[-1] ^= 1
+    (damaged / "generator.safetensors").write_bytes(content)
+    assert same(open_model(str(tmp_path)), open_model(str(sound)))
+    with pytest.raises(UserError, match="checksum"):
+        open_model(str(damaged))
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_files_open_by_themselves_and_a_missing_residual_scale_is_said(tmp_path: Path, suffix: str) -> None:
+    model = open_model(str(write_generator(tmp_path / f"g{suffix}")))
+    assert model.scale == 4
+    assert bool(notes([model])) == (suffix == ".pth")
+
+
+def test_interpolation_mixes_weights_as_the_paper_does(tmp_path: Path) -> None:
+    a, b = (open_model(str(write_generator(tmp_path / f"{seed}.safetensors", seed))) for seed in (1, 2))
+    mixed = interpolated(a, b, 0.8)
+    weights = [model.generator.state_dict()["conv_first.weight"] for model in (a, b, mixed)]  # type: ignore[union-attr]
+    torch.testing.assert_close(weights[2], 0.2 * weights[0] + 0.8 * weights[1])
+    assert same(interpolated(a, b, 0), a)
+    assert same(interpolated(a, b, 1), b)
+    assert mixed.name.startswith("0.2 * ")
+
+
+def test_interpolation_refuses_other_sizes_and_bicubic(tmp_path: Path) -> None:
+    a = open_model(str(write_generator(tmp_path / "a.safetensors")))
+    b = open_model(str(write_generator(tmp_path / "b.safetensors", num_feat=12)))
+    c = open_model(str(write_generator(tmp_path / "c.safetensors", residual_scale=0.1)))
+    for other in (b, c, open_model("bicubic")):
+        with pytest.raises(UserError, match="--interpolate"):
+            interpolated(a, other, 0.5)
+    with pytest.raises(UserError, match="between 0 and 1"):
+        interpolated(a, a, 1.5)
+
+
+def test_bf16_stays_near_fp32(tmp_path: Path) -> None:
+    path = str(write_generator(tmp_path / "g.safetensors"))
+    lr = picture(24, 20)
+    exact, quick = open_model(path).upscale(lr), open_model(path, bf16=True).upscale(lr)
+    assert np.abs(exact.astype(int) - quick).max() <= 4

@@ -1,0 +1,130 @@
+"""The report in a real browser, and the comparison picture."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from enlarging import job, picture, write_generator, write_picture
+from PIL import Image
+
+from pipeline.evaluation.crops import Box, most_different
+from pipeline.evaluation.picture import comparison_picture, save_comparison
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
+    "--no-first-run", "--hide-scrollbars",
+]  # fmt: skip
+
+# Uses the page as a person would, and tells the frame around it what it saw.
+DRIVER = """
+<script>
+const seen = {};
+const names = () => [...document.querySelectorAll("#every tbody tr")].map((row) => row.cells[0].textContent);
+const values = () => [...document.querySelectorAll("#every tbody tr")].map((row) => +row.cells[1].textContent);
+seen.names = names();
+document.querySelectorAll("#every th button")[1].click();
+seen.down = values();
+document.querySelectorAll("#every th button")[1].click();
+seen.up = values();
+document.querySelectorAll("#tabs button")[1].click();
+seen.ssim = values();
+const card = document.querySelector(".image"), range = card.querySelector(".slider input");
+range.value = 80; range.dispatchEvent(new Event("input"));
+seen.at = getComputedStyle(card.querySelector(".slider")).getPropertyValue("--at");
+const source = (place) => card.querySelector(place).getAttribute("src");
+const before = source(".slider .under");
+card.querySelector(".pick button").click();
+seen.swapped = source(".slider .under") === source(".pick img") && source(".slider .over") === before;
+seen.broken = [...document.images].filter((image) => !image.complete || !image.naturalWidth).length;
+seen.wide = document.documentElement.scrollWidth > innerWidth;
+parent.postMessage("seen " + JSON.stringify(seen), "*");
+</script>
+"""
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    for seed in range(3):
+        write_picture(folder / "hr" / f"picture-{seed}.png", 160, 200, seed)
+    weights = [str(write_generator(folder / f"stage-{seed}.safetensors", seed)) for seed in (1, 2)]
+    arguments = ["--model", "bicubic", *weights, "--hr", str(folder / "hr"), "--out", str(folder / "out")]
+    assert not job("evaluate")([*arguments, "--crop", "picture-1.png:40,20,64,48"])
+    return folder / "out"
+
+
+def test_the_report_needs_no_network(report: Path) -> None:
+    page = (report / "report.html").read_text()
+    assert not re.search(r"""(src|href)=["']?(https?:)?//|@import|url\(""", page)
+    assert len(page) < 15e6
+    assert "picture-1.png" in page
+    assert "crop 64 × 48 at 40, 20" in page
+
+
+def test_names_cannot_break_out_of_the_page(tmp_path: Path) -> None:
+    write_picture(tmp_path / "hr" / "a<b></script><i>&.png".replace("/", "_"))
+    job("evaluate")(["--model", "bicubic", "--hr", str(tmp_path / "hr"), "--out", str(tmp_path / "out")])
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<b>&" not in page
+    assert "<i>&" not in page
+    assert "a&lt;b&gt;" in page
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: apt-get install chromium)")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_report_works_in_a_browser(report: Path, tmp_path: Path, width: int) -> None:
+    page = tmp_path / "driven.html"
+    page.write_text((report / "report.html").read_text().replace("</body>", DRIVER + "</body>"))
+    # Chromium's window is never narrower than 500 px: the phone is a frame in it.
+    frame = tmp_path / "frame.html"
+    frame.write_text(f'<iframe src="driven.html" style="width: {width}px; height: 800px; border: 0"></iframe>'
+                     "<script>onmessage = (event) => document.title = event.data</script>")  # fmt: skip
+    assert CHROMIUM
+    result = subprocess.run(
+        [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1300,900", "--dump-dom",
+         "--allow-file-access-from-files", "--virtual-time-budget=5000", frame.as_uri()],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    found = re.search(r"<title>seen (.*)</title>", result.stdout)
+    assert found, result.stderr[-1000:]
+    seen = json.loads(found[1])
+    assert seen["names"] == ["picture-0.png", "picture-1.png", "picture-2.png"]
+    assert seen["down"] == sorted(seen["down"], reverse=True)
+    assert seen["up"] == sorted(seen["down"])
+    assert len(set(seen["down"])) == 3
+    assert all(0 < value <= 1 for value in seen["ssim"])
+    assert seen["at"] == "80%"
+    assert seen["swapped"] is True
+    assert seen["broken"] == 0
+    assert seen["wide"] is False
+
+
+def test_a_comparison_picture_has_a_labelled_crop_for_each_column(tmp_path: Path) -> None:
+    hr = picture(64, 96)
+    lr = hr[::4, ::4]
+    columns = {"input": lr, "stage 1": np.clip(hr.astype(int) + 9, 0, 255).astype(np.uint8), "original": hr}
+    image = comparison_picture(columns, Box(16, 8, 32, 32), zoom=3)
+    pixels = np.asarray(image)
+    x = 16 + 2 * (32 * 3 + 10)
+    crop = pixels[8 + 48 :, x:][: 32 * 3 : 3, : 32 * 3 : 3]
+    np.testing.assert_array_equal(crop, hr[8:40, 16:48])
+    save_comparison(tmp_path / "rows.png", [columns, columns])
+    assert Image.open(tmp_path / "rows.png").height > image.height
+
+
+def test_the_crop_is_where_the_results_differ_most() -> None:
+    a = picture(80, 120)
+    b = a.copy()
+    b[44:60, 72:88] ^= 64
+    box = most_different([a, b], 16, 4)
+    assert (box.x, box.y, box.width, box.height) == (72, 44, 16, 16)
+
+
+def test_a_crop_near_the_edge_is_moved_inside() -> None:
+    assert Box(100, 100, 64, 64).fitted((64, 120, 3), 4) == Box(56, 0, 64, 64)
+    assert Box(0, 0, 128, 128).fitted((30, 50, 3), 4) == Box(0, 0, 48, 28)
