@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 # MLflow reads its time-outs from the environment at every request, and nowhere else.
 _TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 _RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+_QUIET = {"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
 _lock = threading.Lock()
 _waits: list[dict[str, str]] = []
 _before: dict[str, str | None] = {}
@@ -37,7 +38,7 @@ def waits(timeout_s: int, retries: int) -> Iterator[None]:
 
     Blocks of several threads may overlap: the newest one's limits hold for all of them until it ends.
     """
-    mine = {_TIMEOUT: str(timeout_s), _RETRIES: str(retries)}
+    mine = {_TIMEOUT: str(timeout_s), _RETRIES: str(retries), **_QUIET}
     with _lock:
         if not _waits:
             _before.update({name: os.environ.get(name) for name in mine})
