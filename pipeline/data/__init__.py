@@ -1,0 +1,18 @@
+"""Photographs to verified patches, and patches to batches whose order depends on (seed, step) alone.
+
+`pipeline.data.ingest` and `pipeline.data.ray_feed`, which need Ray, are imported by name.
+"""
+
+from pipeline.data.held_out import HeldOutPhoto, read_held_out
+from pipeline.data.manifest import Manifest, load_manifest
+from pipeline.data.prepare import PrepareResult, check_source, prepare
+
+__all__ = [
+    "HeldOutPhoto",
+    "Manifest",
+    "PrepareResult",
+    "check_source",
+    "load_manifest",
+    "prepare",
+    "read_held_out",
+]

@@ -20,11 +20,19 @@ class DataConfig(Section):
         description="Photographs for validation that training never sees, in the same forms as data.source; "
         "`sample` and `div2k` bring their own.",
     )
-    root: str = Field("data", description="The data set's folder (or s3:// prefix): manifest.json and Parquet shards.")
+    root: str = Field(
+        "data", description="The data set's folder (or s3:// prefix): manifest.json and Parquet shards."
+    )
     lr_dir: str | None = Field(
         None, description="Low-resolution files to pair with data.source by name, instead of degrading it."
     )
-    scale: Literal[2, 3, 4] = Field(4, description="High-resolution pixels per low-resolution pixel, on a side.")
+    licence: str | None = Field(
+        None,
+        description="Licence of the photographs, for the manifest; else a LICENSE file beside them is recorded.",
+    )
+    scale: Literal[2, 3, 4] = Field(
+        4, description="High-resolution pixels per low-resolution pixel, on a side."
+    )
     edge: Literal["replicate", "symmetric"] = Field(
         "replicate", description="How the degradation extends a photograph past its edges."
     )
@@ -35,16 +43,25 @@ class DataConfig(Section):
     codec: Literal["raw", "lz4", "zstd", "webp"] = Field(
         "raw", description="How pixels are stored: raw bytes, raw in compressed pages, or lossless WebP."
     )
-    shard_mib: int = Field(256, ge=1, description="A Parquet shard is closed when it reaches this size, in MiB.")
-    max_megapixels: float = Field(200.0, gt=0, description="Larger photographs are refused, from their header.")
+    shard_mib: int = Field(
+        256, ge=1, description="A Parquet shard is closed when it reaches this size, in MiB."
+    )
+    max_megapixels: float = Field(
+        200.0, gt=0, description="Larger photographs are refused, from their header."
+    )
     max_rejected_share: float = Field(
         0.1, ge=0, le=1, description="The run fails when a larger share of the photographs is refused."
     )
     min_detail: float = Field(
-        0.0, ge=0, description="Patches with a lower detail score (flat sky, walls) are left out; 0 keeps all."
+        0.0,
+        ge=0,
+        description="Patches with a lower detail score (flat sky, walls) are left out; 0 keeps all.",
     )
     max_damaged_share: float = Field(
-        0.01, ge=0, le=1, description="Training stops when a larger share of the patches that it met was damaged."
+        0.01,
+        ge=0,
+        le=1,
+        description="Training stops when a larger share of the patches that it met was damaged.",
     )
     feed: Literal["auto", "ray", "thread"] = Field(
         "auto",

@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 from pipeline.model import RRDBNet, VGGFeatures
 from pipeline.model.weights import sizes_as_text
 from pipeline.storage import Storage
-from pipeline.tracking.records import Event, Metrics, Picture, write_segment
+from pipeline.tracking.records import Event, Metrics, Picture, discard_after, write_segment
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training.checkpoint import Checkpointer, CheckpointName
 from pipeline.training.config import TrainConfig
@@ -53,6 +53,8 @@ def train(
     """
     device = worker.device
     state = _resume_or_begin(config, worker, run)
+    if worker.leads:
+        discard_after(run, state.step)
     last = config.psnr.steps + config.gan.steps
     recorder = _Recorder(config, worker, run, state, held_out)
     meter = Meter(config.batch_size, device)

@@ -13,6 +13,7 @@ import torch
 from ray.train.v2.api.callback import UserCallback
 
 from pipeline.data import read_held_out
+from pipeline.data.ingest import join_ray
 from pipeline.data.ray_feed import FeedDataConfig
 from pipeline.errors import UserError
 from pipeline.storage import Storage
@@ -24,31 +25,14 @@ REFUSAL = "refusal.json"
 
 
 def connect(config: TrainConfig, dashboard: bool = False) -> None:
-    """Joins the Ray that RAY_ADDRESS names, or starts a private one that ends with this process.
-
-    A Ray that only happens to run on the machine is left alone.
+    """Joins or starts Ray, and waits for the nodes that the workers need where they start on demand.
 
     Raises:
         UserError: the workers want more CPUs or GPUs than there are.
     """
-    if not ray.is_initialized():
-        address = os.environ.get("RAY_ADDRESS")
-        if not address:
-            _require_cpus(
-                config, {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
-            )
-            # An explicit mode: a token file left in the home directory must not change what happens here.
-            os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        try:
-            ray.init(
-                address=address or "local",
-                include_dashboard=None if address else dashboard,
-                log_to_driver=True,
-            )
-        except ConnectionError as error:
-            raise UserError(
-                f"RAY_ADDRESS={address}: no Ray answers there ({error}); start it or unset it"
-            ) from None
+    if not ray.is_initialized() and not os.environ.get("RAY_ADDRESS"):
+        _require_cpus(config, {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())})
+    join_ray(dashboard)
     deadline = time.monotonic() + config.wait_for_nodes_s
     if config.wait_for_nodes_s:
         _ask_for_nodes(config)
@@ -98,6 +82,7 @@ def fit(config: TrainConfig, run: Storage, callbacks: Sequence[UserCallback] = (
             batch_size=config.batch_size,
             crop_px=config.crop_px,
             feed=config.data.feed,
+            cpus_per_worker=config.cpus_per_worker,
         ),
         run_config=ray.train.RunConfig(
             # Our checkpoints are the truth. A name of its own keeps Ray from resuming by what it remembers.

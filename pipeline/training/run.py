@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 
-from pipeline.data import check_source, load_manifest, read_held_out
+from pipeline.data import check_source, load_manifest, prepare, read_held_out
 from pipeline.data.feed import Feed
 from pipeline.errors import UserError
 from pipeline.model.weights import generator_sha256
@@ -82,14 +82,12 @@ def run_training(
     require_store(config.tracking, config.storage)
 
     with _only_writer(run, config.run_name):
-        if config.worker_range[1] > 0 or not has_data:
+        if config.worker_range[1] > 0:
             from pipeline.training import ray_trainer
 
             ray_trainer.connect(config)
         if not has_data:
-            from pipeline.data.prepare import prepare
-
-            prepare(config.data)
+            prepare(config.data, on_ray=config.worker_range[1] > 0)
         _require_fitting_data(config)
         return _tracked_training(config, run, callbacks, parent_run_id)
 

@@ -26,8 +26,7 @@ from ray.tune.search import ConcurrencyLimiter
 from ray.tune.search.optuna import OptunaSearch
 
 from pipeline.config import Config, with_fields
-from pipeline.data import check_source, load_manifest
-from pipeline.data.prepare import prepare
+from pipeline.data import check_source, load_manifest, prepare
 from pipeline.errors import UserError
 from pipeline.storage import Storage
 from pipeline.tracking import TrackedRun, finish_run, open_parent, require_store

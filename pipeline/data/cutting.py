@@ -1,0 +1,164 @@
+"""What is done to one photograph: check, degrade, cut. Runs anywhere; its results go through Ray Data as Arrow tables."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.data.checks import row_checks
+from pipeline.data.config import DataConfig
+from pipeline.data.geometry import cut, grid
+from pipeline.data.pairs import match_degradation
+from pipeline.data.photos import PhotoRefused, read_photo
+from pipeline.data.shards import encode_pixels
+from pipeline.data.sources import PhotoFile
+
+# A photograph gives one row with `info` (JSON), then its patches; a held-out one gives a single row of pixels.
+STREAM_SCHEMA = pa.schema(
+    [
+        ("index", pa.int32()),
+        ("info", pa.string()),
+        ("y", pa.int32()),
+        ("x", pa.int32()),
+        ("detail", pa.float32()),
+        ("hr", pa.large_binary()),
+        ("lr", pa.large_binary()),
+        ("checks", pa.binary()),
+    ]
+)
+_TABLE_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class PhotoJob:
+    """One photograph to ingest."""
+
+    index: int  # place in the order of ingest
+    photo: PhotoFile
+    held_out: bool
+    low: PhotoFile | None = None  # its low-resolution file, where the user brings those
+
+
+def cut_photos(jobs: Iterable[PhotoJob], config: DataConfig, paired: bool) -> Iterator[pa.Table]:
+    """Tables of STREAM_SCHEMA for several photographs, in order; each holds rows of one photograph."""
+    for job in jobs:
+        yield from cut_photo(job, config, paired)
+
+
+def cut_photo(job: PhotoJob, config: DataConfig, paired: bool) -> Iterator[pa.Table]:
+    """Tables of one photograph: first the row with its info, then its patches in row-major order."""
+    info: dict[str, Any] = {}
+    try:
+        hr, lr, info = _load(job, config, paired)
+    except PhotoRefused as refusal:
+        yield _table([_row(job.index, info={"refused": str(refusal)})])
+        return
+    yield _table([_row(job.index, info=info)])
+    if job.held_out:
+        yield _table([_row(job.index, hr.shape[0], hr.shape[1], 0.0, hr.tobytes(), lr.tobytes(), b"")])
+        return
+    rows: list[dict[str, Any]] = []
+    pending = 0
+    scale, side = config.scale, config.patch_px
+    for y, x in grid(hr.shape[0], hr.shape[1], side, config.patch_step_px):
+        hr_patch = np.ascontiguousarray(hr[y : y + side, x : x + side])
+        score = detail_score(hr_patch)
+        if score < config.min_detail:
+            continue
+        top, left, small = y // scale, x // scale, side // scale
+        lr_patch = np.ascontiguousarray(lr[top : top + small, left : left + small])
+        cells = encode_pixels(hr_patch, config.codec), encode_pixels(lr_patch, config.codec)
+        checks = [row_checks(pixels.reshape(len(pixels), -1)) for pixels in (hr_patch, lr_patch)]
+        rows.append(_row(job.index, y, x, score, *cells, np.concatenate(checks).astype("<u8").tobytes()))
+        pending += len(cells[0]) + len(cells[1])
+        if pending >= _TABLE_BYTES:
+            yield _table(rows)
+            rows, pending = [], 0
+    if rows:
+        yield _table(rows)
+
+
+def detail_score(patch: np.ndarray) -> float:
+    """Mean absolute difference between neighbours in green, in levels: 0 for a flat patch, about 10 for foliage."""
+    green = patch[:, :, 1].astype(np.int16)
+    across = np.abs(np.diff(green, axis=1)).mean(dtype=np.float64)
+    down = np.abs(np.diff(green, axis=0)).mean(dtype=np.float64)
+    return float(np.float32((across + down) / 2))
+
+
+def _load(job: PhotoJob, config: DataConfig, paired: bool) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    # Imported here, so that listing and reading data sets does not need the imaging room's libraries.
+    from pipeline.imaging import matlab_bicubic_downscale
+
+    data = job.photo.read()
+    photo = read_photo(data, config.max_megapixels)
+    height, width = photo.pixels.shape[:2]
+    info: dict[str, Any] = {
+        "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "format": photo.format,
+        "lossy": photo.lossy,
+        "notes": list(photo.notes),
+        "height": height,
+        "width": width,
+        "pixels_sha256": pixels_sha256(photo.pixels),
+    }
+    hr = photo.pixels[: cut(height, config.scale), : cut(width, config.scale)]
+    least = config.scale if job.held_out else config.patch_px
+    if min(hr.shape[:2]) < least:
+        raise PhotoRefused(f"too small: {width} x {height} pixels, a patch needs {least}")
+    hr = np.ascontiguousarray(hr)
+    if not paired:
+        return hr, matlab_bicubic_downscale(hr, config.scale, edge=config.edge), info
+    if job.low is None:
+        raise PhotoRefused("no low-resolution file of its name in data.lr_dir")
+    try:
+        lr = read_photo(job.low.read(), config.max_megapixels).pixels
+    except PhotoRefused as refusal:
+        raise PhotoRefused(f"its low-resolution file {job.low.name}: {refusal}") from None
+    expected = (hr.shape[0] // config.scale, hr.shape[1] // config.scale)
+    if lr.shape[:2] != expected:
+        raise PhotoRefused(
+            f"its low-resolution file {job.low.name} has {lr.shape[1]} x {lr.shape[0]} pixels, "
+            f"not {expected[1]} x {expected[0]}"
+        )
+    info["degradation"] = match_degradation(hr, lr, config.scale)
+    return hr, np.ascontiguousarray(lr), info
+
+
+def pixels_sha256(pixels: np.ndarray) -> str:
+    """sha256 over "height width" and the RGB bytes, so that equal pictures in different files are recognised."""
+    digest = hashlib.sha256(f"{pixels.shape[0]} {pixels.shape[1]} ".encode())
+    digest.update(np.ascontiguousarray(pixels))
+    return digest.hexdigest()
+
+
+def _row(
+    index: int,
+    y: int = 0,
+    x: int = 0,
+    detail: float = 0.0,
+    hr: bytes = b"",
+    lr: bytes = b"",
+    checks: bytes = b"",
+    info: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    text = None if info is None else json.dumps(info, sort_keys=True)
+    return {
+        "index": index,
+        "info": text,
+        "y": y,
+        "x": x,
+        "detail": detail,
+        "hr": hr,
+        "lr": lr,
+        "checks": checks,
+    }
+
+
+def _table(rows: list[dict[str, Any]]) -> pa.Table:
+    return pa.Table.from_pylist(rows, schema=STREAM_SCHEMA)

@@ -1,0 +1,68 @@
+"""Cutting photographs on Ray: the only file of ingest that knows it."""
+
+import os
+from collections.abc import Iterator, Sequence
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data import DataContext
+
+from pipeline.data.config import DataConfig
+from pipeline.data.cutting import PhotoJob, cut_photo
+from pipeline.errors import UserError
+
+STORE_BYTES = 512 * 2**20
+
+
+def join_ray(dashboard: bool = False) -> None:
+    """Joins the Ray that RAY_ADDRESS names, or starts a private one that ends with this process.
+
+    A Ray that only happens to run on the machine is left alone.
+
+    Raises:
+        UserError: nothing answers at RAY_ADDRESS.
+    """
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        # An explicit mode: a token file left in the home directory must not change what happens here.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    try:
+        ray.init(
+            address=address or "local", include_dashboard=None if address else dashboard, log_to_driver=True
+        )
+    except ConnectionError as error:
+        raise UserError(
+            f"RAY_ADDRESS={address}: no Ray answers there ({error}); start it or unset it"
+        ) from None
+
+
+def cut_on_ray(jobs: Sequence[PhotoJob], config: DataConfig, paired: bool) -> Iterator[pa.Table]:
+    """What `cut_photos` gives, in the same order, made by tasks all over the cluster.
+
+    Photographs are read and cut one per task; Ray Data holds tasks back when results wait to be written.
+    """
+    if not jobs:
+        return
+    context = DataContext.get_current()
+    before = context.enable_progress_bars
+    context.enable_progress_bars = False  # ours counts photographs
+    try:
+        places = ray.data.from_items(
+            [{"place": place} for place in range(len(jobs))], override_num_blocks=len(jobs)
+        )
+        shared = ray.put(list(jobs))
+
+        def cut(batch: pa.Table) -> Iterator[pa.Table]:
+            for place in batch["place"].to_pylist():
+                yield from cut_photo(ray.get(shared)[place], config, paired)
+
+        tables = places.map_batches(cut, batch_format="pyarrow", batch_size=1, zero_copy_batch=True)
+        options = tables.context.execution_options
+        options.preserve_order = True
+        options.resource_limits = options.resource_limits.copy(object_store_memory=STORE_BYTES)
+        yield from tables.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
+    finally:
+        context.enable_progress_bars = before

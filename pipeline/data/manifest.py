@@ -1,0 +1,155 @@
+"""manifest.json: what a data set holds, and the sha256 that everything else is checked against."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow
+
+from pipeline.errors import UserError
+from pipeline.storage import Storage
+
+NAME = "manifest.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One Parquet file of a data set."""
+
+    name: str
+    rows: int
+    bytes: int
+    sha256: str
+    footer_sha256: str  # of the file's last footer_bytes, so that a reader can trust the offsets in them
+    footer_bytes: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All that a reader of patches needs; small, so that it travels to every worker."""
+
+    scale: int
+    patch_px: int
+    codec: str
+    shards: tuple[Shard, ...]
+
+    @property
+    def patches(self) -> int:
+        """Number of patches; patch ids are 0..patches-1, in the order of the shards' rows."""
+        return sum(shard.rows for shard in self.shards)
+
+    @cached_property
+    def first_ids(self) -> np.ndarray:
+        """int64: first patch id of every shard."""
+        return np.concatenate([[0], np.cumsum([shard.rows for shard in self.shards])[:-1]]).astype(np.int64)
+
+    def locate(self, patch: int) -> tuple[int, int]:
+        """(shard number, row in it) of a patch id."""
+        shard = int(np.searchsorted(self.first_ids, patch, side="right")) - 1
+        return shard, patch - int(self.first_ids[shard])
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A finished data set."""
+
+    root: str
+    sha256: str  # of the bytes of manifest.json
+    layout: Layout
+    held_out: tuple[Shard, ...]
+    settings: dict[str, Any]
+    sources: tuple[
+        dict[str, Any], ...
+    ]  # path, set, bytes, sha256, pixels_sha256, height, width, first_patch, patches
+    rejected: tuple[dict[str, str], ...]  # path, reason
+    degradation: dict[str, Any]
+
+    @property
+    def scale(self) -> int:
+        """High-resolution pixels per low-resolution pixel."""
+        return self.layout.scale
+
+    @property
+    def patch_px(self) -> int:
+        """Side of a high-resolution patch."""
+        return self.layout.patch_px
+
+    @property
+    def patches(self) -> int:
+        """Number of patches."""
+        return self.layout.patches
+
+    @property
+    def codec(self) -> str:
+        """How pixels are stored."""
+        return self.layout.codec
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """Shards with patches."""
+        return self.layout.shards
+
+
+def encode(content: dict[str, Any]) -> bytes:
+    """The bytes of a manifest; the same content always gives the same bytes."""
+    return (
+        json.dumps({"schema_version": SCHEMA_VERSION, **content}, indent=1, sort_keys=True) + "\n"
+    ).encode("ascii")
+
+
+def load_manifest(root: str) -> Manifest:
+    """Reads and checks root/manifest.json.
+
+    Raises:
+        UserError: it is missing, damaged, or of another schema version.
+    """
+    storage = Storage(root)
+    try:
+        content = storage.read_bytes(NAME)
+    except (FileNotFoundError, NotADirectoryError):
+        state = "ingest was interrupted; run it again" if storage.exists(".ingest") else "no data set there"
+        raise UserError(
+            f"data.root={root}: {NAME} is missing ({state}): python jobs/prepare_data.py --data.root {root}"
+        ) from None
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"data.root={root}: cannot read {NAME}: {str(error).splitlines()[0]}") from None
+    return decode(content, storage.uri)
+
+
+def decode(content: bytes, root: str) -> Manifest:
+    """The inverse of `encode`. Raises UserError."""
+    where = f"{root}/{NAME}"
+    try:
+        raw = json.loads(content)
+        version = raw["schema_version"]
+        if version != SCHEMA_VERSION:
+            raise UserError(
+                f"{where}: schema version {version}, but this release reads {SCHEMA_VERSION}; prepare the data set again"
+            )
+        settings = raw["settings"]
+        layout = Layout(
+            scale=int(settings["scale"]),
+            patch_px=int(settings["patch_px"]),
+            codec=str(settings["codec"]),
+            shards=tuple(Shard(**entry) for entry in raw["shards"]),
+        )
+        if layout.patches != raw["patches"]:
+            raise ValueError(f"patches={raw['patches']}, but the shards hold {layout.patches}")
+        return Manifest(
+            root=root,
+            sha256=hashlib.sha256(content).hexdigest(),
+            layout=layout,
+            held_out=tuple(Shard(**entry) for entry in raw["held_out"]),
+            settings=settings,
+            sources=tuple(raw["sources"]),
+            rejected=tuple(raw["rejected"]),
+            degradation=raw["degradation"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{where}: not a valid manifest ({type(error).__name__}: {error}); prepare it again"
+        ) from None

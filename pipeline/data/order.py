@@ -1,0 +1,95 @@
+"""Which patch, crop and flip each sample of a training step gets: a pure function of (seed, step, manifest).
+
+Sample number n = step * batch_size + position. Epoch n // patches is a permutation of all patches, made by a Feistel
+network over the patch numbers with cycle walking (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
+So nothing is stored or shuffled: sample one million costs as much as sample zero, in constant memory, on any rank.
+Crops and flips are hashes of (seed, n). Batches run across the end of an epoch.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+_ROUNDS = 6
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+# Streams keep the hashes of different purposes apart.
+_ORDER, _CROP_Y, _CROP_X, _FLIPS = 1, 2, 3, 4
+
+
+def mix(values: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser (Steele, Lea, Flood, 2014) on uint64: a fixed, well-spread hash."""
+    with np.errstate(over="ignore"):
+        values = values + _GOLDEN
+        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return values ^ (values >> np.uint64(31))
+
+
+def keyed(seed: int, stream: int, counters: np.ndarray) -> np.ndarray:
+    """uint64 hashes of (seed, stream, counter)."""
+    key = mix(mix(np.array([seed], np.uint64)) ^ np.uint64(stream))
+    return mix(mix(counters.astype(np.uint64)) ^ key)
+
+
+def permute(index: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
+    """Position `index` (int64, 0 <= index < size) of a permutation of range(size), chosen by `keys` (uint64, same shape)."""
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = np.uint64((1 << half) - 1)
+    shift = np.uint64(half)
+    values = index.astype(np.uint64)
+    outside = np.ones(values.shape, bool)
+    # The network permutes 4 ** half >= size numbers; who lands outside walks on until inside again.
+    while outside.any():
+        left, right = values[outside] >> shift, values[outside] & mask
+        key = keys[outside]
+        for turn in range(_ROUNDS):
+            left, right = right, left ^ (mix(right ^ mix(key ^ np.uint64(turn))) & mask)
+        values[outside] = (left << shift) | right
+        outside = values >= np.uint64(size)
+    return values.astype(np.int64)
+
+
+def rank_share(batch_size: int, rank: int, world_size: int) -> tuple[int, int]:
+    """(first, last) positions of the global batch for one rank; shares are contiguous and differ by at most one."""
+    return batch_size * rank // world_size, batch_size * (rank + 1) // world_size
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Samples of one rank in one step; arrays of equal length."""
+
+    patch: np.ndarray  # int64 patch_id
+    y: np.ndarray  # int64, high-resolution pixels inside the patch, multiples of the scale
+    x: np.ndarray
+    flips: np.ndarray  # uint8: bit 0 horizontal flip, bit 1 vertical flip, bit 2 transpose (applied last)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The endless sequence of samples that (seed, batch size, data set) decide."""
+
+    patches: int
+    patch_px: int
+    scale: int
+    seed: int
+    batch_size: int
+    crop_px: int
+
+    def of_step(self, step: int, first: int = 0, last: int | None = None) -> Draws:
+        """Samples at positions first..last of the global batch of `step`."""
+        last = self.batch_size if last is None else last
+        numbers = np.arange(step * self.batch_size + first, step * self.batch_size + last, dtype=np.int64)
+        epoch, index = numbers // self.patches, numbers % self.patches
+        places = np.uint64((self.patch_px - self.crop_px) // self.scale + 1)
+        flips = (keyed(self.seed, _FLIPS, numbers) >> np.uint64(61)).astype(np.uint8)
+        return Draws(
+            patch=permute(index, self.patches, keyed(self.seed, _ORDER, epoch)),
+            y=_below(keyed(self.seed, _CROP_Y, numbers), places) * self.scale,
+            x=_below(keyed(self.seed, _CROP_X, numbers), places) * self.scale,
+            flips=flips,
+        )
+
+
+def _below(hashes: np.ndarray, limit: np.uint64) -> np.ndarray:
+    """int64 in [0, limit) from the upper 32 bits of each hash; the bias is below limit / 2**32."""
+    return (((hashes >> np.uint64(32)) * limit) >> np.uint64(32)).astype(np.int64)

@@ -1,0 +1,307 @@
+"""Reads patches out of shards by patch id: one range read each, every byte that is used verified.
+
+Offsets come from the footer, which must have the manifest's sha256. Raw patches are read as the rows that a crop needs,
+against the row checks (pipeline/data/checks.py); other codecs as a whole row group, against Parquet's page checksums.
+"""
+
+import hashlib
+import os
+import zlib
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.data.checks import row_checks, unpack_checks
+from pipeline.data.manifest import Layout, Shard
+from pipeline.data.shards import decode_pixels
+from pipeline.storage import Storage, join
+
+_COLUMNS = ("patch_id", "source_id", "y", "x", "hr", "lr", "detail", "checks")
+_HR, _LR, _CHECKS = _COLUMNS.index("hr"), _COLUMNS.index("lr"), _COLUMNS.index("checks")
+_OPEN_SHARDS = 256
+_LENGTH = 4  # a plain binary value is preceded by its length
+
+
+class DamagedPatch(Exception):
+    """A patch whose bytes are not those that were written."""
+
+    def __init__(self, shard: str, row: int, reason: str) -> None:
+        super().__init__(f"{shard}, row {row}: {reason}")
+        self.shard, self.row, self.reason = shard, row, reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DamagedPatch, (self.shard, self.row, self.reason)
+
+
+@dataclass(frozen=True)
+class _Offsets:
+    """Where the columns of every row lie in a file."""
+
+    start: np.ndarray  # int64 (rows, columns): first byte of the column's page
+    size: np.ndarray  # int64 (rows, columns): bytes, page header included
+
+
+class _LocalFile:
+    """Positional reads from a file; several threads may share it."""
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def read(self, offset: int, size: int) -> np.ndarray:
+        buffer = np.empty(size, np.uint8)
+        done = 0
+        while done < size:
+            count = os.preadv(self.descriptor, [memoryview(buffer)[done:]], offset + done)
+            if count == 0:
+                raise OSError(f"ends at byte {offset + done}")
+            done += count
+        return buffer
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+
+class _RemoteFile:
+    """Range reads from an object store."""
+
+    def __init__(self, filesystem: Any, path: str, size: int) -> None:
+        # With the size known beforehand, opening asks the server for nothing.
+        self.file = filesystem.open_input_file(path)
+        self.size = size
+
+    def read(self, offset: int, size: int) -> np.ndarray:
+        data = self.file.read_at(size, offset)
+        if len(data) != size:
+            raise OSError(f"ends at byte {offset + len(data)}")
+        return np.frombuffer(data, np.uint8)
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class PatchReader:
+    """Patches of one data set. Keeps few files open, and a few bytes per row that it has met."""
+
+    def __init__(self, root: str, layout: Layout) -> None:
+        self.layout = layout
+        self._storage = Storage(root)
+        self._filesystem, self._base = self._storage.filesystem()
+        self._files: OrderedDict[int, _LocalFile | _RemoteFile] = OrderedDict()
+        self._offsets: dict[int, _Offsets] = {}
+
+    def crop(self, patch: int, y: int, x: int, crop_px: int) -> tuple[np.ndarray, np.ndarray]:
+        """High- and low-resolution crop of a patch: uint8 (crop, crop, 3) and (crop / scale, crop / scale, 3), views.
+
+        y, x: pixels of the patch, multiples of the scale.
+
+        Raises:
+            DamagedPatch: what was read is not what was written.
+        """
+        scale, side = self.layout.scale, self.layout.patch_px
+        if self.layout.codec == "raw":
+            hr, lr = self._raw_rows(patch, y, y + crop_px)
+        else:
+            hr, lr = self.patch(patch)
+            hr, lr = hr[y : y + crop_px], lr[y // scale : (y + crop_px) // scale]
+        assert hr.shape[1] == side
+        return hr[:, x : x + crop_px], lr[:, x // scale : (x + crop_px) // scale]
+
+    def patch(self, patch: int) -> tuple[np.ndarray, np.ndarray]:
+        """A whole patch: uint8 (patch_px, patch_px, 3) and its low-resolution version. Raises DamagedPatch."""
+        number, row = self.layout.locate(patch)
+        cells = self.row(number, row)
+        scale, side, codec = self.layout.scale, self.layout.patch_px, self.layout.codec
+        try:
+            hr, lr = (
+                decode_pixels(cells["hr"], codec, side),
+                decode_pixels(cells["lr"], codec, side // scale),
+            )
+        except (ValueError, OSError) as error:
+            raise self._damaged(number, row, f"does not decode: {error}") from None
+        checks = unpack_checks(patch, np.frombuffer(cells["checks"], np.uint8))
+        if checks is None or not np.array_equal(
+            checks, np.concatenate([row_checks(hr.reshape(len(hr), -1)), row_checks(lr.reshape(len(lr), -1))])
+        ):
+            raise self._damaged(number, row, "pixels fail their checks")
+        return hr, lr
+
+    def row(self, number: int, row: int) -> dict[str, Any]:
+        """All cells of a row of shard `number`, page checksums verified. Raises DamagedPatch."""
+        offsets = self._offsets_of(number, row)
+        begin = int(offsets.start[row, 0])
+        end = int(offsets.start[row, -1] + offsets.size[row, -1])
+        data = self._read(number, row, begin, end - begin)
+        codec = self.layout.codec if self.layout.codec in ("lz4", "zstd") else None
+        cells: dict[str, Any] = {}
+        for column, name in enumerate(_COLUMNS):
+            start = int(offsets.start[row, column]) - begin
+            chunk = data[start : start + int(offsets.size[row, column])]
+            try:
+                value = read_page(memoryview(chunk), codec if name in ("hr", "lr") else None)
+            except (ValueError, IndexError, OSError, pa.ArrowException) as error:
+                raise self._damaged(number, row, f"column {name}: {error}") from None
+            if name in ("hr", "lr", "checks"):
+                if int.from_bytes(value[:_LENGTH], "little") != len(value) - _LENGTH:
+                    raise self._damaged(number, row, f"column {name}: wrong length")
+                cells[name] = value[_LENGTH:]
+            elif name == "detail":
+                cells[name] = float(np.frombuffer(value, "<f4")[0])
+            else:
+                cells[name] = int.from_bytes(value, "little", signed=True)
+        expected = int(self.layout.first_ids[number]) + row
+        if cells["patch_id"] != expected:
+            raise self._damaged(number, row, f"holds patch {cells['patch_id']}, not {expected}")
+        return cells
+
+    def close(self) -> None:
+        """Closes all files."""
+        while self._files:
+            self._files.popitem()[1].close()
+
+    def _raw_rows(self, patch: int, top: int, bottom: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows top..bottom of a raw patch and the low-resolution rows below them, checked."""
+        number, row = self.layout.locate(patch)
+        offsets = self._offsets_of(number, row)
+        scale, side = self.layout.scale, self.layout.patch_px
+        small, width, small_width = side // scale, 3 * side, 3 * (side // scale)
+        start, size = offsets.start[row], offsets.size[row]
+        hr_data = int(start[_HR] + size[_HR]) - side * width
+        lr_data = int(start[_LR] + size[_LR]) - small * small_width
+        checks_bytes = 8 * (side + small + 1)
+        end = int(start[_CHECKS] + size[_CHECKS])
+        low, high = top // scale, bottom // scale
+        if self._storage.remote:  # one request costs more than the bytes that it brings
+            everything = self._read(number, row, hr_data + top * width, end - hr_data - top * width)
+            hr = everything[: (bottom - top) * width]
+            tail = everything[lr_data + low * small_width - hr_data - top * width :]
+        else:
+            hr = self._read(number, row, hr_data + top * width, (bottom - top) * width)
+            first = lr_data + low * small_width
+            tail = self._read(number, row, first, end - first)
+        hr = hr.reshape(bottom - top, width)
+        lr = tail[: (high - low) * small_width].reshape(high - low, small_width)
+        checks = unpack_checks(patch, tail[-checks_bytes:])
+        if checks is None:
+            raise self._damaged(number, row, "column checks is damaged")
+        if not np.array_equal(row_checks(hr), checks[top:bottom]):
+            raise self._damaged(number, row, "column hr fails its checks")
+        if not np.array_equal(row_checks(lr), checks[side + low : side + high]):
+            raise self._damaged(number, row, "column lr fails its checks")
+        return hr.reshape(-1, side, 3), lr.reshape(-1, small, 3)
+
+    def _damaged(self, number: int, row: int, reason: str) -> DamagedPatch:
+        return DamagedPatch(self._storage.path(self.layout.shards[number].name), row, reason)
+
+    def _read(self, number: int, row: int, offset: int, size: int) -> np.ndarray:
+        try:
+            return self._file(number).read(offset, size)
+        except (OSError, pa.ArrowException) as error:
+            raise self._damaged(number, row, f"cannot be read: {str(error).splitlines()[0]}") from None
+
+    def _file(self, number: int) -> _LocalFile | _RemoteFile:
+        file = self._files.get(number)
+        if file is None:
+            shard = self.layout.shards[number]
+            if self._storage.remote:
+                file = _RemoteFile(self._filesystem, join(self._base, shard.name), shard.bytes)
+            else:
+                file = _LocalFile(self._storage.path(shard.name))
+            self._files[number] = file
+            if len(self._files) > _OPEN_SHARDS:
+                self._files.popitem(last=False)[1].close()
+        else:
+            self._files.move_to_end(number)
+        return file
+
+    def _offsets_of(self, number: int, row: int) -> _Offsets:
+        found = self._offsets.get(number)
+        if found is None:
+            shard = self.layout.shards[number]
+            footer = self._read(number, row, shard.bytes - shard.footer_bytes, shard.footer_bytes).tobytes()
+            try:
+                found = _parse_footer(footer, shard)
+            except (ValueError, pa.ArrowException) as error:
+                raise self._damaged(number, row, str(error)) from None
+            self._offsets[number] = found
+        return found
+
+
+def _parse_footer(footer: bytes, shard: Shard) -> _Offsets:
+    if hashlib.sha256(footer).hexdigest() != shard.footer_sha256:
+        raise ValueError("the footer is not the one in the manifest")
+    metadata = pq.read_metadata(pa.BufferReader(b"PAR1" + footer))
+    start = np.empty((metadata.num_row_groups, len(_COLUMNS)), np.int64)
+    size = np.empty_like(start)
+    for index in range(metadata.num_row_groups):
+        group = metadata.row_group(index)
+        for column in range(len(_COLUMNS)):
+            chunk = group.column(column)
+            start[index, column] = chunk.data_page_offset
+            size[index, column] = chunk.total_compressed_size
+    return _Offsets(start, size)
+
+
+def read_page(chunk: memoryview, codec: str | None) -> memoryview:
+    """The values of a column chunk of one plain, required data page, its CRC verified. Raises ValueError."""
+    header, length = _thrift_struct(chunk, 0)
+    body = chunk[length:]
+    data_header = header.get(5)
+    if (
+        header.get(1) != 0
+        or not isinstance(data_header, dict)
+        or data_header.get(1) != 1
+        or data_header.get(2) != 0
+    ):
+        raise ValueError("not a plain page of one value")
+    if header.get(3) != len(body) or 4 not in header:
+        raise ValueError("the page's header is damaged")
+    if zlib.crc32(body) != header[4] & 0xFFFFFFFF:
+        raise ValueError("the page fails its checksum")
+    if codec is None:
+        return body
+    size = header[2]
+    name = {"lz4": "lz4_raw", "zstd": "zstd"}[codec]
+    return memoryview(pa.decompress(body, decompressed_size=size, codec=name, asbytes=True))
+
+
+def _thrift_struct(data: memoryview, position: int) -> tuple[dict[int, Any], int]:
+    """Integers, booleans and nested structs of a struct in Thrift's compact protocol, by field id; and where it ends."""
+    fields: dict[int, Any] = {}
+    field = 0
+    while True:
+        head = data[position]
+        position += 1
+        if head == 0:
+            return fields, position
+        kind, delta = head & 15, head >> 4
+        if delta:
+            field += delta
+        else:
+            raw, position = _varint(data, position)
+            field = (raw >> 1) ^ -(raw & 1)
+        if kind in (1, 2):
+            fields[field] = kind == 1
+        elif kind in (3, 4, 5, 6):
+            raw, position = _varint(data, position)
+            fields[field] = (raw >> 1) ^ -(raw & 1)
+        elif kind == 12:
+            fields[field], position = _thrift_struct(data, position)
+        else:
+            raise ValueError("the page's header is damaged")
+
+
+def _varint(data: memoryview, position: int) -> tuple[int, int]:
+    value, shift = 0, 0
+    while True:
+        byte = data[position]
+        position += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, position
+        shift += 7
+        if shift > 63:
+            raise ValueError("the page's header is damaged")

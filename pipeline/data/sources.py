@@ -1,0 +1,181 @@
+"""Finds photographs: a folder, a glob, a zip archive, or an s3:// prefix, in an order that depends on names alone."""
+
+import glob
+import os
+import stat
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from pipeline.data.photos import EXTENSIONS, PhotoRefused
+from pipeline.errors import UserError
+from pipeline.storage import Storage, is_remote
+
+LICENCE_NAMES = ("attribution", "license", "licence", "copying")
+_LICENCE_BYTES = 16384
+
+
+@dataclass(frozen=True)
+class PhotoFile:
+    """One file of a source; `read` works in any process of the cluster that sees the source."""
+
+    name: str  # relative to the source, forward slashes; bytes that are not UTF-8 as surrogates
+    kind: Literal["file", "zip", "s3"]
+    container: str  # folder, archive or prefix
+    size: int  # bytes; -1 where it could not be asked
+    modified_ns: int = 0
+    unreadable: str | None = None  # why it cannot be read, where listing already found out
+
+    @property
+    def known_extension(self) -> bool:
+        """Whether the name says that this is an image."""
+        return PurePosixPath(self.name).suffix.lower() in EXTENSIONS
+
+    @property
+    def stem(self) -> str:
+        """Name without folder and extension, in lower case."""
+        return PurePosixPath(self.name).stem.lower()
+
+    def read(self, limit: int | None = None) -> bytes:
+        """The file's bytes, at most `limit` of them. Raises PhotoRefused."""
+        if self.unreadable:
+            raise PhotoRefused(self.unreadable)
+        try:
+            if self.kind == "file":
+                with (Path(self.container) / self.name).open("rb") as file:
+                    return file.read(-1 if limit is None else limit)
+            if self.kind == "zip":
+                with _archive(self.container).open(self.name) as member:
+                    return member.read(-1 if limit is None else limit)
+            filesystem, base = Storage(self.container).filesystem()
+            with filesystem.open_input_file(f"{base}/{self.name}") as remote:
+                return remote.read(limit)
+        except FileNotFoundError:
+            raise PhotoRefused("cannot be read: it is gone") from None
+        except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError) as error:
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+            raise PhotoRefused(f"cannot be read: {reason}") from None
+
+
+@lru_cache(maxsize=4)
+def _archive(path: str) -> zipfile.ZipFile:
+    return zipfile.ZipFile(path)
+
+
+def list_photos(source: str, field: str = "data.source") -> list[PhotoFile]:
+    """Every file of `source` that may be a photograph, sorted by name. Hidden files are left out.
+
+    Raises:
+        UserError: nothing there, naming `field`.
+    """
+    if is_remote(source):
+        found = list(_in_s3(source))
+    elif Path(source).is_dir():
+        found = list(_in_folder(Path(source).absolute()))
+    elif Path(source).is_file():
+        if not zipfile.is_zipfile(source):
+            raise UserError(f"{field}={source}: a file that is not a .zip archive; give its folder")
+        found = list(_in_zip(Path(source).absolute()))
+    elif glob.has_magic(source):
+        found = list(_in_glob(source))
+    else:
+        raise UserError(f"{field}={source}: no such folder, archive or pattern")
+    found.sort(key=lambda photo: photo.name)
+    if not any(photo.known_extension or _sniffed(photo) for photo in found):
+        raise UserError(f"{field}={source}: no photographs there (of {len(found)} files)")
+    return [photo for photo in found if photo.known_extension or _sniffed(photo)]
+
+
+def find_licence(source: str) -> str | None:
+    """Text of an ATTRIBUTION, LICENSE or COPYING file directly in a folder, if there is one."""
+    if is_remote(source) or not Path(source).is_dir():
+        return None
+    for path in sorted(Path(source).iterdir()):
+        if (
+            path.stem.lower() in LICENCE_NAMES
+            and path.is_file()
+            and path.suffix.lower() in ("", ".txt", ".md")
+        ):
+            return path.read_bytes()[:_LICENCE_BYTES].decode("utf-8", "replace")
+    return None
+
+
+def _sniffed(photo: PhotoFile) -> bool:
+    from pipeline.data.photos import looks_like_photo
+
+    if photo.kind == "s3" or photo.unreadable:
+        return False
+    try:
+        return looks_like_photo(photo.read(64))
+    except PhotoRefused:
+        return False
+
+
+def _in_folder(root: Path) -> Iterator[PhotoFile]:
+    visited: set[str] = set()
+    failures: list[OSError] = []
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=failures.append):
+        real = os.path.realpath(folder)
+        if real in visited:  # a link that leads back up
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
+        for name in files:
+            if not name.startswith("."):
+                yield _local(root, Path(folder) / name)
+    for failure in failures:
+        name = os.path.relpath(str(failure.filename), root)
+        yield PhotoFile(f"{name}/", "file", str(root), -1, 0, f"folder cannot be listed: {failure.strerror}")
+
+
+def _in_glob(pattern: str) -> Iterator[PhotoFile]:
+    fixed = []
+    for part in Path(pattern).absolute().parts:
+        if glob.has_magic(part):
+            break
+        fixed.append(part)
+    root = Path(*fixed)
+    for match in glob.iglob(str(Path(pattern).absolute()), recursive=True):
+        path = Path(match)
+        if path.is_dir() and not path.is_symlink():
+            continue
+        yield _local(root, path)
+
+
+def _local(root: Path, path: Path) -> PhotoFile:
+    name = path.relative_to(root).as_posix()
+    try:
+        status = path.stat()
+    except OSError as error:
+        broken = path.is_symlink() and not path.exists()
+        reason = "broken link" if broken else f"cannot be read: {error.strerror}"
+        return PhotoFile(name, "file", str(root), -1, 0, reason)
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+        return PhotoFile(name, "file", str(root), -1, 0, "not a regular file")
+    return PhotoFile(name, "file", str(root), status.st_size, status.st_mtime_ns)
+
+
+def _in_zip(path: Path) -> Iterator[PhotoFile]:
+    try:
+        members = zipfile.ZipFile(path).infolist()
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{path}: damaged archive: {error}") from None
+    for member in members:
+        parts = PurePosixPath(member.filename).parts
+        if not member.is_dir() and not any(part.startswith((".", "__MACOSX")) for part in parts):
+            yield PhotoFile(member.filename, "zip", str(path), member.file_size, 0)
+
+
+def _in_s3(prefix: str) -> Iterator[PhotoFile]:
+    from pyarrow import fs
+
+    storage = Storage(prefix)
+    filesystem, base = storage.filesystem()
+    for info in filesystem.get_file_info(fs.FileSelector(base, allow_not_found=True, recursive=True)):
+        name = info.path.removeprefix(base).lstrip("/")
+        if info.type == fs.FileType.File and not PurePosixPath(name).name.startswith("."):
+            yield PhotoFile(name, "s3", storage.uri, info.size, info.mtime_ns or 0)

@@ -1,0 +1,60 @@
+"""Tiny photographs and a configuration that trains both stages on them in seconds."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+
+def write_photos(folder: Path, count: int, side: int, seed: int) -> Path:
+    """Smooth pictures with edges, each another."""
+    folder.mkdir(parents=True, exist_ok=True)
+    y, x = np.mgrid[0:side, 0:side] / side
+    for index in range(count):
+        draws = np.random.default_rng([seed, index]).uniform(1, 12, size=(3, 2))
+        waves = [np.sin(2 * np.pi * (a * y + b * x)) for a, b in draws]
+        edges = [(wave > 0.6) * 60.0 for wave in waves]
+        picture = np.stack([90 + 60 * wave + edge for wave, edge in zip(waves, edges, strict=True)], axis=-1)
+        Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(folder / f"picture{index}.png")
+    return folder
+
+
+def fields(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Flat fields of a run below `folder`: 6 + 6 steps, in this process."""
+    return {
+        "run_name": "tiny",
+        "storage": str(folder / "runs"),
+        "workers": 0,
+        "seed": 5,
+        "data.source": str(folder / "photos"),
+        "data.held_out": str(folder / "held_out"),
+        "data.root": str(folder / "data"),
+        "data.patch_px": 64,
+        "data.patch_step_px": 32,
+        "model.num_block": 1,
+        "model.num_feat": 8,
+        "model.num_grow_ch": 4,
+        "model.discriminator_num_feat": 4,
+        "batch_size": 4,
+        "crop_px": 32,
+        "psnr.steps": 6,
+        "gan.steps": 6,
+        "perceptual.weights": "random",
+        "perceptual.layers": {"conv1_2": 1.0},
+        "ema_decay": 0.8,
+        "log_every_steps": 1,
+        "checkpoint_every_steps": 2,
+        "validate_every_steps": 3,
+        **changes,
+    }
+
+
+def flags(values: dict[str, Any]) -> list[str]:
+    """The same as command-line flags."""
+    import json
+
+    listed = []
+    for name, value in values.items():
+        listed += [f"--{name}", json.dumps(value) if isinstance(value, dict | list | tuple) else str(value)]
+    return listed
