@@ -10,7 +10,15 @@ from pipeline.evaluation.crops import Box
 from pipeline.evaluation.evaluate import evaluate, table, write_results
 from pipeline.evaluation.layout import find_pairs
 from pipeline.evaluation.lpips import load_lpips
-from pipeline.evaluation.models import MODEL_HELP, choose_device, interpolated, notes, open_model
+from pipeline.evaluation.models import (
+    BICUBIC,
+    MODEL_HELP,
+    choose_device,
+    interpolated,
+    notes,
+    open_model,
+    split_label,
+)
 from pipeline.evaluation.scoring import Scorer, Settings
 from pipeline.storage import Storage
 
@@ -91,7 +99,7 @@ def main(argv: list[str]) -> None:
         return open_model(source, options.tracking_uri, device=device, bf16=options.precision == "bf16",
                           bicubic_scale=bicubic_scale)  # fmt: skip
 
-    networks = {source: opened(source) for source in options.model if source != "bicubic"}
+    networks = {source: opened(source) for source in options.model if split_label(source)[1] != BICUBIC}
     mixed = [interpolated(opened(a), opened(b), _alpha(alpha)) for a, b, alpha in options.interpolate]
     scale = options.scale or next((model.scale for model in [*networks.values(), *mixed]), 4)
     models = [networks[source] if source in networks else opened(source, scale) for source in options.model]

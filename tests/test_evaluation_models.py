@@ -80,3 +80,9 @@ def test_bf16_stays_near_fp32(tmp_path: Path) -> None:
     lr = picture(24, 20)
     exact, quick = open_model(path).upscale(lr), open_model(path, bf16=True).upscale(lr)
     assert np.abs(exact.astype(int) - quick).max() <= 4
+
+
+def test_a_label_is_split_off_but_paths_with_equals_signs_are_not(tmp_path: Path) -> None:
+    path = write_generator(tmp_path / "set=a" / "g.safetensors")
+    assert (open_model(f"stage 1={path}").label, open_model(f"stage 1={path}").name) == ("stage 1", str(path))
+    assert open_model(str(path)).label == ""

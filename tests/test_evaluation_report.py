@@ -128,3 +128,12 @@ def test_the_crop_is_where_the_results_differ_most() -> None:
 def test_a_crop_near_the_edge_is_moved_inside() -> None:
     assert Box(100, 100, 64, 64).fitted((64, 120, 3), 4) == Box(56, 0, 64, 64)
     assert Box(0, 0, 128, 128).fitted((30, 50, 3), 4) == Box(0, 0, 48, 28)
+
+
+def test_a_shift_of_all_colours_does_not_hide_where_detail_differs() -> None:
+    a = np.full((80, 120, 3), 100, np.uint8)
+    b = a + 40
+    b[44:60, 72:88] += (picture(16, 16) > 128).astype(np.uint8) * 30
+    box = most_different([a, b], 32, 4)
+    assert 40 <= box.x <= 88
+    assert 12 <= box.y <= 60

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from pipeline.imaging import luma
 
 Image = NDArray[np.uint8]
+_DETAIL_PX = 17
 
 
 @dataclass(frozen=True)
@@ -36,22 +37,34 @@ class Box:
 
 
 def most_different(images: Sequence[Image], side_px: int, step: int) -> Box:
-    """The square in which the images' luma differs most (mean of the largest difference at each pixel).
+    """The square in which the images' detail differs most.
+
+    Detail is luma less its mean around each pixel: a network whose colours are a little off everywhere would otherwise
+    win with an empty sky.
 
     Args:
         images: two or more uint8 RGB images of one size.
         side_px: the square's side; smaller images give what they have.
         step: corners fall on multiples of this (the scale).
     """
-    lumas = [luma(image).astype(np.float32) for image in images]
-    difference = np.maximum.reduce(lumas) - np.minimum.reduce(lumas)
+    details = [_detail(luma(image)) for image in images]
+    difference = np.maximum.reduce(details) - np.minimum.reduce(details)
     box = Box(0, 0, side_px, side_px).fitted(difference.shape, step)
-    sums = np.zeros((difference.shape[0] + 1, difference.shape[1] + 1), np.float64)
-    sums[1:, 1:] = difference.cumsum(0, dtype=np.float64).cumsum(1)
-    h, w = box.height, box.width
-    totals = (sums[h:, w:] - sums[:-h, w:] - sums[h:, :-w] + sums[:-h, :-w])[::step, ::step]
+    totals = _window_sums(difference, box.height, box.width)[::step, ::step]
     y, x = np.unravel_index(int(np.argmax(totals)), totals.shape)
-    return Box(int(x) * step, int(y) * step, w, h)
+    return Box(int(x) * step, int(y) * step, box.width, box.height)
+
+
+def _window_sums(values: NDArray[np.floating], height: int, width: int) -> NDArray[np.float64]:
+    """Sums over all windows of this size, by their upper left corner."""
+    sums = np.zeros((values.shape[0] + 1, values.shape[1] + 1), np.float64)
+    sums[1:, 1:] = values.cumsum(0, dtype=np.float64).cumsum(1)
+    return sums[height:, width:] - sums[:-height, width:] - sums[height:, :-width] + sums[:-height, :-width]
+
+
+def _detail(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    padded = np.pad(values, _DETAIL_PX // 2, mode="edge")
+    return values - _window_sums(padded, _DETAIL_PX, _DETAIL_PX) / _DETAIL_PX**2
 
 
 def enlarged(image: Image, factor: int) -> Image:

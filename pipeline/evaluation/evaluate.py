@@ -17,7 +17,7 @@ from tqdm import tqdm
 from pipeline.data.photos import FORMATS
 from pipeline.errors import UserError
 from pipeline.evaluation.layout import Pair, Refused
-from pipeline.evaluation.models import BICUBIC, Model
+from pipeline.evaluation.models import BICUBIC, SUFFIXES, Model
 from pipeline.evaluation.picture import Panel, draw_panels
 from pipeline.evaluation.report import render_report
 from pipeline.evaluation.scoring import Scorer, Settings, size_mismatch
@@ -137,8 +137,8 @@ def shown(metric: str, value: float) -> str:
 
 
 def short_labels(models: Sequence[Model]) -> list[str]:
-    """Names for a table: the last part of each path, unless two models share it."""
-    short = [" + ".join(_short(term) for term in model.name.split(" + ")) for model in models]
+    """Names for a table: the user's label, or the last part of each path, unless two models share it."""
+    short = [model.label or " + ".join(_short(term) for term in model.name.split(" + ")) for model in models]
     return [
         label if short.count(label) == 1 else model.name for label, model in zip(short, models, strict=True)
     ]
@@ -146,7 +146,9 @@ def short_labels(models: Sequence[Model]) -> list[str]:
 
 def _short(name: str) -> str:
     factor, times, source = name.rpartition(" * ")
-    return factor + times + (source if source.startswith("models:/") else PurePosixPath(source).name)
+    path = PurePosixPath(source)
+    last = path.stem if path.suffix in SUFFIXES else path.name
+    return factor + times + (source if source.startswith("models:/") else last)
 
 
 def require_matching_sizes(pairs: Sequence[Pair], scale: int) -> None:

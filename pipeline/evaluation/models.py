@@ -21,7 +21,7 @@ from pipeline.training import checkpoint
 BICUBIC = "bicubic"
 MODEL_HELP = (
     "models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint's or a run's folder, a .safetensors or .pth file, "
-    "or bicubic."
+    "or bicubic; LABEL=M gives it a name of your own."
 )
 WEIGHTS = "generator.safetensors"
 SUFFIXES = (".safetensors", ".pth")
@@ -37,7 +37,7 @@ class Model:
     """Something that makes a picture larger."""
 
     name: str
-    """As the user wrote it: the table's and the report's label."""
+    """As the user wrote it."""
     scale: int
     generator: RRDBNet | None = None
     """None: MATLAB's bicubic."""
@@ -45,6 +45,8 @@ class Model:
     """What the file says about the network, and where its residual scale comes from."""
     device: str = "cpu"
     bf16: bool = False
+    label: str = ""
+    """What tables and reports call it; empty: something short from the name."""
 
     def upscale(self, lr: Image, tile_px: int | None = None) -> Image:
         """uint8 RGB (H, W, 3) to (H * scale, W * scale, 3).
@@ -73,7 +75,7 @@ def open_model(
 
     Args:
         source: models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint folder, a run's folder (its newest sound
-            checkpoint), a .safetensors or .pth file, or `bicubic`.
+            checkpoint), a .safetensors or .pth file, or `bicubic`; LABEL=SOURCE gives it a name of your own.
         tracking_uri: the store behind models:/; by default the environment's.
         device: where the generator computes.
         bf16: convolutions in bfloat16.
@@ -82,15 +84,24 @@ def open_model(
     Raises:
         UserError: not there, damaged, or not a generator.
     """
+    label, source = split_label(source)
     if source == BICUBIC:
-        return Model(BICUBIC, bicubic_scale)
+        return Model(BICUBIC, bicubic_scale, label=label)
     if source.startswith("models:/"):
         path = pull_generator(source, tracking_uri)
         content = path.read_bytes()
     else:
         content = _weights(source)
     generator, info = decode_generator(content, source)
-    return Model(source, generator.scale, generator.eval(), info, device, bf16)
+    return Model(source, generator.scale, generator.eval(), info, device, bf16, label)
+
+
+def split_label(source: str) -> tuple[str, str]:
+    """The two parts of LABEL=SOURCE; the label is empty where there is none. Paths may hold equals signs."""
+    label, equals, rest = source.partition("=")
+    if equals and label and rest and not any(sign in label for sign in "/:."):
+        return label, rest
+    return "", source
 
 
 def interpolated(first: Model, second: Model, alpha: float) -> Model:
@@ -121,7 +132,7 @@ def interpolated(first: Model, second: Model, alpha: float) -> Model:
             float(info["residual_scale"]), first.scale,
         )  # fmt: skip
     generator.load_state_dict(mixed, assign=True)
-    return replace(first, name=name, generator=generator.eval(), info=info)
+    return replace(first, name=name, generator=generator.eval(), info=info, label="")
 
 
 def notes(models: Sequence[Model]) -> list[str]:
