@@ -1,6 +1,7 @@
 """The model registry: registers generators, decides about `champion`, and gives generators back."""
 
 import atexit
+import json
 import math
 import re
 import shutil
@@ -241,6 +242,10 @@ def _version(
     version = client.create_model_version(
         name, source, run_id=tracked.run_id, tags=tags, description=description, model_id=model.model_id
     )
+    if not by_server:
+        # A server does this by itself; MLflow's page links the logged model and the version by it.
+        link = json.dumps([{"name": name, "version": version.version}])
+        client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": link})
     return version, True
 
 

@@ -278,7 +278,10 @@ def _describe(client: MlflowClient, description: RunDescription, run_id: str) ->
     tags = [RunTag(key, value) for key, value in description.tags.items()]
     if changed:
         tags.append(RunTag("esrgan.changed_on_resume", json.dumps(changed)[:TAG_CHARACTERS]))
-    client.update_run(run_id, status="RUNNING")
+    if description.status == "RUNNING":
+        client.update_run(run_id, status="RUNNING")
+    else:  # It ended while the store was away.
+        client.set_terminated(run_id, description.status, description.ended_ms)
     client.log_batch(run_id, tags=tags[:100])
     for start in range(0, len(new), PARAMS_IN_A_CALL):
         client.log_batch(run_id, params=new[start : start + PARAMS_IN_A_CALL])

@@ -17,7 +17,6 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking.multimedia import compress_image_size
 from PIL import Image
 
-from pipeline.errors import UserError
 from pipeline.storage import Storage
 from pipeline.tracking.config import TrackingConfig
 from pipeline.tracking.records import (
@@ -31,7 +30,7 @@ from pipeline.tracking.records import (
     segment_steps,
 )
 from pipeline.tracking.runs import TrackedRun, open_described
-from pipeline.tracking.store import StoreAway, is_code, reason, waits
+from pipeline.tracking.store import is_code, reason, waits
 from pipeline.tracking.uri import resolve_uri
 
 MARK = f"{FOLDER}/sent.json"
@@ -72,7 +71,7 @@ class Sender:
         self._published_step = published_step
         self._poll_s = poll_s
         self._sent: int | None = None
-        self._left = -1
+        self._failing = False
         self._rounds = 0
         self._stop = False
         self._now = False
@@ -96,72 +95,66 @@ class Sender:
         """Sends what counts by now, trying again until it is done or the time is over.
 
         Returns:
-            Segments that are left.
+            Segments that are left; 0 when all is sent.
         """
         ends = time.monotonic() + timeout_s
         with self._changed:
-            round_before = self._rounds
-            while self._thread.is_alive():
+            # A round that is under way may have begun before the newest segment counted.
+            enough = self._rounds + 2
+            while self._thread.is_alive() and time.monotonic() < ends:
                 self._now = True
                 self._changed.notify_all()
-                # A round that had begun before may have missed the newest segment.
-                if self._rounds >= round_before + 2 and self._left == 0:
+                self._changed.wait(timeout=min(1.0, max(0.0, ends - time.monotonic())))
+                if self._rounds >= enough and not self._failing:
                     return 0
-                if not self._changed.wait(timeout=min(1.0, max(0.0, ends - time.monotonic()))) and (
-                    time.monotonic() >= ends
-                ):
-                    break
-        return max(0, len(self._pending())) if self._left else 0
+        return len(self.pending())
 
-    def _work(self) -> None:
-        pause_s, told = self._poll_s, False
-        while True:
-            try:
-                self._send_pending()
-                left, pause_s, told = 0, self._poll_s, False
-            except Exception as error:  # noqa: BLE001 - whatever it is, training must go on, and nothing is lost
-                left = 1
-                pause_s = min(LONGEST_PAUSE_S, max(1.0, 2 * pause_s))
-                if not told:
-                    logger.warning("metrics wait in %s: %s", self.run.path(FOLDER), reason(error))
-                    told = True
-            with self._changed:
-                self._left = left
-                self._rounds += 1
-                self._changed.notify_all()
-                if self._stop:
-                    return
-                if self._now:
-                    self._now = False
-                    pause_s = min(pause_s, 1.0) if left else 0.0
-                if pause_s:
-                    self._changed.wait(timeout=pause_s)
-                pause_s = pause_s or self._poll_s
-                if self._stop:
-                    return
+    def pending(self) -> list[int]:
+        """Steps of the segments that count and are not sent."""
+        sent, published = self._mark(), self._published_step()
+        return [step for step in segment_steps(self.run) if sent < step <= published]
 
-    def _pending(self) -> list[int]:
-        try:
-            sent, published = self._mark(), self._published_step()
-            return [step for step in segment_steps(self.run) if sent < step <= published]
-        except Exception:  # noqa: BLE001 - storage that is away; the thread tells
-            return [-1]
+    def send_pending(self) -> int:
+        """Sends them, on the calling thread.
 
-    def _send_pending(self) -> None:
-        published = self._published_step()
+        Returns:
+            Segments sent.
+
+        Raises:
+            StoreAway, MlflowException, OSError: what could not be sent is sent the next time.
+        """
         if self.tracked is None:
             self.tracked = open_described(self.run, self._uri)
-        sent = self._mark()
-        for step in segment_steps(self.run):
-            if sent < step <= published and not self._stop:
-                try:
-                    segment = read_segment(self.run, step)
-                except DamagedSegment as error:
-                    logger.warning("%s; left out", error)
-                else:
-                    send_segment(self.tracked, segment, sent)
-                sent = step
-                self._keep_mark(sent)
+        count = 0
+        for step in self.pending():
+            if self._stop:
+                break
+            try:
+                send_segment(self.tracked, read_segment(self.run, step), self._mark())
+            except DamagedSegment as error:
+                logger.warning("%s; left out", error)
+            self._keep_mark(step)
+            count += 1
+        return count
+
+    def _work(self) -> None:
+        pause_s = self._poll_s
+        while not self._stop:
+            try:
+                self.send_pending()
+                failing, pause_s = False, self._poll_s
+            except Exception as error:  # noqa: BLE001 - whatever it is, training must go on, and nothing is lost
+                failing, pause_s = True, min(LONGEST_PAUSE_S, max(1.0, 2 * pause_s))
+                if not self._failing:
+                    logger.warning("metrics wait in %s: %s", self.run.path(FOLDER), reason(error))
+            with self._changed:
+                self._failing = failing
+                self._rounds += 1
+                self._changed.notify_all()
+                least_s = 1.0 if failing else 0.0  # Also when somebody waits in flush().
+                self._changed.wait_for(lambda: self._stop, timeout=least_s)
+                self._changed.wait_for(lambda: self._stop or self._now, timeout=pause_s - least_s)
+                self._now = False
 
     def _mark(self) -> int:
         """Step of the last segment sent to this very run; -1 without one."""
@@ -259,24 +252,3 @@ def _log_pictures(client: MlflowClient, tracked: TrackedRun, pictures: list[Pict
 
 def _key(key: str) -> str:
     return re.sub(r"[^\w\-. /]", "_", key)[:250]
-
-
-def send_all(run: Storage, uri: str, published_step: int) -> tuple[int, int]:
-    """Sends what counts and is not sent, and gives up at the first thing that goes wrong.
-
-    Returns:
-        Segments sent, and segments that were sent before.
-
-    Raises:
-        UserError: the folder is no run's, or the store is away.
-    """
-    try:
-        tracked = open_described(run, uri)
-        sender = Sender(run, TrackingConfig(uri=uri), tracked, published_step=lambda: published_step)
-        before = sender._pending()
-        sender._send_pending()
-    except StoreAway as error:
-        raise UserError(f"{error}; nothing is lost, try again later") from None
-    except MlflowException as error:
-        raise UserError(f"sending stopped: {reason(error)}; nothing is lost, try again later") from None
-    return len(before), len([step for step in segment_steps(run) if step <= published_step]) - len(before)

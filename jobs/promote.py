@@ -1,0 +1,42 @@
+"""Makes a version of the registered model the champion, by hand, and says which one it was before."""
+
+import argparse
+from pathlib import Path
+
+from pipeline import command
+from pipeline.config import load_config
+from pipeline.storage import absolute
+from pipeline.tracking.registry import promote
+from pipeline.tracking.uri import resolve_uri
+
+DEMO = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's own flags."""
+    parser.add_argument(
+        "--model-version",
+        type=int,
+        required=True,
+        metavar="N",
+        help="The version of tracking.model_name that becomes the champion.",
+    )
+    parser.add_argument("--json", metavar="FILE", help="Also write {model_name, champion, was} there.")
+
+
+def main(argv: list[str]) -> None:
+    """Moves the alias in the store that the configuration names."""
+    config, options = load_config(
+        argv, description=__doc__ or "", default_file=DEMO, add_arguments=add_arguments
+    )
+    command.require_writable_file(options.json, "--json")
+    name = config.tracking.model_name
+    uri = resolve_uri(config.tracking, absolute(config.storage))
+    was = promote(name, options.model_version, uri)
+    command.write_json(options.json, {"model_name": name, "champion": options.model_version, "was": was})
+    before = "there was none" if was is None else f"it was version {was}"
+    print(f"champion of {name}: version {options.model_version} ({before})")
+
+
+if __name__ == "__main__":
+    command.run(main)

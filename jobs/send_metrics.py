@@ -1,0 +1,40 @@
+"""Sends the metrics of a run that MLflow has not got yet, for instance after an outage that outlasted the training."""
+
+import argparse
+import os
+from dataclasses import asdict
+
+from pipeline import command
+from pipeline.config import make_parser
+from pipeline.storage import Storage
+from pipeline.tracking.late import send_late
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    flags = make_parser(__doc__ or "")
+    add = flags.add_argument
+    add("--run", required=True, metavar="STORAGE/RUN_NAME", help="The run's folder, or its s3:// prefix.")
+    add(
+        "--tracking.uri",
+        dest="tracking_uri",
+        metavar="URI",
+        help="The MLflow store (default: ESRGAN_TRACKING__URI, then the one that the run was trained with).",
+    )
+    add("--json", metavar="FILE", help="Also write {run_id, status, sent} there.")
+    return flags
+
+
+def main(argv: list[str]) -> None:
+    """Sends, and prints how many segments."""
+    options = parser().parse_args(argv)
+    command.require_writable_file(options.json, "--json")
+    uri = options.tracking_uri or os.environ.get("ESRGAN_TRACKING__URI")
+    result = send_late(Storage(options.run), uri)
+    command.write_json(options.json, asdict(result))
+    what = f"{result.sent} segments sent" if result.sent else "nothing was left to send"
+    print(f"{what}; run {result.run_id} is marked {result.status}")
+
+
+if __name__ == "__main__":
+    command.run(main)
