@@ -1,7 +1,7 @@
 """A fast 64-bit check of every row of pixels, so that a crop is verified without reading the whole patch.
 
-The check of a row is the sum over its little-endian 64-bit words w[i] * k[i] mod 2**64, the row padded with zeros to whole
-words, with k[i] = splitmix64(i) | 1. An odd factor has an inverse, so a change within one word never goes unseen;
+The check of a row is the sum over its little-endian 64-bit words w[i] * k[i] mod 2**64, the row padded with zeros to
+whole words, with k[i] = splitmix64(i) | 1. An odd factor has an inverse, so a change within one word never goes unseen;
 any other change goes unseen with a chance of about 2**-64. It guards against accidents, not against forgery:
 that is what the shards' sha256 is for.
 """

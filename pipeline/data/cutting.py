@@ -1,4 +1,4 @@
-"""What is done to one photograph: check, degrade, cut. Runs anywhere; its results go through Ray Data as Arrow tables."""
+"""What is done to one photograph: check, degrade, cut. Runs anywhere; results go through Ray Data as Arrow tables."""
 
 import hashlib
 import json
@@ -133,7 +133,7 @@ def _load(job: PhotoJob, config: DataConfig, paired: bool) -> tuple[np.ndarray, 
 def pixels_sha256(pixels: np.ndarray) -> str:
     """sha256 over "height width" and the RGB bytes, so that equal pictures in different files are recognised."""
     digest = hashlib.sha256(f"{pixels.shape[0]} {pixels.shape[1]} ".encode())
-    digest.update(np.ascontiguousarray(pixels))
+    digest.update(np.ascontiguousarray(pixels).data)
     return digest.hexdigest()
 
 

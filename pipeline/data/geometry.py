@@ -10,7 +10,7 @@ def check_geometry(config: DataConfig) -> None:
         value = getattr(config, field)
         if value % config.scale:
             raise UserError(
-                f"data.{field}={value} is not a multiple of data.scale={config.scale}; use {value - value % config.scale}"
+                f"data.{field}={value} is no multiple of data.scale={config.scale}; use {value - value % config.scale}"
             )
     if config.patch_step_px > config.patch_px:
         raise UserError(

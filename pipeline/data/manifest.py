@@ -128,7 +128,7 @@ def decode(content: bytes, root: str) -> Manifest:
         version = raw["schema_version"]
         if version != SCHEMA_VERSION:
             raise UserError(
-                f"{where}: schema version {version}, but this release reads {SCHEMA_VERSION}; prepare the data set again"
+                f"{where}: schema version {version}, but this release reads {SCHEMA_VERSION}; prepare it again"
             )
         settings = raw["settings"]
         layout = Layout(

@@ -32,7 +32,7 @@ def keyed(seed: int, stream: int, counters: np.ndarray) -> np.ndarray:
 
 
 def permute(index: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
-    """Position `index` (int64, 0 <= index < size) of a permutation of range(size), chosen by `keys` (uint64, same shape)."""
+    """Position `index` (int64, 0 <= index < size) of a permutation of range(size), chosen by `keys` (uint64, alike)."""
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)
     shift = np.uint64(half)

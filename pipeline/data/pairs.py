@@ -36,7 +36,7 @@ def pair_by_name(photos: list[PhotoFile], low: list[PhotoFile], scale: int) -> d
                 break
     if not pairs:
         raise UserError(
-            f"data.lr_dir: no file belongs to a photograph by its name; expected names like {photos[0].stem}x{scale}.png"
+            f"data.lr_dir: no file belongs to a photograph by name; expected names like {photos[0].stem}x{scale}.png"
         )
     return pairs
 
@@ -73,7 +73,7 @@ def _round(values: np.ndarray) -> np.ndarray:
 
 
 def _resample(image: np.ndarray, weights: np.ndarray, scale: int, mode: str) -> np.ndarray:
-    """Both axes of a float image by one kernel, the same for every output pixel; `weights` are centred on the output."""
+    """Both axes of a float image by one kernel, the same for every output pixel; `weights` are centred on it."""
     for axis in (0, 1):
         taps = len(weights)
         before = (taps - scale) // 2

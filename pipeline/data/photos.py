@@ -13,7 +13,27 @@ from PIL import Image, UnidentifiedImageError
 # Pillow opens MPO as JPEG; by its own name it would be an unknown format.
 FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "DIB", "PPM", "GIF", "JPEG2000", "AVIF")
 EXTENSIONS = frozenset(
-    ".png .apng .jpg .jpeg .jpe .jfif .mpo .tif .tiff .webp .bmp .dib .ppm .pgm .pnm .gif .jp2 .j2k .avif".split()
+    (
+        ".png",
+        ".apng",
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".mpo",
+        ".tif",
+        ".tiff",
+        ".webp",
+        ".bmp",
+        ".dib",
+        ".ppm",
+        ".pgm",
+        ".pnm",
+        ".gif",
+        ".jp2",
+        ".j2k",
+        ".avif",
+    )
 )
 _LOSSY = frozenset(("JPEG", "MPO", "AVIF", "JPEG2000"))
 _SAFEST_BYTES_PER_PIXEL = 16
@@ -139,7 +159,7 @@ def _notes(image: Image.Image) -> tuple[str, ...]:
     notes = []
     if image.mode in ("L", "P"):
         notes.append("grey" if image.mode == "L" else "palette")
-    if any("16" in str(tile[3]) for tile in image.tile):
+    if any("16" in str(tile[3]) for tile in getattr(image, "tile", ())):
         notes.append("16-bit")
     return tuple(notes)
 

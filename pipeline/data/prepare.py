@@ -75,7 +75,7 @@ def check_source(config: DataConfig) -> None:
     needed = _expected_bytes(plan.jobs, config)
     if free is not None and needed > free:
         raise UserError(
-            f"data.root={config.root}: {free / 2**30:.1f} GiB free, and the patches take about {needed / 2**30:.1f} GiB; "
+            f"data.root={config.root}: {free / 2**30:.1f} GiB free, and patches take about {needed / 2**30:.1f} GiB; "
             "choose another place, a larger data.patch_step_px or data.codec=webp"
         )
 

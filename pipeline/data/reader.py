@@ -55,7 +55,7 @@ class _LocalFile:
         buffer = np.empty(size, np.uint8)
         done = 0
         while done < size:
-            count = os.preadv(self.descriptor, [memoryview(buffer)[done:]], offset + done)
+            count = os.preadv(self.descriptor, [buffer[done:].data], offset + done)
             if count == 0:
                 raise OSError(f"ends at byte {offset + done}")
             done += count
@@ -141,7 +141,7 @@ class PatchReader:
             start = int(offsets.start[row, column]) - begin
             chunk = data[start : start + int(offsets.size[row, column])]
             try:
-                value = read_page(memoryview(chunk), codec if name in ("hr", "lr") else None)
+                value = read_page(chunk.data, codec if name in ("hr", "lr") else None)
             except (ValueError, IndexError, OSError, pa.ArrowException) as error:
                 raise self._damaged(number, row, f"column {name}: {error}") from None
             if name in ("hr", "lr", "checks"):
@@ -269,7 +269,7 @@ def read_page(chunk: memoryview, codec: str | None) -> memoryview:
 
 
 def _thrift_struct(data: memoryview, position: int) -> tuple[dict[int, Any], int]:
-    """Integers, booleans and nested structs of a struct in Thrift's compact protocol, by field id; and where it ends."""
+    """Integers, booleans and nested structs of a struct in Thrift's compact protocol, by field id; and its end."""
     fields: dict[int, Any] = {}
     field = 0
     while True:

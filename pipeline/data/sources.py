@@ -139,7 +139,7 @@ def _in_glob(pattern: str) -> Iterator[PhotoFile]:
             break
         fixed.append(part)
     root = Path(*fixed)
-    for match in glob.iglob(str(Path(pattern).absolute()), recursive=True):
+    for match in glob.iglob(str(Path(pattern).absolute()), recursive=True):  # noqa: PTH207 - Path.glob misses absolute ones
         path = Path(match)
         if path.is_dir() and not path.is_symlink():
             continue
