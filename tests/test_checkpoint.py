@@ -31,7 +31,8 @@ CONFIG = TrainConfig.model_validate(
     }
 )
 SIZES = {
-    "architecture": "RRDBNet", "num_feat": "8", "num_block": "1", "num_grow_ch": "4", "residual_scale": "0.3", "scale": "4",
+    "architecture": "RRDBNet",
+    "num_feat": "8", "num_block": "1", "num_grow_ch": "4", "residual_scale": "0.3", "scale": "4",
 }  # fmt: skip
 
 
