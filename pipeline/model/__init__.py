@@ -7,7 +7,6 @@ from pipeline.model.discriminators import (
     Discriminator,
     UNetDiscriminator,
     VGGStyleDiscriminator,
-    discriminator_accuracy,
 )
 from pipeline.model.features import LAYERS, VGGFeatures, check_layers, find_weights
 from pipeline.model.losses import perceptual_loss, pixel_loss, relativistic_losses
@@ -30,7 +29,6 @@ __all__ = [
     "VGGStyleDiscriminator",
     "check_layers",
     "decode_generator",
-    "discriminator_accuracy",
     "encode_generator",
     "find_weights",
     "generator_sha256",

@@ -1,6 +1,5 @@
 """The two discriminators: ESRGAN's VGG-style classifier and Real-ESRGAN's U-Net."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -53,7 +52,6 @@ class VGGStyleDiscriminator(nn.Module):
                 if (level, part) != (0, 0):
                     x = self.get_submodule(f"bn{level}_{part}")(x)
                 x = functional.leaky_relu(x, NEGATIVE_SLOPE, inplace=True)
-        # The linear layers run over channels first, whatever the memory format.
         x = functional.leaky_relu(self.linear1(x.flatten(1)), NEGATIVE_SLOPE, inplace=True)
         return self.linear2(x)
 
@@ -111,11 +109,3 @@ class UNetDiscriminator(nn.Module):
 
 
 Discriminator = VGGStyleDiscriminator | UNetDiscriminator
-
-
-def discriminator_accuracy(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """Share of logits on the right side of the other kind's mean; 0.5 is a draw. Without gradient."""
-    with torch.no_grad():
-        real_right = (real_logits > fake_logits.mean()).float().mean()
-        fake_right = (fake_logits < real_logits.mean()).float().mean()
-        return (real_right + fake_right) / 2

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import shutil
-import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterable, Mapping
@@ -91,7 +90,7 @@ class VGGFeatures(nn.Module):
             nn.init.zeros_(conv.bias)
 
     def _load(self, path: Path) -> None:
-        state, _ = read_tensors(path.read_bytes(), str(path))
+        state, _ = read_tensors(path, str(path))
         chosen = {}
         for name, expected in self.state_dict().items():
             tensor = state.get(name)
@@ -159,14 +158,7 @@ def find_weights(weights: str | os.PathLike[str], sha256: str | None = None) -> 
         if not path.is_file():
             raise UserError(f"perceptual.weights={weights}: no such file; {_alternatives()}")
         expected = sha256 or ""
-    if expected:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if not found.startswith(expected):
-            raise UserError(
-                f"perceptual.weights: {path} has sha256 {found}, expected {expected}; the file is damaged or another "
-                "one, replace it"
-            )
+    _check_sha256(path, expected, f"perceptual.weights: {path}")
     return path
 
 
@@ -179,9 +171,12 @@ def _download(path: Path) -> None:
             partial.open("wb") as file,
         ):
             shutil.copyfileobj(answer, file, 1 << 20)
+        _check_sha256(
+            partial, IMAGENET_SHA256_START, f"perceptual.weights=imagenet: what {IMAGENET_URL} gave"
+        )
         # Several workers on one machine may download at the same time: whoever comes last replaces an equal file.
         partial.replace(path)
-    except (OSError, urllib.error.URLError, HTTPException) as error:
+    except (OSError, HTTPException) as error:
         raise UserError(
             f"perceptual.weights=imagenet: {path} is missing and cannot be downloaded "
             f"({str(error) or type(error).__name__}); fetch {IMAGENET_URL} on another machine and put it there, "
@@ -189,6 +184,21 @@ def _download(path: Path) -> None:
         ) from None
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _check_sha256(path: Path, expected: str, name: str) -> None:
+    """Compares the first digits, as many as `expected` has."""
+    if not expected:
+        return
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{name} cannot be read ({error.strerror or error})") from None
+    if not found.startswith(expected):
+        raise UserError(
+            f"{name} has sha256 {found}, expected {expected}; it is damaged or another file, replace it"
+        )
 
 
 def _alternatives() -> str:

@@ -3,16 +3,16 @@
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from pipeline.errors import UserError
@@ -34,7 +34,7 @@ def save_generator(
         metadata: more texts for the header.
 
     Raises:
-        UserError: another suffix.
+        UserError: another suffix, or a place that cannot be written.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
@@ -46,13 +46,26 @@ def save_generator(
     else:
         raise UserError(f"{path}: weights are written as .safetensors or .pth")
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
 def encode_generator(generator: RRDBNet, metadata: Mapping[str, str] | None = None) -> bytes:
-    """The bytes of a .safetensors file of the generator; `decode_generator` reads them."""
-    return safetensors.torch.save(_plain_state(generator), {**(metadata or {}), **sizes_as_text(generator)})
+    """The bytes of a .safetensors file of the generator; `decode_generator` reads them.
+
+    Equal networks and texts give equal bytes.
+    """
+    texts = {**(metadata or {}), **sizes_as_text(generator)}
+    # The library writes the texts in a random order, so they are put in front of its tensors here.
+    content = safetensors.torch.save(_plain_state(generator))
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps({"__metadata__": dict(sorted(texts.items())), **json.loads(content[8:end])}).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[end:]
 
 
 def sizes_as_text(generator: RRDBNet) -> dict[str, str]:
@@ -73,17 +86,12 @@ def load_generator(path: str | os.PathLike[str]) -> tuple[RRDBNet, dict[str, str
     Raises:
         UserError: no such file, not readable as weights, or not an RRDBNet.
     """
-    path = Path(path)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the weights ({error.strerror})") from None
-    return decode_generator(content, str(path))
+    return decode_generator(Path(path), str(path))
 
 
-def decode_generator(content: bytes, name: str) -> tuple[RRDBNet, dict[str, str]]:
+def decode_generator(source: bytes | Path, name: str) -> tuple[RRDBNet, dict[str, str]]:
     """`load_generator` for a file's content; `name` is what errors call it."""
-    tensors, metadata = read_tensors(content, name)
+    tensors, metadata = read_tensors(source, name)
     state = {modern_name(key): tensor for key, tensor in tensors.items()}
     sizes = _sizes(state, metadata, name)
     # Without storage there is nothing to initialise, and no random number is drawn.
@@ -93,12 +101,8 @@ def decode_generator(content: bytes, name: str) -> tuple[RRDBNet, dict[str, str]
     generator.load_state_dict(
         {key: tensor.float().contiguous() for key, tensor in state.items()}, assign=True
     )
-    source = "metadata" if "residual_scale" in metadata else "default"
-    info = {
-        **metadata,
-        **{key: repr(getattr(generator, key)) for key in SIZES},
-        "residual_scale_source": source,
-    }
+    origin = "metadata" if "residual_scale" in metadata else "default"
+    info = {**metadata, **sizes_as_text(generator), "residual_scale_source": origin}
     return generator, info
 
 
@@ -111,32 +115,39 @@ def generator_sha256(state_dict: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def read_tensors(content: bytes, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a .safetensors or .pth file's content, told apart by the content.
+def read_tensors(source: bytes | Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a .safetensors or .pth file, or of its content; told apart by the content.
 
     Raises:
-        UserError: neither of the two, damaged, or with something else than tensors in it.
+        UserError: no such file, neither of the two formats, damaged, or with something else than tensors in it.
     """
     try:
-        if content[:2] == b"PK" or content[:1] == b"\x80":
-            loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-            return _unwrapped(loaded, name), {}
-        length = int.from_bytes(content[:8], "little")
-        tensors = safetensors.torch.load(content)
-        return tensors, json.loads(content[8 : 8 + length]).get("__metadata__", {})
-    except (
-        SafetensorError,
-        pickle.UnpicklingError,
-        RuntimeError,
-        ValueError,
-        EOFError,
-        KeyError,
-        OSError,
-    ) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"{name}: not readable as weights ({reason[:120]}); give a .safetensors or .pth file"
-        ) from None
+        file: BinaryIO = io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read ({error.strerror or error})") from None
+    with file:
+        try:
+            loaded, metadata = _parsed(file)
+        except MemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - a damaged file makes torch's reader fail in any way
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if isinstance(error, pickle.UnpicklingError):
+                reason = "it is damaged, or holds other objects than tensors, which are never unpickled"
+            raise UserError(
+                f"{name}: not readable as weights ({reason[:120]}); give a .safetensors or .pth file"
+            ) from None
+    return _unwrapped(loaded, name), metadata
+
+
+def _parsed(file: BinaryIO) -> tuple[object, dict[str, str]]:
+    start = file.read(8)
+    file.seek(0)
+    if start[:2] == b"PK" or start[:1] == b"\x80":
+        return torch.load(file, map_location="cpu", weights_only=True), {}
+    content = file.read()
+    header = content[8 : 8 + int.from_bytes(start, "little")]
+    return safetensors.torch.load(content), json.loads(header).get("__metadata__", {})
 
 
 def modern_name(name: str) -> str:
@@ -191,7 +202,7 @@ def _sizes(state: Mapping[str, Tensor], metadata: Mapping[str, str], name: str) 
     """RRDBNet's arguments, from names and shapes; the residual scale from the metadata, or the paper's."""
     first, dense = state.get("conv_first.weight"), state.get("body.0.rdb1.conv1.weight")
     if first is None or dense is None or first.ndim != 4 or dense.ndim != 4:
-        missing = "conv_first.weight" if first is None else "body.0.rdb1.conv1.weight"
+        missing = "conv_first.weight" if first is None or first.ndim != 4 else "body.0.rdb1.conv1.weight"
         raise UserError(f"{name}: not the weights of an RRDBNet ({missing} is missing or has another form)")
     scales = {3 * factor**2: scale for scale, factor in UNSHUFFLE.items()}
     if first.shape[1] not in scales:
@@ -199,12 +210,9 @@ def _sizes(state: Mapping[str, Tensor], metadata: Mapping[str, str], name: str) 
             f"{name}: conv_first takes {first.shape[1]} channels; RGB generators take 3, 12 or 48"
         )
     blocks = [int(key.split(".")[1]) for key in state if re.match(r"body\.\d+\.", key)]
-    try:
-        residual_scale = float(metadata.get("residual_scale", DEFAULT_RESIDUAL_SCALE))
-    except ValueError:
-        raise UserError(
-            f"{name}: residual_scale={metadata['residual_scale']!r} in its header is no number"
-        ) from None
+    residual_scale = _number(metadata.get("residual_scale", str(DEFAULT_RESIDUAL_SCALE)))
+    if not math.isfinite(residual_scale):
+        raise UserError(f"{name}: residual_scale={metadata['residual_scale']!r} in its header is no number")
     return {
         "num_feat": first.shape[0],
         "num_block": max(blocks) + 1,
@@ -212,6 +220,13 @@ def _sizes(state: Mapping[str, Tensor], metadata: Mapping[str, str], name: str) 
         "residual_scale": residual_scale,
         "scale": scales[first.shape[1]],
     }
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def _compare(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str) -> None:

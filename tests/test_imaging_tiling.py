@@ -1,0 +1,123 @@
+"""Images to tensors and back, and upscaling tile by tile."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline.imaging import bicubic_upscale, to_tensor, to_uint8, upscale
+from pipeline.model import RRDBNet, seeded
+
+
+@pytest.fixture(scope="module")
+def generator() -> RRDBNet:
+    """Weights large enough that a tile's edge would show."""
+    network = seeded(0, lambda: RRDBNet(8, 2, 4))
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if "body" in name and parameter.ndim > 1:
+                parameter.mul_(8)
+    return network
+
+
+def photo(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng([height, width]).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def test_every_level_survives_the_way_to_a_tensor_and_back() -> None:
+    levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
+    tensor = to_tensor(levels)
+    assert tensor.shape == (1, 3, 16, 16)
+    assert tensor.dtype == torch.float32
+    assert (tensor.min(), tensor.max()) == (0, 1)
+    np.testing.assert_array_equal(to_uint8(tensor), levels)
+
+
+def test_single_images_and_views_become_batches() -> None:
+    image = photo(5, 7)
+    image.flags.writeable = False
+    np.testing.assert_array_equal(to_uint8(to_tensor(image[::-1, 1:])), image[None, ::-1, 1:])
+    with pytest.raises(ValueError, match="float64"):
+        to_tensor(image.astype(float))
+
+
+def test_levels_are_clamped_and_rounded_half_to_even() -> None:
+    values = torch.tensor([-1.0, 0.5 / 255, 1.5 / 255, 2.4 / 255, 7.0, float("nan")]).view(1, 1, 1, 6)
+    assert to_uint8(values).ravel().tolist() == [0, 0, 2, 2, 255, 0]
+    assert to_uint8(torch.full((1, 3, 2, 2), 0.5, dtype=torch.bfloat16)).dtype == np.uint8
+
+
+@pytest.mark.parametrize(("tile_px", "size"), [(16, (40, 33)), (25, (51, 26)), (7, (5, 20)), (64, (10, 12))])
+def test_tiles_show_no_seams(generator: RRDBNet, tile_px: int, size: tuple[int, int]) -> None:
+    lr = photo(*size)
+    whole, tiled = upscale(generator, lr), upscale(generator, lr, tile_px=tile_px)
+    assert whole.shape == (4 * size[0], 4 * size[1], 3)
+    assert np.abs(whole.astype(int) - tiled).max() <= 1
+
+
+def test_without_a_halo_seams_show(generator: RRDBNet) -> None:
+    lr = photo(40, 33)
+    difference = np.abs(upscale(generator, lr).astype(int) - upscale(generator, lr, tile_px=16, halo_px=0))
+    assert difference.max() > 1
+
+
+@pytest.mark.parametrize("scale", [4, 2, 1])
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (7, 3), (13, 18)])
+def test_any_size_is_upscaled(scale: int, size: tuple[int, int]) -> None:
+    network = seeded(0, lambda: RRDBNet(4, 1, 2, scale=scale))
+    lr = photo(*size)
+    whole = upscale(network, lr)
+    assert whole.shape == (scale * size[0], scale * size[1], 3)
+    assert np.abs(whole.astype(int) - upscale(network, lr, tile_px=5)).max() <= 1
+
+
+class _Spy(nn.Module):
+    """Nearest-neighbour enlargement that notes what it is shown."""
+
+    scale = 4
+    unshuffle = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros(1))
+        self.pixels: list[int] = []
+        self.formats: set[bool] = set()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.pixels.append(x.shape[2] * x.shape[3])
+        self.formats.add(x.is_contiguous(memory_format=torch.channels_last))
+        return x.repeat_interleave(4, 2).repeat_interleave(4, 3)
+
+
+def test_tiles_bound_what_the_network_sees_at_once() -> None:
+    spy, lr = _Spy(), photo(100, 130)
+    np.testing.assert_array_equal(upscale(spy, lr, tile_px=20, halo_px=6), lr.repeat(4, 0).repeat(4, 1))
+    assert max(spy.pixels) <= (20 + 2 * 6) ** 2
+    assert len(spy.pixels) == 5 * 7
+    assert spy.formats == {True}
+
+
+def test_memory_format_and_precision_change_little(generator: RRDBNet) -> None:
+    lr = bicubic_upscale(photo(4, 5))
+    expected = upscale(generator, lr, channels_last=False).astype(int)
+    assert np.abs(expected - upscale(generator, lr)).max() <= 1
+    half = np.abs(expected - upscale(generator, lr, dtype=torch.bfloat16))
+    assert 0 < half.max() <= 8
+
+
+def test_the_network_is_left_as_it_was(generator: RRDBNet) -> None:
+    generator.train()
+    upscale(generator, photo(6, 6), tile_px=4)
+    assert generator.training
+    assert all(p.requires_grad and p.is_contiguous() for p in generator.parameters())
+
+
+def test_wrong_input_is_named(generator: RRDBNet) -> None:
+    for lr, options, message in [
+        (photo(4, 4)[..., :1], {}, "1 channels"),
+        (photo(4, 4)[..., 0], {}, "lr: expected uint8"),
+        (photo(4, 4), {"tile_px": 0}, "tile_px=0"),
+        (photo(4, 4), {"halo_px": -1}, "halo_px=-1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            upscale(generator, lr, **options)
