@@ -1,0 +1,112 @@
+"""Segments of records: whole or not there, and only what a published checkpoint covers."""
+
+import errno
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tracking_helpers import event, records_between
+
+from pipeline.storage import Storage
+from pipeline.tracking.records import (
+    DamagedSegment,
+    Metrics,
+    Picture,
+    discard_after,
+    published_step,
+    read_segment,
+    segment_steps,
+    write_segment,
+)
+
+
+@pytest.fixture
+def run(tmp_path) -> Storage:
+    return Storage(str(tmp_path / "run"))
+
+
+def test_a_segment_reads_back_as_it_was_written(run: Storage) -> None:
+    image = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
+    records = [
+        Metrics(9, 1000, {"loss/pixel": 0.1}),
+        Picture(10, 1001, "validation/a", image),
+        event(10, "resumed\nµ"),
+    ]
+    write_segment(run, 10, records)
+    segment = read_segment(run, 10)
+    metrics, picture, happened = segment.records
+    assert (metrics, happened) == (records[0], records[2])
+    assert (picture.step, picture.time_ms, picture.key) == (10, 1001, "validation/a")
+    np.testing.assert_array_equal(picture.image, image)
+
+
+def test_values_that_are_not_finite_survive(run: Storage) -> None:
+    write_segment(
+        run, 1, [Metrics(1, 0, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": np.float32(0.5)})]
+    )
+    values = read_segment(run, 1).records[0].values
+    assert math.isnan(values["a"])
+    assert (values["b"], values["c"], values["d"]) == (math.inf, -math.inf, 0.5)
+    assert "NaN" not in run.read_bytes("tracking/00000001.jsonl").decode()
+
+
+def test_a_later_try_replaces_the_segment_and_its_pictures(run: Storage) -> None:
+    write_segment(run, 10, [*records_between(0, 10), *records_between(0, 10)])
+    write_segment(run, 10, records_between(5, 10))
+    assert len(read_segment(run, 10).records) == 6
+    assert run.names("tracking/00000010") == ["0000.png"]
+
+
+def test_a_segment_knows_the_one_before_it(run: Storage) -> None:
+    for step in (10, 20):
+        write_segment(run, step, [])
+    assert [read_segment(run, step).after for step in (10, 20)] == [-1, 10]
+
+
+def test_going_back_discards_what_no_checkpoint_covers(run: Storage) -> None:
+    for step in (10, 15, 20):
+        write_segment(run, step, records_between(step - 5, step))
+    discard_after(run, 10)
+    assert segment_steps(run) == [10]
+    assert run.names("tracking") == ["00000010", "00000010.jsonl"]
+
+
+def test_a_full_disk_leaves_no_segment(run: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = Storage.write_bytes
+
+    def full(self: Storage, name: str, content: bytes) -> None:
+        if name.endswith(".jsonl"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, name, content)
+
+    monkeypatch.setattr(Storage, "write_bytes", full)
+    with pytest.raises(OSError, match="No space"):
+        write_segment(run, 10, records_between(0, 10))
+    monkeypatch.undo()
+    assert segment_steps(run) == []
+    write_segment(run, 10, records_between(0, 10))
+    assert len(read_segment(run, 10).records) == 11
+
+
+def test_a_damaged_segment_is_named(run: Storage) -> None:
+    write_segment(run, 10, records_between(0, 10))
+    content = run.read_bytes("tracking/00000010.jsonl")
+    run.write_bytes("tracking/00000010.jsonl", content[: len(content) // 2])
+    with pytest.raises(DamagedSegment, match="00000010"):
+        read_segment(run, 10)
+
+
+def test_only_complete_checkpoints_publish(run: Storage) -> None:
+    assert published_step(run) == -1
+    run.write_bytes("checkpoints/psnr-00000010/manifest.json", b"{}")
+    run.write_bytes("checkpoints/gan-00000020/state.json", b"{}")
+    assert published_step(run) == 10
+
+
+def test_records_need_no_mlflow() -> None:
+    code = (
+        "import sys; sys.modules['mlflow'] = None; import pipeline.tracking.records, pipeline.tracking.config"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,77 @@
+"""Addresses of stores: absolute, understood or refused in one line, and never with a password."""
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.tracking.config import TrackingConfig
+from pipeline.tracking.uri import absolute_uri, artifact_root, known_uri, resolve_uri, without_secrets
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("http://me:pass@host:5000/x", "http://***@host:5000/x"),
+        ("postgresql+psycopg2://u:p%40ss@db/mlflow", "postgresql+psycopg2://***@db/mlflow"),
+        (
+            "postgresql://db/x?password=geheim&sslmode=require",
+            "postgresql://db/x?password=***&sslmode=require",
+        ),
+        ("http://token@host/", "http://***@host/"),
+        (
+            "tracking: {uri: 'http://me:pass@host'}\nmail: a@b",
+            "tracking: {uri: 'http://***@host'}\nmail: a@b",
+        ),
+        ("sqlite:////a/b.db", "sqlite:////a/b.db"),
+    ],
+)
+def test_secrets_are_masked(text: str, shown: str) -> None:
+    assert without_secrets(text) == shown
+
+
+def test_the_default_store_lies_beside_the_runs(tmp_path) -> None:
+    uri = resolve_uri(TrackingConfig(), str(tmp_path))
+    assert uri == f"sqlite:///{tmp_path}/mlflow.db"
+    assert artifact_root(uri, str(tmp_path)) == f"{tmp_path}/mlartifacts"
+
+
+def test_a_relative_file_becomes_absolute(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert absolute_uri("sqlite:///my.db") == f"sqlite:///{tmp_path}/my.db"
+
+
+def test_a_server_decides_where_its_files_go() -> None:
+    assert artifact_root("http://host:5000", "/runs") is None
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("mlruns", "not an address"),
+        ("file:///tmp/mlruns", "not an address"),
+        ("ftp://host/x", "ftp:// is not supported"),
+        ("http://", "names no host"),
+        ("http://host:port", "names no host, or its port"),
+        ("sqlite:////no/such/folder/mlflow.db", "not a file in an existing folder"),
+        ("sqlite://", "name a file"),
+        ("http2://me:geheim@host", "http2://"),
+    ],
+)
+def test_what_is_no_store_is_refused_in_one_line(uri: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        absolute_uri(uri)
+    assert "\n" not in str(caught.value)
+    assert "geheim" not in str(caught.value)
+
+
+def test_runs_on_s3_need_a_server() -> None:
+    with pytest.raises(UserError, match=r"tracking\.uri is not set"):
+        resolve_uri(TrackingConfig(), "s3://bucket/runs")
+
+
+def test_the_store_is_found_in_this_order() -> None:
+    both = {"ESRGAN_TRACKING__URI": "http://ours:1", "MLFLOW_TRACKING_URI": "http://mlflow:1"}
+    assert known_uri("http://given:1", both) == "http://given:1"
+    assert known_uri(None, both) == "http://ours:1"
+    assert known_uri(None, {"MLFLOW_TRACKING_URI": "http://mlflow:1"}) == "http://mlflow:1"
+    with pytest.raises(UserError, match="no tracking store is known"):
+        known_uri(None, {})

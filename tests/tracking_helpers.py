@@ -1,0 +1,159 @@
+"""What the tests of tracking share: records, runs, small generators, and a real MLflow server."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mlflow import MlflowClient
+
+from pipeline.model import RRDBNet, save_generator
+from pipeline.storage import Storage
+from pipeline.tracking import TrackedRun, open_run
+from pipeline.tracking.config import TrackingConfig
+from pipeline.tracking.records import Event, Metrics, Picture, Record, write_segment
+
+DATA = "0123456789abcdef" * 4
+
+
+def records_between(after: int, last: int) -> list[Record]:
+    """Records of the steps in (after, last]: two curves, and a picture at the end."""
+    points: list[Record] = [
+        Metrics(
+            step, 1_700_000_000_000 + step, {"loss/pixel": 1 / step, "train/steps_per_s": 10.0 + step % 3}
+        )
+        for step in range(after + 1, last + 1)
+    ]
+    image = np.full((8, 12, 3), last % 256, np.uint8)
+    return [*points, Picture(last, 1_700_000_000_000 + last, "validation/astronaut", image)]
+
+
+def write_segments(run: Storage, last: int, every: int = 10) -> None:
+    """Segments at every, 2 * every, ... up to `last`."""
+    for step in range(every, last + 1, every):
+        write_segment(run, step, records_between(step - every, step))
+
+
+def open_small(config: TrackingConfig, run: Storage, key: str, **changes: Any) -> TrackedRun:
+    """An open run with one parameter."""
+    given: dict[str, Any] = {
+        "run_name": key,
+        "parameters": {"gan.steps": 5},
+        "tags": {"esrgan.key": key, "esrgan.data": DATA},
+        "config_text": "gan: {steps: 5}\n",
+    }
+    tracked = open_run(config, run, **{**given, **changes})
+    assert tracked is not None
+    return tracked
+
+
+def client_of(tracked: TrackedRun) -> MlflowClient:
+    """MLflow's client of the run's store."""
+    return MlflowClient(tracked.uri, tracked.uri)
+
+
+def curve(tracked: TrackedRun, key: str) -> list[tuple[int, int, float]]:
+    """All points of a metric, as (step, time, value)."""
+    history = client_of(tracked).get_metric_history(tracked.run_id, key)
+    return sorted((point.step, point.timestamp, point.value) for point in history)
+
+
+def files_in(tracked: TrackedRun, folder: str) -> list[str]:
+    """Names of the run's artifacts in `folder`."""
+    return sorted(Path(info.path).name for info in client_of(tracked).list_artifacts(tracked.run_id, folder))
+
+
+def everything(tracked: TrackedRun) -> dict[str, Any]:
+    """The record that people see: curves, names of pictures, events."""
+    keys = client_of(tracked).get_run(tracked.run_id).data.metrics
+    return {
+        "curves": {key: curve(tracked, key) for key in sorted(keys)},
+        "images": files_in(tracked, "images"),
+        "events": files_in(tracked, "events"),
+    }
+
+
+def small_generator(path: Path, seed: int) -> RRDBNet:
+    """A small generator with visible output, saved as .safetensors."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        generator = RRDBNet(num_feat=8, num_block=2, num_grow_ch=4)
+        with torch.no_grad():
+            generator.conv_last.bias.fill_(0.4)
+            generator.conv_last.weight.mul_(4)
+    save_generator(generator, path)
+    return generator
+
+
+def event(step: int, text: str) -> Event:
+    """Something that happened."""
+    return Event(step, 1_700_000_000_000 + step, text)
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    """Returns when the condition holds; fails after the time."""
+    ends = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < ends, "did not happen in time"
+        time.sleep(0.05)
+
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Server:
+    """A real `mlflow server` in a process group of its own, on one port however often it is started."""
+
+    def __init__(
+        self, folder: Path, *options: str, store: str | None = None, environment: dict[str, str] | None = None
+    ):
+        self.port = free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self._log = folder / "server.log"
+        store = store or f"sqlite:///{folder}/server.db"
+        artifacts = ("--artifacts-destination", str(folder / "server-artifacts")) if not options else options
+        self._command = [
+            sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port),
+            "--workers", "1", "--backend-store-uri", store, *artifacts,
+        ]  # fmt: skip
+        self._environment = {
+            **os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true",
+            **(environment or {}),
+        }  # fmt: skip
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Starts it, and waits until it answers."""
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command, stdout=log, stderr=log, env=self._environment, start_new_session=True
+            )
+        wait_until(self._answers, timeout_s=120)
+
+    def kill(self) -> None:
+        """Ends it at once, with its workers."""
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    def _answers(self) -> bool:
+        assert self._process is not None
+        assert self._process.poll() is None, self._log.read_text()[-2000:]
+        try:
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=2) as answer:
+                return answer.status == 200
+        except OSError:
+            return False
