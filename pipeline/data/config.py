@@ -12,13 +12,13 @@ class DataConfig(Section):
 
     source: str | None = Field(
         None,
-        description="Photographs to train on: a folder, a glob, a .zip, an s3:// prefix, `sample` (photographs that "
-        "come with installed packages) or `div2k` (downloads the official archives).",
+        description="Photographs to train on: a folder, a glob, a .zip, an s3:// prefix, or `sample` (photographs that "
+        "come with installed packages).",
     )
     held_out: str | None = Field(
         None,
         description="Photographs for validation that training never sees, in the same forms as data.source; "
-        "`sample` and `div2k` bring their own.",
+        "`sample` brings its own.",
     )
     root: str = Field(
         "data", description="The data set's folder (or s3:// prefix): manifest.json and Parquet shards."
