@@ -133,6 +133,8 @@ def _raise_refusal(run: Storage) -> None:
 def _set_timeouts(config: TrainConfig) -> None:
     """Ray Train reads these from the driver's environment."""
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.faults.worker_start_timeout_s)
+    # With it, every line that a worker prints appears twice.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     # One report is taken per poll; two seconds would hold up runs of short intervals.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 
