@@ -4,10 +4,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from pipeline.data.photos import EXTENSIONS
 from pipeline.errors import UserError
 from pipeline.storage import Storage, is_remote
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"})
 HR_FOLDERS = ("hr", "gtmod12", "gt", "original", "originals", "target")
 LR_FOLDERS = (
     "lrbicx{scale}",
@@ -54,7 +54,7 @@ def images_in(uri: str, flag: str) -> tuple[Storage, list[str]]:
         raise UserError(f"{flag} {uri}: there is no such folder or file")
     names = [name for name in storage.files() if _is_image(PurePosixPath(name))]
     if not names:
-        known = ", ".join(sorted(suffix.lstrip(".") for suffix in IMAGE_SUFFIXES))
+        known = ", ".join(sorted(suffix.lstrip(".") for suffix in EXTENSIONS))
         raise UserError(f"{flag} {uri}: no pictures there (looked for {known})")
     return storage, names
 
@@ -95,7 +95,7 @@ def find_pairs(hr: str, lr: str | None, scale: int) -> tuple[list[Pair], list[Re
 
 
 def _is_image(path: PurePosixPath) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and not any(part.startswith(".") for part in path.parts[-8:])
+    return path.suffix.lower() in EXTENSIONS and not any(part.startswith(".") for part in path.parts[-8:])
 
 
 def _subfolders(names: list[str], scale: int) -> tuple[str | None, str | None]:

@@ -1,6 +1,7 @@
 """Spreads work on many pictures over a Ray cluster; the only file of this room that knows Ray."""
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -45,6 +46,7 @@ def spread(
             {} if os.environ.get("RAY_ADDRESS") else {"address": "local", "include_dashboard": False}
         )
         ray.init(log_to_driver=False, logging_level="ERROR", **options)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
         there = ray.cluster_resources()
         for name, needed in (("CPU", workers), ("GPU", workers * gpus_per_worker)):

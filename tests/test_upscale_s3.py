@@ -1,0 +1,61 @@
+"""Upscaling from and to an object store."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from enlarging import job, write_generator, write_picture
+from PIL import Image
+
+from pipeline.storage import Storage
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }.items():
+        monkeypatch.setenv(name, value)
+    import boto3
+
+    boto3.client("s3").create_bucket(Bucket="photos")
+    yield "s3://photos"
+    server.stop()
+
+
+def test_a_prefix_is_enlarged_into_another_and_skipped_the_second_time(bucket: str, tmp_path: Path) -> None:
+    weights = write_generator(tmp_path / "g.safetensors")
+    content = write_picture(tmp_path / "a.png", 20, 24).read_bytes()
+    Storage(f"{bucket}/in").write_bytes("deep/a.png", content)
+    Storage(f"{bucket}/models").write_bytes("g.safetensors", weights.read_bytes())
+    arguments = [
+        "--model",
+        f"{bucket}/models/g.safetensors",
+        "--input",
+        f"{bucket}/in",
+        "--output",
+        f"{bucket}/out",
+    ]
+    assert job("upscale")(arguments) == 0
+    copy = Storage(f"{bucket}/out").read_bytes("deep/a.png")
+    (tmp_path / "copy.png").write_bytes(copy)
+    assert np.asarray(Image.open(tmp_path / "copy.png")).shape == (80, 96, 3)
+    assert job("upscale")(arguments) == 0
+    assert Storage(f"{bucket}/out").read_bytes("deep/a.png") == copy
+
+
+def test_originals_on_s3_are_evaluated(bucket: str, tmp_path: Path) -> None:
+    content = write_picture(tmp_path / "a.png").read_bytes()
+    Storage(f"{bucket}/hr").write_bytes("a.png", content)
+    assert not job("evaluate")(["--model", "bicubic", "--hr", f"{bucket}/hr", "--out", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "metrics.json").is_file()
