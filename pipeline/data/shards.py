@@ -147,6 +147,7 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Removes an unfinished file."""
+        self._writer.close()
         self._file.close()
         self._partial.unlink(missing_ok=True)
 

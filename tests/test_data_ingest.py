@@ -1,0 +1,296 @@
+"""Ingest: the same bytes however it ran, nothing damaged passes, every refusal is named."""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from tiny import write_photos
+
+from pipeline.data import check_source, cutting, load_manifest, prepare, read_held_out
+from pipeline.data.config import DataConfig
+from pipeline.data.feed import Feed
+from pipeline.data.photos import PhotoRefused, read_photo
+from pipeline.data.reader import DamagedPatch, PatchReader
+from pipeline.errors import UserError
+from pipeline.imaging import matlab_bicubic_downscale
+
+
+def config(folder: Path, root: str = "data", **changes: object) -> DataConfig:
+    fields = {
+        "source": str(folder / "photos"),
+        "held_out": str(folder / "held_out"),
+        "root": str(folder / root),
+        "patch_px": 64,
+        "patch_step_px": 32,
+        **changes,
+    }
+    return DataConfig.model_validate(fields)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_photos(tmp_path / "photos", 3, 100, seed=1)
+    write_photos(tmp_path / "held_out", 2, 64, seed=2)
+    return tmp_path
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(root.iterdir()) if path.is_file()}
+
+
+def quietly(data: DataConfig, **more: bool):
+    return prepare(data, progress=False, on_ray=False, **more)
+
+
+def test_patches_are_the_photographs_and_their_matlab_degradation(folder: Path) -> None:
+    result = quietly(config(folder))
+    assert (result.patches, result.sources, result.rejected) == (3 * 9, 5, 0)
+    rows = pq.read_table(
+        folder / "data" / "patches-00000.parquet", page_checksum_verification=True
+    ).to_pylist()
+    assert [row["patch_id"] for row in rows] == list(range(27))
+    with Image.open(folder / "photos" / "picture1.png") as image:
+        photo = np.asarray(image)
+    low = matlab_bicubic_downscale(photo, 4)
+    row = next(
+        row for row in rows if row["source_id"] == rows[9]["source_id"] and (row["y"], row["x"]) == (36, 32)
+    )
+    hr = np.frombuffer(row["hr"], np.uint8).reshape(64, 64, 3)
+    lr = np.frombuffer(row["lr"], np.uint8).reshape(16, 16, 3)
+    assert np.array_equal(hr, photo[36:100, 32:96])
+    assert np.array_equal(lr, low[9:25, 8:24])
+
+
+def test_held_out_photographs_come_back_whole(folder: Path) -> None:
+    quietly(config(folder))
+    photos = read_held_out(str(folder / "data"))
+    assert [photo.name for photo in photos] == ["picture0.png", "picture1.png"]
+    with Image.open(folder / "held_out" / "picture1.png") as image:
+        assert np.array_equal(photos[1].hr, np.asarray(image))
+    assert np.array_equal(photos[1].lr, matlab_bicubic_downscale(photos[1].hr, 4))
+
+
+def test_two_runs_give_the_same_bytes_and_a_complete_set_is_left_alone(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = quietly(config(folder, "one")), quietly(config(folder, "two"))
+    assert first == second
+    assert contents(folder / "one") == contents(folder / "two")
+    assert quietly(config(folder, "one")) == first
+    assert "complete, nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("photographs", [1, 3, 4])
+def test_interrupted_ingest_goes_on_and_ends_with_the_same_bytes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, photographs: int
+) -> None:
+    # Small photographs fill no shard of a MiB, so a low limit closes several.
+    monkeypatch.setattr("pipeline.data.build._MIB", 400)
+    quietly(config(folder, "whole"))
+    real = cutting.cut_photo
+    done = []
+
+    def interrupted(job, data, paired):
+        if len(done) == photographs:
+            raise KeyboardInterrupt
+        done.append(job.index)
+        yield from real(job, data, paired)
+
+    monkeypatch.setattr(cutting, "cut_photo", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        quietly(config(folder, "broken"))
+    assert not (folder / "broken" / "manifest.json").exists()
+    monkeypatch.setattr(cutting, "cut_photo", real)
+    quietly(config(folder, "broken"))
+    assert contents(folder / "broken") == contents(folder / "whole")
+    assert len([name for name in contents(folder / "whole") if name.startswith("patches")]) > 1
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_ray_gives_the_same_bytes(ray_cluster: str, folder: Path) -> None:
+    quietly(config(folder, "here"))
+    prepare(config(folder, "ray"), progress=False)
+    assert contents(folder / "ray") == contents(folder / "here")
+
+
+@pytest.mark.parametrize("codec", ["raw", "lz4", "zstd", "webp"])
+def test_a_flipped_byte_in_any_patch_is_caught(folder: Path, codec: str) -> None:
+    data = config(folder, codec, codec=codec)
+    quietly(data)
+    manifest = load_manifest(data.root)
+    path = Path(data.root) / manifest.shards[0].name
+    whole = path.read_bytes()
+    clean = [
+        PatchReader(data.root, manifest.layout).patch(patch)[0].copy() for patch in range(manifest.patches)
+    ]
+    for place in range(100, len(whole), len(whole) // 40):
+        damaged = bytearray(whole)
+        damaged[place] ^= 0x20
+        path.write_bytes(bytes(damaged))
+        reader = PatchReader(data.root, manifest.layout)
+        for patch in range(manifest.patches):
+            with contextlib.suppress(DamagedPatch):
+                assert np.array_equal(reader.patch(patch)[0], clean[patch])
+        reader.close()
+
+
+def test_a_batch_never_holds_damaged_pixels(folder: Path) -> None:
+    data = config(folder)
+    quietly(data)
+    feed = Feed(data.root, seed=0, batch_size=8, crop_px=32)
+    clean = [batch.hr.clone() for batch in feed.batches(0, 4)]
+    path = Path(data.root) / "patches-00000.parquet"
+    content = bytearray(path.read_bytes())
+    for place in range(2000, len(content) - 20000, 30000):
+        content[place] ^= 0xFF
+    path.write_bytes(bytes(content))
+    damaged = list(feed.batches(0, 4))
+    assert sum(batch.damaged for batch in damaged) > 0
+    again = list(feed.batches(0, 4))
+    for one, other in zip(damaged, again, strict=True):
+        assert (one.hr == other.hr).all()
+    assert any((one.hr != before).any() for one, before in zip(damaged, clean, strict=True))
+
+
+def png(array: np.ndarray, mode: str | None = None, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array, mode).save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+COLOUR = np.random.default_rng(0).integers(0, 255, (70, 80, 3), dtype=np.uint8)
+
+
+def refused_files() -> dict[str, tuple[bytes, str]]:
+    jpeg = io.BytesIO()
+    Image.fromarray(COLOUR).save(jpeg, "JPEG")
+    tiff = io.BytesIO()
+    Image.fromarray(np.ones((70, 80), np.float32)).save(tiff, "TIFF")
+    cmyk = io.BytesIO()
+    Image.fromarray(COLOUR).convert("CMYK").save(cmyk, "JPEG")
+    gif = io.BytesIO()
+    frames = [Image.fromarray(np.roll(COLOUR, step, 0)) for step in (0, 20)]
+    frames[0].save(gif, "GIF", save_all=True, append_images=frames[1:])
+    whole = png(COLOUR)
+    bad = bytearray(whole)
+    bad[len(bad) // 2] ^= 0xFF
+    grey16 = np.full((70, 80), 4000, np.uint16)
+    palette = io.BytesIO()
+    Image.fromarray(COLOUR).convert("P").save(palette, "PNG", transparency=3)
+    return {
+        "truncated.png": (whole[:-200], "truncated"),
+        "truncated.jpg": (jpeg.getvalue()[:-400], "truncated"),
+        "damaged.png": (bytes(bad), "damaged"),
+        "header.png": (whole[:33], "truncated"),
+        "empty.png": (b"", "empty"),
+        "page.png": (b"<html><body>404</body></html>", "HTML"),
+        "text.png": (b"hello there", "text"),
+        "grey16.png": (png(grey16), "16-bit"),
+        "float.tiff": (tiff.getvalue(), "floating-point"),
+        "onebit.png": (png(COLOUR[:, :, 0] > 100), "1-bit"),
+        "alpha.png": (png(np.dstack([COLOUR, COLOUR[:, :, :1]])), "alpha"),
+        "palette.png": (palette.getvalue(), "transparent"),
+        "cmyk.jpg": (cmyk.getvalue(), "CMYK"),
+        "animated.gif": (gif.getvalue(), "animated"),
+    }
+
+
+@pytest.mark.parametrize("name", list(refused_files()))
+def test_unusable_photographs_are_refused_with_their_reason(name: str) -> None:
+    content, reason = refused_files()[name]
+    with pytest.raises(PhotoRefused) as caught:
+        read_photo(content)
+    assert reason.lower() in str(caught.value).lower()
+
+
+def test_a_bomb_is_refused_from_its_header() -> None:
+    with pytest.raises(PhotoRefused, match="over the limit"):
+        read_photo(png(np.zeros((1500, 1000, 3), np.uint8)), max_megapixels=1.0)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation: int) -> None:
+    from PIL import ImageOps
+
+    image = Image.fromarray(COLOUR)
+    image.getexif()[0x0112] = orientation
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", exif=image.getexif())
+    with Image.open(io.BytesIO(buffer.getvalue())) as stored:
+        expected = np.asarray(ImageOps.exif_transpose(stored))
+    assert np.array_equal(read_photo(buffer.getvalue()).pixels, expected)
+
+
+def test_grey_and_opaque_palette_become_rgb() -> None:
+    grey = read_photo(png(COLOUR[:, :, 0])).pixels
+    assert np.array_equal(grey, np.repeat(COLOUR[:, :, :1], 3, axis=2))
+    flat = np.zeros((70, 80, 3), np.uint8)
+    flat[:35] = (10, 200, 30)
+    buffer = io.BytesIO()
+    Image.fromarray(flat).convert("P", palette=Image.Palette.ADAPTIVE).save(buffer, "PNG")
+    assert np.array_equal(read_photo(buffer.getvalue()).pixels, flat)
+
+
+def test_the_run_goes_on_without_refused_photographs_and_the_manifest_names_them(folder: Path) -> None:
+    for name, (content, _) in refused_files().items():
+        (folder / "photos" / name).write_bytes(content)
+    (folder / "photos" / "folder.png").mkdir()
+    (folder / "photos" / "odd näme\n.png").write_bytes(png(COLOUR))
+    (folder / "photos" / "twin.png").write_bytes((folder / "photos" / "picture0.png").read_bytes())
+    result = quietly(config(folder, max_rejected_share=0.9))
+    assert result.sources == 2 + 4
+    rejected = json.loads((folder / "data" / "manifest.json").read_text())["rejected"]
+    assert {entry["path"] for entry in rejected} == {*refused_files(), "twin.png"}
+    assert "same pixels as picture0.png" in next(e["reason"] for e in rejected if e["path"] == "twin.png")
+
+
+def test_too_many_refusals_or_strict_end_the_ingest(folder: Path) -> None:
+    (folder / "photos" / "bad.png").write_bytes(b"hello there")
+    with pytest.raises(UserError, match=r"1 of 6 photographs were refused.*bad\.png"):
+        quietly(config(folder, max_rejected_share=0.0))
+    with pytest.raises(UserError, match=r"bad\.png.*--strict"):
+        quietly(config(folder, "strict", max_rejected_share=0.5), strict=True)
+
+
+def test_the_same_picture_in_both_sets_is_an_error(folder: Path) -> None:
+    (folder / "held_out" / "copy.png").write_bytes((folder / "photos" / "picture2.png").read_bytes())
+    with pytest.raises(
+        UserError, match=r"picture2\.png has the same pixels as copy\.png in the held-out set"
+    ):
+        quietly(config(folder))
+
+
+def test_other_settings_or_photographs_in_the_same_place_are_refused(folder: Path) -> None:
+    quietly(config(folder))
+    with pytest.raises(UserError, match=r"data\.patch_step_px was 32, now 16"):
+        quietly(config(folder, patch_step_px=16))
+    write_photos(folder / "photos", 4, 100, seed=1)
+    with pytest.raises(UserError, match=r"picture3\.png is new"):
+        quietly(config(folder))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"source": None}, "data.source does not say"),
+        ({"source": "/no/such"}, "data.source=/no/such: no such folder"),
+        ({"held_out": "/no/such"}, "data.held_out=/no/such"),
+        ({"patch_px": 66}, "data.patch_px=66"),
+        ({"patch_step_px": 128}, "data.patch_step_px=128"),
+        ({"root": "/proc/data"}, "data.root=/proc/data"),
+    ],
+)
+def test_mistakes_are_found_before_anything_starts(
+    folder: Path, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        check_source(
+            config(folder, **changes) if "root" not in changes else config(folder, str(changes["root"]))
+        )
+    assert message in str(caught.value)
