@@ -123,7 +123,7 @@ class Server:
         self.uri = f"http://127.0.0.1:{self.port}"
         self._log = folder / "server.log"
         store = store or f"sqlite:///{folder}/server.db"
-        artifacts = ("--artifacts-destination", str(folder / "server-artifacts")) if not options else options
+        artifacts = options or ("--artifacts-destination", str(folder / "server-artifacts"))
         self._command = [
             sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port),
             "--workers", "1", "--backend-store-uri", store, *artifacts,

@@ -198,7 +198,10 @@ def _log_model(
     )  # fmt: skip
     if model.status == "READY":
         return model
-    client.log_outputs(tracked.run_id, [LoggedModelOutput(model.model_id, step=step)])
+    outputs = client.get_run(tracked.run_id).outputs
+    if model.model_id not in {output.model_id for output in (outputs.model_outputs if outputs else [])}:
+        # MLflow refuses to link them twice.
+        client.log_outputs(tracked.run_id, [LoggedModelOutput(model.model_id, step=step)])
     identity = Model(
         artifact_path=model.artifact_location,
         run_id=tracked.run_id,

@@ -48,7 +48,9 @@ class Generator(PythonModel):
         else:
             self.upscale = with_torch(files["weights"], sizes, self.multiple, device)
 
-    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> np.ndarray:
+    def predict(
+        self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None
+    ) -> np.ndarray:
         """Upscales a batch of images of one size.
 
         Args:

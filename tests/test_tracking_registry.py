@@ -1,0 +1,279 @@
+"""The registry: one version for one generator, and a champion that only ever gets better by itself."""
+
+import json
+import re
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tracking_helpers import DATA, client_of, curve, open_small, small_generator
+
+from pipeline.errors import UserError
+from pipeline.model import generator_sha256, load_generator
+from pipeline.storage import Storage
+from pipeline.tracking import TrackedRun, registry
+from pipeline.tracking.config import TrackingConfig
+from pipeline.tracking.registry import (
+    ModelCard,
+    RegisteredVersion,
+    champion_version,
+    promote,
+    pull_generator,
+    register_generator,
+)
+
+
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory: pytest.TempPathFactory) -> TrackedRun:
+    """One open run in one store for the whole module."""
+    storage = Storage(str(tmp_path_factory.mktemp("runs")))
+    return open_small(TrackingConfig(), storage / "run", "registry")
+
+
+@pytest.fixture
+def config(request: pytest.FixtureRequest) -> TrackingConfig:
+    """A registered model of its own for every test."""
+    return TrackingConfig(model_name=re.sub(r"\W", "-", request.node.name))
+
+
+def register(
+    tracked: TrackedRun,
+    config: TrackingConfig,
+    folder: Path,
+    value: float,
+    *,
+    seed: int = 0,
+    photos: str = DATA,
+) -> RegisteredVersion:
+    """Registers a generator; its seed stands for what was learned."""
+    path = folder / f"{seed}.safetensors"
+    small_generator(path, seed)
+    metrics = {config.metric: value}
+    card = ModelCard("seed: 0\n", DATA)
+    return register_generator(
+        tracked, config, path, step=10 + seed, metrics=metrics, evaluation_set=photos, card=card
+    )
+
+
+def aliases(tracked: TrackedRun, config: TrackingConfig) -> dict[str, int]:
+    """Alias to version."""
+    found = client_of(tracked).get_registered_model(config.model_name).aliases
+    return {alias: int(version) for alias, version in found.items()}
+
+
+def test_the_first_version_becomes_champion(tracked, config, tmp_path) -> None:
+    registered = register(tracked, config, tmp_path, 30.0)
+    assert (registered.version, registered.champion) == (1, True)
+    assert aliases(tracked, config) == {"champion": 1, "challenger": 1}
+
+
+def test_a_better_one_follows_and_a_worse_one_does_not(tracked, config, tmp_path) -> None:
+    register(tracked, config, tmp_path, 30.0, seed=1)
+    better = register(tracked, config, tmp_path, 31.0, seed=2)
+    worse = register(tracked, config, tmp_path, 30.5, seed=3)
+    assert (better.champion, worse.champion) == (True, False)
+    assert worse.reason == "not better: psnr_y 30.5000 against 31.0000 of version 2"
+    assert aliases(tracked, config) == {"champion": 2, "challenger": 3}
+    assert champion_version(config.model_name, tracked.uri) == 2
+
+
+def test_the_same_value_is_no_improvement(tracked, config, tmp_path) -> None:
+    register(tracked, config, tmp_path, 30.0, seed=1)
+    assert not register(tracked, config, tmp_path, 30.0, seed=2).champion
+
+
+def test_distances_are_better_when_small(tracked, config, tmp_path) -> None:
+    config = config.model_copy(update={"metric": "lpips"})
+    register(tracked, config, tmp_path, 0.2, seed=1)
+    assert not register(tracked, config, tmp_path, 0.3, seed=2).champion
+    assert register(tracked, config, tmp_path, 0.1, seed=3).champion
+
+
+def test_values_on_other_photographs_are_not_compared(tracked, config, tmp_path) -> None:
+    register(tracked, config, tmp_path, 30.0, seed=1)
+    other = register(tracked, config, tmp_path, 40.0, seed=2, photos="f" * 64)
+    assert not other.champion
+    assert "measured on other photographs" in other.reason
+    assert "promote.py --model-version 2" in other.reason
+
+
+def test_a_value_that_is_no_number_never_wins(tracked, config, tmp_path) -> None:
+    registered = register(tracked, config, tmp_path, float("nan"))
+    assert not registered.champion
+    assert "no finite psnr_y" in registered.reason
+    assert champion_version(config.model_name, tracked.uri) is None
+
+
+def test_registering_again_gives_the_same_version(tracked, config, tmp_path) -> None:
+    first = register(tracked, config, tmp_path, 30.0)
+    again = register(tracked, config, tmp_path, 30.0)
+    assert again.version == first.version
+    assert again.champion
+    assert len(client_of(tracked).search_model_versions(f"name = '{config.model_name}'")) == 1
+    sha256 = generator_sha256(load_generator(tmp_path / "0.safetensors")[0].state_dict())
+    query = f"tags.`esrgan.generator_sha256` = '{sha256}'"
+    assert len(client_of(tracked).search_logged_models([tracked.experiment_id], query)) == 1
+
+
+def test_a_registration_that_was_cut_off_is_completed(tracked, config, tmp_path, monkeypatch) -> None:
+    def cut_off(*given, **named) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(registry, "write_model", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        register(tracked, config, tmp_path, 30.0, seed=50)
+    monkeypatch.undo()
+    assert register(tracked, config, tmp_path, 30.0, seed=50).version == 1
+    query = f"name = 'generator-{60:08d}'"
+    models = client_of(tracked).search_logged_models([tracked.experiment_id], query)
+    assert [model.status for model in models] == ["READY"]
+
+
+def test_metrics_are_linked_with_the_logged_model(tracked, config, tmp_path) -> None:
+    register(tracked, config, tmp_path, 30.25, seed=60)
+    query = f"name = 'generator-{70:08d}'"
+    (model,) = client_of(tracked).search_logged_models([tracked.experiment_id], query)
+    assert [(point.key, point.value, point.step) for point in model.metrics] == [("psnr_y", 30.25, 70)]
+    assert model.metrics[0].dataset_digest == DATA[:36]
+    assert (70, 30.25) in [(step, value) for step, _, value in curve(tracked, "psnr_y")]
+    assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": config.model_name, "version": 1}]
+
+
+@pytest.mark.parametrize("first", [30.0, 31.0])
+def test_of_two_jobs_at_once_the_better_one_ends_as_champion(
+    tracked, config, tmp_path, monkeypatch, first
+) -> None:
+    register(tracked, config, tmp_path, 29.0, seed=1)
+    for seed in (2, 3):
+        small_generator(tmp_path / f"{seed}.safetensors", seed)
+    # Both look at the champion before either moves it.
+    both_saw, decide = threading.Barrier(2), registry._better
+
+    def decide_together(*given):
+        both_saw.wait(timeout=60)
+        return decide(*given)
+
+    monkeypatch.setattr(registry, "_better", decide_together)
+    results: dict[float, RegisteredVersion] = {}
+
+    def job(value: float, seed: int) -> None:
+        results[value] = register(tracked, config, tmp_path, value, seed=seed)
+
+    jobs = [threading.Thread(target=job, args=given) for given in ((first, 2), (61.0 - first, 3))]
+    for thread in jobs:
+        thread.start()
+    for thread in jobs:
+        thread.join(timeout=120)
+    assert champion_version(config.model_name, tracked.uri) == results[31.0].version
+    assert results[31.0].champion
+
+
+def test_a_job_that_sets_the_alias_late_corrects_itself(tracked, config, tmp_path, monkeypatch) -> None:
+    register(tracked, config, tmp_path, 29.0, seed=1)
+    decide = registry._better
+
+    def be_overtaken(*given):
+        verdict = decide(*given)
+        monkeypatch.setattr(registry, "_better", decide)
+        assert register(tracked, config, tmp_path, 31.0, seed=3).champion
+        return verdict
+
+    monkeypatch.setattr(registry, "_better", be_overtaken)
+    late = register(tracked, config, tmp_path, 30.0, seed=2)
+    assert not late.champion
+    assert late.reason == "version 3 came at the same time and is better in psnr_y"
+    assert champion_version(config.model_name, tracked.uri) == 3
+
+
+def test_promotion_by_hand_says_what_it_replaces(tracked, config, tmp_path) -> None:
+    register(tracked, config, tmp_path, 31.0, seed=1)
+    register(tracked, config, tmp_path, 30.0, seed=2)
+    assert promote(config.model_name, 2, tracked.uri) == 1
+    assert champion_version(config.model_name, tracked.uri) == 2
+
+
+def test_after_promotion_by_hand_a_version_set_back_stays_back(tracked, config, tmp_path) -> None:
+    register(tracked, config, tmp_path, 29.0, seed=1)
+    register(tracked, config, tmp_path, 31.0, seed=2)
+    promote(config.model_name, 1, tracked.uri)
+    third = register(tracked, config, tmp_path, 30.0, seed=3)
+    assert third.champion
+    assert champion_version(config.model_name, tracked.uri) == 3
+
+
+@pytest.mark.parametrize("suffix", ["@champion", "/1"])
+def test_a_generator_comes_back_as_it_was(tracked, config, tmp_path, suffix) -> None:
+    register(tracked, config, tmp_path, 30.0, seed=4)
+    path = pull_generator(f"models:/{config.model_name}{suffix}", tracked.uri)
+    pulled, info = load_generator(path)
+    sent, _ = load_generator(tmp_path / "4.safetensors")
+    assert generator_sha256(pulled.state_dict()) == generator_sha256(sent.state_dict())
+    assert info["residual_scale_source"] == "metadata"
+
+
+def test_a_generator_can_be_pulled_into_a_folder_and_by_its_model_id(tracked, config, tmp_path) -> None:
+    register(tracked, config, tmp_path, 30.0, seed=5)
+    query = f"name = 'generator-{15:08d}'"
+    model = client_of(tracked).search_logged_models([tracked.experiment_id], query)[0]
+    path = pull_generator(f"models:/{model.model_id}", tracked.uri, tmp_path / "here")
+    assert path == tmp_path / "here" / "generator.safetensors"
+    load_generator(path)
+
+
+def test_a_damaged_file_is_refused(tracked, config, tmp_path) -> None:
+    register(tracked, config, tmp_path, 30.0, seed=77)
+    path = pull_generator(f"models:/{config.model_name}/1", tracked.uri)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="damaged"):
+        pull_generator(f"models:/{config.model_name}/1", tracked.uri)
+
+
+def test_what_is_not_there_is_one_clear_line(tracked, config, tmp_path) -> None:
+    register(tracked, config, tmp_path, 30.0)
+    name = config.model_name
+    for uri, store, message in [
+        ("models:/nobody@champion", tracked.uri, "there is no such registered model; known: "),
+        (f"models:/{name}@best", tracked.uri, "has no such alias; known: challenger, champion"),
+        (f"models:/{name}/9", tracked.uri, "there is no such version; known: 1"),
+        (f"models:/{name}", tracked.uri, "not a registered model; write"),
+        (f"models:/{name}/latest", tracked.uri, "not a registered model; write"),
+        (f"models:/{name}/1", f"sqlite:///{tmp_path}/none.db", "there is no such file"),
+        (f"models:/m-{'0' * 32}", tracked.uri, "refused by"),
+    ]:
+        with pytest.raises(UserError, match=message) as caught:
+            pull_generator(uri, store)
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "none.db").exists()
+    with pytest.raises(UserError, match="there is no such version"):
+        promote(name, 9, tracked.uri)
+    with pytest.raises(UserError, match="there is no such registered model"):
+        promote("nobody", 1, tracked.uri)
+
+
+def test_a_name_that_mlflow_refuses_is_told(tracked, config, tmp_path) -> None:
+    with pytest.raises(UserError, match="registering a/b"):
+        register(tracked, config.model_copy(update={"model_name": "a/b"}), tmp_path, 30.0)
+
+
+def test_the_card_tells_where_the_generator_comes_from(tracked, config, tmp_path) -> None:
+    path = tmp_path / "g.safetensors"
+    small_generator(path, 88)
+    card = ModelCard(
+        "seed: 3\nuri: http://me:geheim@host\n", DATA, licence="CC0 photographs",
+        example=np.zeros((64, 64, 3), np.uint8), pictures={"bicubic, stage 1, stage 2": np.zeros((4, 12, 3), np.uint8)},
+    )  # fmt: skip
+    register_generator(
+        tracked, config, path, step=98, metrics={"psnr_y": 30.0}, evaluation_set=DATA, card=card
+    )
+    folder = pull_generator(f"models:/{config.model_name}/1", tracked.uri).parent.parent
+    text = (folder / "README.md").read_text()
+    for part in ("CC0 photographs", DATA, "| psnr_y | 30.0000 |", tracked.run_id, "(picture-0.png)"):
+        assert part in text
+    assert (folder / "picture-0.png").is_file()
+    assert (folder / "config.yaml").read_text() == "seed: 3\nuri: http://***@host\n"
+    assert not list(folder.rglob("*.pkl"))
+    version = client_of(tracked).get_model_version(config.model_name, "1")
+    assert version.description.startswith(f"# {config.model_name}")
