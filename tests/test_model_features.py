@@ -162,6 +162,11 @@ def test_files_that_are_not_vgg19s_are_refused(tmp_path: Path) -> None:
         find_weights(tmp_path / "gone.pth")
 
 
+def test_a_relative_path_becomes_absolute(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(weights.parent)
+    assert find_weights(weights.name) == weights
+
+
 def test_random_needs_no_file() -> None:
     assert find_weights("random") is None
 

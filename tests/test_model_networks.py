@@ -226,3 +226,13 @@ def test_spectral_norm_bounds_the_unets_convolutions() -> None:
         discriminator(torch.rand(1, 3, 8, 8))
     weight = discriminator.conv2.weight.detach().flatten(1)
     assert torch.linalg.matrix_norm(weight, 2).item() == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("unet", [False, True])
+def test_two_forward_passes_serve_one_backward_pass(unet: bool) -> None:
+    """A training step judges photographs and generated images first, then goes back through both."""
+    discriminator = seeded(0, lambda: UNetDiscriminator(4) if unet else VGGStyleDiscriminator(32, 4))
+    real, fake = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32, requires_grad=True)
+    (discriminator(fake).mean() - discriminator(real).mean()).backward()
+    assert fake.grad is not None
+    assert all(parameter.grad is not None for parameter in discriminator.parameters())

@@ -135,7 +135,7 @@ def check_layers(layers: Iterable[str]) -> None:
 
 
 def find_weights(weights: str | os.PathLike[str], sha256: str | None = None) -> Path | None:
-    """The checked weights file, downloaded where needed; None for "random".
+    """The absolute path of the checked weights file, downloaded where needed; None for "random".
 
     It reads the file once, so call it before the cluster starts: what is missing is then one clear line.
 
@@ -154,7 +154,7 @@ def find_weights(weights: str | os.PathLike[str], sha256: str | None = None) -> 
             _download(path)
         expected = sha256 or IMAGENET_SHA256_START
     else:
-        path = Path(weights).expanduser()
+        path = Path(weights).expanduser().absolute()
         if not path.is_file():
             raise UserError(f"perceptual.weights={weights}: no such file; {_alternatives()}")
         expected = sha256 or ""

@@ -30,7 +30,8 @@ def save_generator(
     Args:
         generator: the network.
         path: .safetensors keeps the sizes and `metadata` in the file's header; .pth is a plain
-            {"params_ema": state dict} as BasicSR and spandrel read it, without metadata.
+            {"params_ema": state dict} as BasicSR and spandrel read it, without metadata. Those take the residual
+            scale to be 0.2, and spandrel the growth to be 32.
         metadata: more texts for the header.
 
     Raises:
