@@ -105,7 +105,7 @@ def prepare(
         manifest = load_manifest(config.root)
         _require_same(manifest, settings, plan.jobs)
         print(f"{storage.path(NAME)}: complete, nothing to do", flush=True)
-        return _result(manifest)
+        return describe(manifest)
 
     builder = Builder(storage, plan.jobs, config, settings, strict)
     paired = config.lr_dir is not None
@@ -122,7 +122,7 @@ def prepare(
         bar.update(len(plan.jobs) - bar.n)
     libraries = {name: metadata.version(name) for name in ("numpy", "pillow", "pyarrow")}
     builder.finish(plan.licences, libraries)
-    return _result(load_manifest(config.root))
+    return describe(load_manifest(config.root))
 
 
 def _tables(jobs: list[PhotoJob], config: DataConfig, paired: bool, on_ray: bool) -> Iterable[pa.Table]:
@@ -208,5 +208,6 @@ def _require_same(manifest: Manifest, settings: dict[str, Any], jobs: list[Photo
         )
 
 
-def _result(manifest: Manifest) -> PrepareResult:
+def describe(manifest: Manifest) -> PrepareResult:
+    """The counts of a finished data set."""
     return PrepareResult(manifest.patches, len(manifest.sources), len(manifest.rejected), manifest.sha256)

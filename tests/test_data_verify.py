@@ -1,0 +1,105 @@
+"""prepare_data.py --verify and --show: everything damaged is named, and a data set can be looked at."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from enlarging import job
+from PIL import Image
+from tiny import write_photos
+
+from pipeline.data import load_manifest, prepare
+from pipeline.data.config import DataConfig
+from pipeline.data.manifest import Manifest
+from pipeline.data.reader import PatchReader
+from pipeline.data.verify import verify
+from pipeline.errors import UserError
+
+
+def make(folder: Path, codec: str = "raw") -> Manifest:
+    write_photos(folder / "photos", 2, 100, seed=1)
+    write_photos(folder / "held_out", 1, 64, seed=2)
+    data = DataConfig(
+        source=str(folder / "photos"), held_out=str(folder / "held_out"), root=str(folder / "data"),
+        patch_px=64, patch_step_px=32, codec=codec,
+    )  # fmt: skip
+    prepare(data, progress=False, on_ray=False)
+    return load_manifest(data.root)
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def test_an_untouched_data_set_has_no_damage(tmp_path: Path) -> None:
+    assert verify(make(tmp_path), progress=False) == []
+
+
+@pytest.mark.parametrize("codec", ["raw", "lz4", "zstd", "webp"])
+def test_a_flipped_byte_anywhere_in_a_shard_is_found(tmp_path: Path, codec: str) -> None:
+    manifest = make(tmp_path, codec)
+    shard = manifest.shards[0]
+    path = tmp_path / "data" / shard.name
+    whole = path.read_bytes()
+    ends = [0, 3, shard.bytes - 1, shard.bytes - 6, shard.bytes - shard.footer_bytes]
+    for place in [*ends, *range(5, shard.bytes, shard.bytes // 50)]:
+        flip(path, place)
+        found = verify(manifest, progress=False)
+        assert len(found) == 1 or place >= shard.bytes - shard.footer_bytes, place
+        assert found, place
+        path.write_bytes(whole)
+
+
+def test_the_damaged_patch_and_its_photograph_are_named(tmp_path: Path) -> None:
+    manifest = make(tmp_path)
+    path = tmp_path / "data" / manifest.shards[0].name
+    reader = PatchReader(manifest.root, manifest.layout)
+    pixels = reader.patch(11)[0].tobytes()
+    reader.close()
+    flip(path, path.read_bytes().index(pixels) + 5000)
+    (line,) = verify(manifest, progress=False)
+    assert "row 11: column hr: the page fails its checksum (patch 11, of 'picture1.png')" in line
+
+
+def test_missing_cut_and_held_out_files_are_named(tmp_path: Path) -> None:
+    manifest = make(tmp_path)
+    held_out = tmp_path / "data" / "held_out-00000.parquet"
+    flip(held_out, 200)
+    (line,) = verify(manifest, progress=False)
+    assert line == f"{held_out}: its sha256 is not the one in the manifest"
+    held_out.unlink()
+    (line,) = verify(manifest, progress=False)
+    assert line == f"{held_out}: missing"
+    shard = tmp_path / "data" / "patches-00000.parquet"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert any(str(shard) in line for line in verify(manifest, progress=False))
+
+
+def test_the_command_verifies_and_draws_without_the_photographs(tmp_path: Path) -> None:
+    manifest = make(tmp_path)
+    (tmp_path / "photos").rename(tmp_path / "gone")
+    flags = [
+        "--data.root",
+        manifest.root,
+        "--json",
+        str(tmp_path / "r.json"),
+        "--show",
+        str(tmp_path / "s.png"),
+    ]
+    assert not job("prepare_data")([*flags, "--verify"])
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert (result["patches"], result["damaged"]) == (18, [])
+    with Image.open(tmp_path / "s.png") as sheet:
+        assert len(np.unique(np.asarray(sheet))) > 50
+    flip(tmp_path / "data" / "patches-00000.parquet", 5000)
+    with pytest.raises(UserError, match=r"damaged in 1 place"):
+        job("prepare_data")([*flags, "--verify"])
+    assert "row 0" in json.loads((tmp_path / "r.json").read_text())["damaged"][0]
+
+
+def test_verify_without_a_data_set_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"manifest\.json is missing"):
+        job("prepare_data")(["--data.root", str(tmp_path), "--verify"])
