@@ -134,7 +134,9 @@ class Storage:
     def files(self, folder: str = "") -> Iterator[str]:
         """Names, relative to this prefix, of all files below `folder`, sorted."""
         filesystem, base = self.filesystem()
-        selector = fs.FileSelector(join(base, folder) if folder else base, allow_not_found=True, recursive=True)
+        selector = fs.FileSelector(
+            join(base, folder) if folder else base, allow_not_found=True, recursive=True
+        )
         for info in sorted(filesystem.get_file_info(selector), key=lambda info: info.path):
             if info.type == fs.FileType.File:
                 yield info.path.removeprefix(base).lstrip("/")
@@ -176,7 +178,9 @@ class Storage:
             self.remove(probe)
         except (OSError, pyarrow.ArrowException) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"{field}={self.uri}: cannot write there ({reason}); choose another place") from None
+            raise UserError(
+                f"{field}={self.uri}: cannot write there ({reason}); choose another place"
+            ) from None
 
 
 def sync_folder(folder: Path) -> None:
