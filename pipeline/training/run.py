@@ -119,6 +119,8 @@ def _tracked_training(
             with _terminable():
                 _train(config, run, callbacks)
             left = sender.flush(timeout_s=60.0)
+            # A store that was away at the start may be back by now: then the sender has opened the run.
+            tracked = tracked or sender.tracked
             if left:
                 print(
                     f"{left} segments of metrics could not be sent; later: python jobs/send_metrics.py --run {run.uri}",
