@@ -149,6 +149,11 @@ class Server:
             self._process.wait()
             self._process = None
 
+    @property
+    def alive(self) -> bool:
+        """Whether it was started and not killed."""
+        return self._process is not None
+
     def _answers(self) -> bool:
         assert self._process is not None
         assert self._process.poll() is None, self._log.read_text()[-2000:]

@@ -1,0 +1,205 @@
+"""A real MLflow server that goes away and comes back; slow, and worth it."""
+
+import errno
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tracking_helpers import (
+    DATA,
+    Server,
+    client_of,
+    event,
+    everything,
+    open_small,
+    records_between,
+    small_generator,
+    wait_until,
+    write_segments,
+)
+
+from pipeline.errors import UserError
+from pipeline.storage import Storage
+from pipeline.tracking import Sender, finish_run, open_run
+from pipeline.tracking import sender as sender_module
+from pipeline.tracking.config import TrackingConfig
+from pipeline.tracking.late import send_late
+from pipeline.tracking.records import segment_steps, write_segment
+from pipeline.tracking.registry import ModelCard, champion_version, pull_generator, register_generator
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server"))
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def running(server: Server) -> Server:
+    """The module's server, up again whatever the test before did to it."""
+    server.kill()
+    server.start()
+    return server
+
+
+def publish(run: Storage, step: int) -> None:
+    """A checkpoint's manifest, which is what makes segments count."""
+    run.write_bytes(f"checkpoints/psnr-{step:08d}/manifest.json", b"{}")
+
+
+def newest(run: Storage) -> int:
+    names = run.names("checkpoints")
+    return int(names[-1].split("-")[1]) if names else -1
+
+
+def train(run: Storage, step: int) -> float:
+    """One interval of a run that writes and publishes a segment; gives the seconds that writing took."""
+    began = time.perf_counter()
+    extra = [event(step, "resumed")] if step == 30 else []
+    write_segment(run, step, [*records_between(step - 10, step), *extra])
+    publish(run, step)
+    return time.perf_counter() - began
+
+
+def fill_disk(patch: pytest.MonkeyPatch) -> None:
+    """Every write fails from here on, until the patch is undone."""
+
+    def full(self: Storage, name: str, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    patch.setattr(Storage, "write_bytes", full)
+
+
+def test_three_outages_and_a_full_disk_leave_no_trace(
+    tmp_path: Path, running: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrackingConfig(uri=running.uri)
+    disturbed, quiet = Storage(str(tmp_path)) / "disturbed", Storage(str(tmp_path)) / "quiet"
+    tracked = open_small(config, disturbed, "disturbed")
+    with Sender(disturbed, config, tracked, published_step=lambda: newest(disturbed), poll_s=0.05) as sender:
+        for step in range(10, 101, 10):
+            if step in (20, 50, 80):
+                running.kill()
+            if step == 50:  # The try fails as a whole, and the interval is trained again.
+                fill_disk(monkeypatch)
+                with pytest.raises(OSError, match="No space"):
+                    train(disturbed, step)
+                monkeypatch.undo()
+            took = train(disturbed, step)
+            assert took < 5  # Nothing here waits for the server, whose time-outs add up to more.
+            if step in (30, 60, 90):
+                running.start()
+            if step == 60:
+                wait_until(lambda: disturbed.exists("tracking/sent.json"))
+        assert sender.flush(120) == 0
+    finish_run(tracked, "FINISHED")
+
+    undisturbed = open_small(config, quiet, "quiet")
+    for step in range(10, 101, 10):
+        train(quiet, step)
+    with Sender(quiet, config, undisturbed, published_step=lambda: newest(quiet)) as sender:
+        assert sender.flush(120) == 0
+
+    there, expected = everything(tracked), everything(undisturbed)
+    assert there == expected
+    assert [point[0] for point in there["curves"]["loss/pixel"]] == list(range(1, 101))
+    assert len(there["images"]) == 10 * 2
+    assert client_of(tracked).get_run(tracked.run_id).info.status == "FINISHED"
+
+
+def test_a_server_killed_in_the_middle_of_a_segment_gets_it_once(
+    tmp_path: Path, running: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrackingConfig(uri=running.uri)
+    run = Storage(str(tmp_path)) / "middle"
+    tracked = open_small(config, run, "middle")
+    write_segments(run, 20)
+    real, kills = sender_module._log_pictures, [10, 20]
+
+    def killed_after_the_first_picture(*given) -> None:
+        if kills:
+            kills.pop()
+            real(*given)  # The pictures are there, the mark is not.
+            running.kill()
+        real(*given)
+
+    monkeypatch.setattr(sender_module, "_log_pictures", killed_after_the_first_picture)
+    with Sender(run, config, tracked, published_step=lambda: 20, poll_s=0.05) as sender:
+        for left in (1, 0):
+            wait_until(lambda: len(kills) == left and not running.alive)  # noqa: B023
+            running.start()
+        assert sender.flush(120) == 0
+    there = everything(tracked)
+    assert [point[0] for point in there["curves"]["loss/pixel"]] == list(range(1, 21))
+    assert len(there["images"]) == 2 * 2
+
+
+def test_a_server_that_is_away_at_the_start_gets_everything_when_it_is_back(
+    tmp_path: Path, running: Server
+) -> None:
+    running.kill()
+    config = TrackingConfig(uri=running.uri, if_away="spool")
+    run = Storage(str(tmp_path)) / "late"
+    opened = open_run(
+        config,
+        run,
+        run_name="late",
+        parameters={"a": 1},
+        tags={"esrgan.key": "late", "esrgan.data": DATA},
+        config_text="",
+    )
+    assert opened is None
+    with Sender(run, config, opened, published_step=lambda: newest(run), poll_s=0.05) as sender:
+        train(run, 10)
+        running.start()
+        assert sender.flush(120) == 0
+        assert sender.tracked is not None
+        assert len(everything(sender.tracked)["curves"]["loss/pixel"]) == 10
+        assert client_of(sender.tracked).get_run(sender.tracked.run_id).info.status == "RUNNING"
+
+
+def test_a_server_that_is_away_until_after_the_end_gets_everything_by_a_command(
+    tmp_path: Path, running: Server
+) -> None:
+    config = TrackingConfig(uri=running.uri)
+    run = Storage(str(tmp_path)) / "ended"
+    tracked = open_small(config, run, "ended")
+    running.kill()
+    write_segments(run, 30)
+    publish(run, 30)
+    with Sender(run, config, tracked, published_step=lambda: newest(run)) as sender:
+        assert sender.flush(1) == 3
+    assert not finish_run(tracked, "FINISHED")
+    with pytest.raises(UserError, match="connection refused; nothing is lost"):
+        send_late(run, None)
+    running.start()
+    assert send_late(run, None).sent == len(segment_steps(run))
+    assert len(everything(tracked)["curves"]["loss/pixel"]) == 30
+    assert client_of(tracked).get_run(tracked.run_id).info.status == "FINISHED"
+
+
+def test_generators_are_registered_and_pulled_through_the_server(tmp_path: Path, running: Server) -> None:
+    config = TrackingConfig(uri=running.uri, model_name="served-x4")
+    tracked = open_small(config, Storage(str(tmp_path)) / "run", "registering")
+    small_generator(tmp_path / "g.safetensors", 0)
+    given = {
+        "step": 5,
+        "metrics": {"psnr_y": 30.0},
+        "evaluation_set": DATA,
+        "card": ModelCard("a: 1\n", DATA),
+    }
+    first = register_generator(tracked, config, tmp_path / "g.safetensors", **given)
+    again = register_generator(tracked, config, tmp_path / "g.safetensors", **given)
+    assert (first.version, again.version, first.champion) == (1, 1, True)
+    assert champion_version("served-x4", running.uri) == 1
+    path = pull_generator("models:/served-x4@champion", running.uri)
+    assert path.read_bytes() == (tmp_path / "g.safetensors").read_bytes()
+    assert os.path.commonpath([path, tmp_path]) != str(tmp_path)
+    model = client_of(tracked).search_logged_models([tracked.experiment_id])[0]
+    assert "served-x4" in model.tags["mlflow.modelVersions"]
