@@ -1,0 +1,154 @@
+"""An MLflow server as teams run it: PostgreSQL for the records, S3 for the files, which clients reach through it."""
+
+import importlib.util
+import os
+import pwd
+import shutil
+import subprocess
+import sys
+import tempfile
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tracking_helpers import (
+    DATA,
+    Server,
+    client_of,
+    everything,
+    free_port,
+    open_small,
+    small_generator,
+    wait_until,
+    write_segments,
+)
+
+from pipeline.storage import Storage
+from pipeline.tracking import Sender
+from pipeline.tracking.config import TrackingConfig
+from pipeline.tracking.registry import ModelCard, champion_version, pull_generator, register_generator
+
+PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PROGRAMS, reason="needs PostgreSQL (Debian: apt-get install postgresql)"),
+    pytest.mark.skipif(importlib.util.find_spec("psycopg2") is None, reason="needs psycopg2-binary"),
+    pytest.mark.skipif(importlib.util.find_spec("moto") is None, reason="needs moto[server]"),
+]
+BUCKET = "mlflow-files"
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[str]:
+    """A database of its own on a free port; PostgreSQL does not run as root, so root becomes its user."""
+    user = "postgres" if os.geteuid() == 0 else None
+    folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))
+    if user:
+        os.chown(folder, pwd.getpwnam(user).pw_uid, -1)
+    port = free_port()
+
+    def call(program: str, *arguments: str) -> None:
+        subprocess.run(
+            [str(PROGRAMS[-1] / program), *arguments],
+            check=True,
+            user=user,
+            cwd="/",
+            stdout=subprocess.DEVNULL,
+        )
+
+    options = f"-p {port} -h 127.0.0.1 -k {folder} -c fsync=off"
+    call("initdb", "-D", str(folder / "data"), "-U", "mlflow", "--auth=trust", "--no-sync")
+    call("pg_ctl", "-D", str(folder / "data"), "-o", options, "-l", str(folder / "log"), "-w", "start")
+    try:
+        yield f"postgresql+psycopg2://mlflow:geheim@127.0.0.1:{port}/postgres"
+    finally:
+        call("pg_ctl", "-D", str(folder / "data"), "-m", "immediate", "-w", "stop")
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """moto's S3 on a free port, with a bucket."""
+    port = free_port()
+    address = f"http://127.0.0.1:{port}"
+    code = f"from moto.server import main; main(['-H', '127.0.0.1', '-p', '{port}'])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+    def made() -> bool:
+        assert process.poll() is None
+        try:
+            urllib.request.urlopen(
+                urllib.request.Request(f"{address}/{BUCKET}", method="PUT"), timeout=5
+            ).close()
+        except OSError:
+            return False
+        return True
+
+    try:
+        wait_until(made)
+        yield address
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(postgres: str, s3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(
+        tmp_path_factory.mktemp("server"), "--serve-artifacts", "--artifacts-destination", f"s3://{BUCKET}/files",
+        store=postgres,
+        environment={
+            "MLFLOW_S3_ENDPOINT_URL": s3, "AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        },
+    )  # fmt: skip
+    server.start()
+    yield server
+    server.kill()
+
+
+def test_records_pictures_and_generators_take_the_same_way(
+    server: Server, tmp_path: Path, monkeypatch
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "MLFLOW_S3_ENDPOINT_URL"):
+        monkeypatch.delenv(name, raising=False)  # Only the server has keys.
+    config = TrackingConfig(uri=server.uri)
+    run = Storage(str(tmp_path)) / "run"
+    tracked = open_small(config, run, "run")
+    write_segments(run, 30)
+    for _ in range(2):
+        with Sender(run, config, tracked, published_step=lambda: 30) as sender:
+            assert sender.flush(120) == 0
+        run.remove("tracking/sent.json")
+    there = everything(tracked)
+    assert [point[0] for point in there["curves"]["loss/pixel"]] == list(range(1, 31))
+    assert len(there["images"]) == 3 * 2
+    assert open_small(config, run, "run") == tracked
+
+    small_generator(tmp_path / "g.safetensors", 0)
+    registered = register_generator(
+        tracked, config, tmp_path / "g.safetensors", step=30, metrics={"psnr_y": 30.0}, evaluation_set=DATA,
+        card=ModelCard("a: 1\n", DATA),
+    )  # fmt: skip
+    assert (registered.version, registered.champion) == (1, True)
+    assert champion_version("esrgan-x4", server.uri) == 1
+    path = pull_generator("models:/esrgan-x4@champion", server.uri)
+    assert path.read_bytes() == (tmp_path / "g.safetensors").read_bytes()
+    place = client_of(tracked).get_experiment(tracked.experiment_id).artifact_location
+    assert place.startswith("mlflow-artifacts:")
+
+
+def test_a_database_is_a_store_by_itself(postgres: str, server: Server, tmp_path: Path) -> None:
+    config = TrackingConfig(uri=postgres, experiment="direct")
+    run = Storage(str(tmp_path)) / "run"
+    tracked = open_small(config, run, "direct")
+    write_segments(run, 10)
+    with Sender(run, config, tracked, published_step=lambda: 10) as sender:
+        assert sender.flush(120) == 0
+    assert len(everything(tracked)["curves"]["loss/pixel"]) == 10
+    assert "geheim" not in run.read_bytes("tracking/run.json").decode()
+    place = client_of(tracked).get_experiment(tracked.experiment_id).artifact_location
+    assert place == f"{tmp_path}/mlartifacts"
