@@ -264,6 +264,9 @@ class Builder:
     def _resume(self) -> _Progress:
         """Progress of an earlier ingest of the same plan; otherwise clears what is left of another one."""
         done = _Progress()
+        for name in self._storage.names():
+            if name.startswith(".") and name.endswith(".partial"):  # of a process that was killed
+                self._storage.remove(name)
         plan: dict[str, Any] | None
         try:
             plan = json.loads(self._storage.read_bytes(_PLAN))
@@ -276,9 +279,6 @@ class Builder:
                     self._storage.remove(name)
             self._storage.write_bytes(_PLAN, json.dumps({"fingerprint": self._fingerprint}).encode())
             return done
-        for name in self._storage.names():
-            if name.startswith(".") and name.endswith(".partial"):  # of a process that was killed
-                self._storage.remove(name)
         while True:
             number = len(done.shards) + len(done.held_out)
             try:

@@ -13,7 +13,7 @@ from pipeline.data.checks import row_checks
 from pipeline.data.config import DataConfig
 from pipeline.data.geometry import cut, grid
 from pipeline.data.pairs import match_degradation
-from pipeline.data.photos import PhotoRefused, read_photo
+from pipeline.data.photos import PhotoRefused, read_photo, refuse_large_file
 from pipeline.data.shards import encode_pixels
 from pipeline.data.sources import PhotoFile
 
@@ -94,6 +94,8 @@ def _load(job: PhotoJob, config: DataConfig, paired: bool) -> tuple[np.ndarray, 
     # Imported here, so that listing and reading data sets does not need the imaging room's libraries.
     from pipeline.imaging import matlab_bicubic_downscale
 
+    # Known from the listing: a huge file costs no memory.
+    refuse_large_file(job.photo.size, config.max_megapixels)
     data = job.photo.read()
     photo = read_photo(data, config.max_megapixels)
     height, width = photo.pixels.shape[:2]
@@ -117,6 +119,7 @@ def _load(job: PhotoJob, config: DataConfig, paired: bool) -> tuple[np.ndarray, 
     if job.low is None:
         raise PhotoRefused("no low-resolution file of its name in data.lr_dir")
     try:
+        refuse_large_file(job.low.size, config.max_megapixels)
         lr = read_photo(job.low.read(), config.max_megapixels).pixels
     except PhotoRefused as refusal:
         raise PhotoRefused(f"its low-resolution file {job.low.name}: {refusal}") from None

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import pyarrow as pa
 import ray
@@ -57,7 +58,7 @@ def cut_on_ray(jobs: Sequence[PhotoJob], config: DataConfig, paired: bool) -> It
 
         def cut(batch: pa.Table) -> Iterator[pa.Table]:
             for place in batch["place"].to_pylist():
-                yield from cut_photo(ray.get(shared)[place], config, paired)
+                yield from cut_photo(_jobs(shared)[place], config, paired)
 
         tables = places.map_batches(cut, batch_format="pyarrow", batch_size=1, zero_copy_batch=True)
         options = tables.context.execution_options
@@ -66,3 +67,9 @@ def cut_on_ray(jobs: Sequence[PhotoJob], config: DataConfig, paired: bool) -> It
         yield from tables.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
     finally:
         context.enable_progress_bars = before
+
+
+@lru_cache(maxsize=1)
+def _jobs(shared: ray.ObjectRef) -> list[PhotoJob]:
+    """The whole plan, unpacked once in each worker process instead of for each photograph."""
+    return ray.get(shared)

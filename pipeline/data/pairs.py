@@ -14,12 +14,12 @@ _NEAR = 0.97  # share of equal values that names a degradation
 
 
 def pair_by_name(photos: list[PhotoFile], low: list[PhotoFile], scale: int) -> dict[str, PhotoFile]:
-    """Low-resolution file of each photograph, by the photograph's name.
+    """Low-resolution file of each photograph, by the photograph's path.
 
     `0001.png` belongs to `0001.png`, `0001x4.png` or `0001_x4.png`, whatever extension or folder.
 
     Raises:
-        UserError: two low-resolution files with one name, or none that fits any photograph.
+        UserError: two low-resolution files or two photographs with one name, or no file that fits a photograph.
     """
     by_stem: dict[str, PhotoFile] = {}
     for file in low:
@@ -28,11 +28,17 @@ def pair_by_name(photos: list[PhotoFile], low: list[PhotoFile], scale: int) -> d
                 f"data.lr_dir: {by_stem[file.stem].name} and {file.name} have the same name; keep one"
             )
         by_stem[file.stem] = file
-    pairs = {}
+    pairs: dict[str, PhotoFile] = {}
+    owners: dict[str, str] = {}
     for photo in photos:
         for stem in (f"{photo.stem}x{scale}", f"{photo.stem}_x{scale}", photo.stem):
             if stem in by_stem:
-                pairs[photo.name] = by_stem[stem]
+                owner = owners.setdefault(stem, photo.path)
+                if owner != photo.path:
+                    raise UserError(
+                        f"data.lr_dir: {by_stem[stem].name} belongs to {owner} and to {photo.path}; rename one"
+                    )
+                pairs[photo.path] = by_stem[stem]
                 break
     if not pairs:
         raise UserError(
@@ -110,6 +116,8 @@ def _pillow(hr: np.ndarray, scale: int) -> np.ndarray:
 def _area(hr: np.ndarray, scale: int) -> np.ndarray:
     height, width = hr.shape[0] // scale, hr.shape[1] // scale
     blocks = hr.reshape(height, scale, width, scale, 3).mean(axis=(1, 3))
+    if scale == 2:  # OpenCV rounds half up in its integer path for 2, half to even otherwise
+        return _round(blocks)
     return np.clip(np.rint(blocks), 0, 255).astype(np.uint8)
 
 

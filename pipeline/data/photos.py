@@ -36,7 +36,7 @@ EXTENSIONS = frozenset(
     )
 )
 _LOSSY = frozenset(("JPEG", "MPO", "AVIF", "JPEG2000"))
-_SAFEST_BYTES_PER_PIXEL = 16
+_MOST_BYTES_PER_PIXEL = 16
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _MAGIC = (_PNG_SIGNATURE, b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"BM", b"GIF8", b"P5", b"P6", b"\0\0\0\x0cjP")
 
@@ -77,8 +77,7 @@ def read_photo(data: bytes, max_megapixels: float = 200.0) -> Photo:
     """
     if not data:
         raise PhotoRefused("empty file")
-    if len(data) > max_megapixels * 1e6 * _SAFEST_BYTES_PER_PIXEL:
-        raise PhotoRefused(f"file of {len(data)} bytes is too large for {max_megapixels:g} megapixels")
+    refuse_large_file(len(data), max_megapixels)
     if data.startswith(_PNG_SIGNATURE):
         _check_png(data)
     image = _open(data)
@@ -101,6 +100,12 @@ def read_photo(data: bytes, max_megapixels: float = 200.0) -> Photo:
         pixels = np.ascontiguousarray(_UPRIGHT[orientation](pixels))
     lossy = image.format in _LOSSY or (image.format == "WEBP" and b"VP8L" not in data[:64])
     return Photo(pixels, str(image.format), lossy, notes)
+
+
+def refuse_large_file(size: int, max_megapixels: float) -> None:
+    """Raises PhotoRefused where a file of `size` bytes is larger than any photograph within the limit."""
+    if size > max_megapixels * 1e6 * _MOST_BYTES_PER_PIXEL:
+        raise PhotoRefused(f"file of {size} bytes is too large for {max_megapixels:g} megapixels")
 
 
 def looks_like_photo(head: bytes) -> bool:

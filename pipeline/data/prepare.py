@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 from tqdm import tqdm
 
-from pipeline.data.build import Builder
+from pipeline.data.build import NOTES, Builder
 from pipeline.data.config import DataConfig
 from pipeline.data.cutting import PhotoJob, cut_photos
 from pipeline.data.geometry import check_geometry, expected_bytes
@@ -104,6 +104,7 @@ def prepare(
     if storage.exists(NAME):
         manifest = load_manifest(config.root)
         _require_same(manifest, settings, plan.jobs)
+        storage.remove(NOTES)  # where an ingest was killed right after its last step
         print(f"{storage.path(NAME)}: complete, nothing to do", flush=True)
         return describe(manifest)
 
@@ -122,7 +123,9 @@ def prepare(
         bar.update(len(plan.jobs) - bar.n)
     libraries = {name: metadata.version(name) for name in ("numpy", "pillow", "pyarrow")}
     builder.finish(plan.licences, libraries)
-    return describe(load_manifest(config.root))
+    manifest = load_manifest(config.root)
+    _warn_of_other_degradations(manifest)
+    return describe(manifest)
 
 
 def _tables(jobs: list[PhotoJob], config: DataConfig, paired: bool, on_ray: bool) -> Iterable[pa.Table]:
@@ -147,7 +150,7 @@ def _plan(config: DataConfig) -> _Plan:
         lows = pair_by_name(train + kept_out, list_photos(config.lr_dir, "data.lr_dir"), config.scale)
     everything = [(photo, True) for photo in kept_out] + [(photo, False) for photo in train]
     jobs = [
-        PhotoJob(index, photo, is_held_out, lows.get(photo.name))
+        PhotoJob(index, photo, is_held_out, lows.get(photo.path))
         for index, (photo, is_held_out) in enumerate(everything)
     ]
     licences = {"train": config.licence or find_licence(source)}
@@ -205,6 +208,18 @@ def _require_same(manifest: Manifest, settings: dict[str, Any], jobs: list[Photo
         raise UserError(
             f"data.root={manifest.root} was made from more photographs than there are now; "
             "choose another data.root, or remove it"
+        )
+
+
+def _warn_of_other_degradations(manifest: Manifest) -> None:
+    matches: dict[str, int] = manifest.degradation.get("matches", {})
+    others = {name: count for name, count in matches.items() if name != "matlab_uint8"}
+    if others:
+        found = ", ".join(f"{count} x {name}" for name, count in sorted(others.items()))
+        print(
+            f"warning: data.lr_dir: low resolution was not made by MATLAB's bicubic on uint8 ({found} of "
+            f"{sum(matches.values())}); evaluate.py makes its own that way unless --lr names files",
+            flush=True,
         )
 
 

@@ -35,6 +35,11 @@ class PhotoFile:
         return PurePosixPath(self.name).suffix.lower() in EXTENSIONS
 
     @property
+    def path(self) -> str:
+        """Container and name: no other file has the same."""
+        return f"{self.container}/{self.name}"
+
+    @property
     def stem(self) -> str:
         """Name without folder and extension, in lower case."""
         return PurePosixPath(self.name).stem.lower()

@@ -2,7 +2,6 @@
 
 import hashlib
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow
@@ -15,6 +14,7 @@ from pipeline.storage import Storage, join
 _CHUNK_BYTES = 8 << 20
 # Hashing lets go of the interpreter's lock; more threads than this only help a slow disk.
 _THREADS = 4
+_MISSING = "missing"
 
 
 def verify(manifest: Manifest, progress: bool = True) -> list[str]:
@@ -38,7 +38,8 @@ def verify(manifest: Manifest, progress: bool = True) -> list[str]:
             bar.update(shard.bytes)
             if damage is None:
                 continue
-            rows = list(_damaged_rows(manifest, number)) if number < len(manifest.shards) else []
+            has_patches = number < len(manifest.shards) and damage != _MISSING
+            rows = _damaged_rows(manifest, number) if has_patches else []
             found += rows or [f"{storage.path(shard.name)}: {damage}"]
     return found
 
@@ -52,7 +53,7 @@ def _shard_damage(storage: Storage, shard: Shard) -> str | None:
                 digest.update(chunk)
                 size += len(chunk)
     except FileNotFoundError:
-        return "missing"
+        return _MISSING
     except (OSError, pyarrow.ArrowException) as error:
         return f"cannot be read: {str(error).splitlines()[0]}"
     if size != shard.bytes:
@@ -62,22 +63,28 @@ def _shard_damage(storage: Storage, shard: Shard) -> str | None:
     return None
 
 
-def _damaged_rows(manifest: Manifest, number: int) -> Iterator[str]:
-    """Every damaged patch of a shard; nothing where the damage lies between the patches."""
+def _damaged_rows(manifest: Manifest, number: int) -> list[str]:
+    """A line for every damaged patch of a shard, one for all where all are; none where the damage lies between them."""
     reader = PatchReader(manifest.root, manifest.layout)
-    names = {
-        entry["first_patch"] + offset: entry["path"]
-        for entry in manifest.sources
-        if entry["set"] == "train"
-        for offset in range(entry["patches"])
-    }
     first = int(manifest.layout.first_ids[number])
-    try:
-        for row in range(manifest.shards[number].rows):
-            try:
-                reader.row(number, row)
-                reader.patch(first + row)
-            except DamagedPatch as damage:
-                yield f"{damage} (patch {first + row}, of {names.get(first + row, 'an unknown photograph')!r})"
-    finally:
-        reader.close()
+    damaged: list[DamagedPatch] = []
+    for row in range(manifest.shards[number].rows):
+        try:
+            reader.row(number, row)
+            reader.patch(first + row)
+        except DamagedPatch as damage:
+            damaged.append(damage)
+    reader.close()
+    if len(damaged) == manifest.shards[number].rows > 1 and len({damage.reason for damage in damaged}) == 1:
+        return [f"{damaged[0].shard}, all {len(damaged)} rows: {damaged[0].reason}"]
+    return [
+        f"{damage} (patch {first + damage.row}, of {_photograph(manifest, first + damage.row)!r})"
+        for damage in damaged
+    ]
+
+
+def _photograph(manifest: Manifest, patch: int) -> str:
+    for entry in manifest.sources:
+        if entry["set"] == "train" and 0 <= patch - entry["first_patch"] < entry["patches"]:
+            return entry["path"]
+    return "an unknown photograph"

@@ -1,0 +1,73 @@
+"""Ingest that is killed without warning goes on, and ends with the bytes of one that was not."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import write_photos
+
+# Kills itself at the n-th call of a function: before or after it did its work.
+SCRIPT = """
+import os, signal, sys
+from pipeline.data import build, prepare
+from pipeline.data.config import DataConfig
+from pipeline.data.shards import ShardWriter
+from pipeline.storage import Storage
+
+folder, root, owner, name, count, when = sys.argv[1:]
+build._MIB = 400  # small photographs fill no shard of a MiB
+if owner != "-":
+    kind = {"ShardWriter": ShardWriter, "Storage": Storage}[owner]
+    real = getattr(kind, name)
+    calls = 0
+
+    def deadly(*arguments, **more):
+        global calls
+        calls += 1
+        if calls == int(count) and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = real(*arguments, **more)
+        if calls == int(count):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(kind, name, deadly)
+data = DataConfig(source=folder + "/photos", held_out=folder + "/held_out", root=folder + "/" + root,
+                  patch_px=64, patch_step_px=32)
+prepare(data, progress=False, on_ray=False)
+"""
+
+
+def run(folder: Path, root: str, point: tuple[str, str, int, str] = ("-", "", 0, "")) -> int:
+    arguments = [str(folder), root, *map(str, point)]
+    done = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], check=False, timeout=300)
+    return done.returncode
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_a_kill_anywhere_changes_no_byte(tmp_path: Path) -> None:
+    write_photos(tmp_path / "photos", 3, 100, seed=1)
+    write_photos(tmp_path / "held_out", 2, 64, seed=2)
+    assert run(tmp_path, "whole") == 0
+    whole = contents(tmp_path / "whole")
+    assert len([name for name in whole if name.startswith("patches")]) > 1
+    points = [
+        ("ShardWriter", "write", 2, "before"),  # in the first shard
+        ("ShardWriter", "write", 9, "after"),  # in a later one
+        ("ShardWriter", "finish", 2, "before"),  # all rows written, no name yet
+        ("ShardWriter", "finish", 2, "after"),  # a shard without its note
+        ("Storage", "write_bytes", 1, "after"),  # a note without a next shard
+        ("Storage", "remove", 1, "before"),  # the manifest is written, the notes are still there
+    ]
+    # One folder is killed again and again, each time at another point.
+    for point in points:
+        assert run(tmp_path, "broken", point) == -signal.SIGKILL, point
+    assert (tmp_path / "broken" / "manifest.json").exists()
+    assert run(tmp_path, "broken") == 0
+    assert contents(tmp_path / "broken") == whole
