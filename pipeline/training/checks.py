@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.model import find_weights
+from pipeline.model import check_layers, find_weights
 from pipeline.storage import Storage, absolute, is_remote
 from pipeline.training.config import TrainConfig
 
@@ -40,6 +40,7 @@ def check_before_start(config: TrainConfig, run: Storage) -> None:
     if config.tracking.metric not in metrics:
         raise UserError(f"tracking.metric={config.tracking.metric}: not one of {', '.join(metrics)}")
     if config.gan.steps and config.gan.perceptual_weight:
+        check_layers(config.perceptual.layers)
         find_weights(config.perceptual.weights, config.perceptual.sha256)
     run.require_writable("storage")
     _require_space(config, run)
