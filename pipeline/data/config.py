@@ -12,13 +12,22 @@ class DataConfig(Section):
 
     source: str | None = Field(
         None,
-        description="Photographs to train on: a folder, a glob, a .zip, an s3:// prefix, or `sample` (photographs that "
-        "come with installed packages).",
+        description="Photographs to train on: a folder, a glob, a .zip, an s3:// prefix, `sample` (photographs that "
+        "come with installed packages) or `div2k` (downloads the official archives, 4 GB).",
     )
     held_out: str | None = Field(
         None,
         description="Photographs for validation that training never sees, in the same forms as data.source; "
-        "`sample` brings its own.",
+        "`sample` and `div2k` bring their own.",
+    )
+    download_dir: str | None = Field(
+        None,
+        description="Folder for div2k's archives, seen by every node; default: photos/ in data.root.",
+    )
+    div2k_url: str = Field(
+        "https://data.vision.ee.ethz.ch/cvl/DIV2K",
+        pattern="^https?://.*[^/]$",
+        description="Where div2k's archives are, or a mirror; their sha256 is checked.",
     )
     root: str = Field(
         "data", description="The data set's folder (or s3:// prefix): manifest.json and Parquet shards."

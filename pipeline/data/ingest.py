@@ -14,6 +14,8 @@ from pipeline.data.cutting import PhotoJob, cut_photo
 from pipeline.errors import UserError
 
 STORE_BYTES = 512 * 2**20
+# More tasks than this cost more than they spread.
+MOST_TASKS = 10_000
 
 
 def join_ray(dashboard: bool = False) -> None:
@@ -43,7 +45,8 @@ def join_ray(dashboard: bool = False) -> None:
 def cut_on_ray(jobs: Sequence[PhotoJob], config: DataConfig, paired: bool) -> Iterator[pa.Table]:
     """What `cut_photos` gives, in the same order, made by tasks all over the cluster.
 
-    Photographs are read and cut one per task; Ray Data holds tasks back when results wait to be written.
+    Each task reads and cuts one photograph, or a few where there are very many; Ray Data holds tasks back when results
+    wait to be written.
     """
     if not jobs:
         return
@@ -52,7 +55,7 @@ def cut_on_ray(jobs: Sequence[PhotoJob], config: DataConfig, paired: bool) -> It
     context.enable_progress_bars = False  # ours counts photographs
     try:
         places = ray.data.from_items(
-            [{"place": place} for place in range(len(jobs))], override_num_blocks=len(jobs)
+            [{"place": place} for place in range(len(jobs))], override_num_blocks=min(len(jobs), MOST_TASKS)
         )
         shared = ray.put(list(jobs))
 

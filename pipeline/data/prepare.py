@@ -1,7 +1,6 @@
 """Photographs in, a data set out: the plan, its checks, and the run of it."""
 
 import sys
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
@@ -13,11 +12,9 @@ from tqdm import tqdm
 from pipeline.data.build import NOTES, Builder
 from pipeline.data.config import DataConfig
 from pipeline.data.cutting import PhotoJob, cut_photos
-from pipeline.data.geometry import check_geometry, expected_bytes
+from pipeline.data.geometry import check_geometry
 from pipeline.data.manifest import NAME, Manifest, load_manifest
-from pipeline.data.pairs import pair_by_name, read_size
-from pipeline.data.samples import write_sample_photos
-from pipeline.data.sources import PhotoFile, find_licence, list_photos
+from pipeline.data.plan import download_folder, is_div2k, make_plan, needed_bytes
 from pipeline.errors import UserError
 from pipeline.storage import Storage
 
@@ -32,8 +29,6 @@ SETTINGS = (
     "min_detail",
     "max_megapixels",
 )
-_HEADER_BYTES = 65536
-_HEADERS = 200
 
 
 @dataclass(frozen=True)
@@ -46,12 +41,6 @@ class PrepareResult:
     rejected: int
     """Photographs that were refused; the manifest says why."""
     manifest_sha256: str
-
-
-@dataclass(frozen=True)
-class _Plan:
-    jobs: list[PhotoJob]
-    licences: dict[str, str | None]
 
 
 def check_source(config: DataConfig) -> None:
@@ -68,11 +57,9 @@ def check_source(config: DataConfig) -> None:
         )
     storage = Storage(config.root)
     storage.require_writable("data.root")
-    if config.source == "sample":
-        return
-    plan = _plan(config)
-    free = storage.free_bytes()
-    needed = _expected_bytes(plan.jobs, config)
+    if config.source == "div2k":
+        Storage(str(download_folder(config))).require_writable("data.download_dir")
+    free, needed = storage.free_bytes(), needed_bytes(config)
     if free is not None and needed > free:
         raise UserError(
             f"data.root={config.root}: {free / 2**30:.1f} GiB free, and patches take about {needed / 2**30:.1f} GiB; "
@@ -100,14 +87,17 @@ def prepare(
     check_geometry(config)
     storage = Storage(config.root)
     settings = {name: getattr(config, name) for name in SETTINGS}
-    plan = _plan(config)
     if storage.exists(NAME):
         manifest = load_manifest(config.root)
-        _require_same(manifest, settings, plan.jobs)
+        _require_same_settings(manifest, settings, config.lr_dir)
+        # Its archives may be gone by now, and nobody wants to fetch them again for this.
+        if config.source != "div2k" or not is_div2k(manifest):
+            _require_same_photographs(manifest, make_plan(config, progress).jobs)
         storage.remove(NOTES)  # where an ingest was killed right after its last step
         print(f"{storage.path(NAME)}: complete, nothing to do", flush=True)
         return describe(manifest)
 
+    plan = make_plan(config, progress)
     builder = Builder(storage, plan.jobs, config, settings, strict)
     paired = config.lr_dir is not None
     left = plan.jobs[builder.first_index :]
@@ -136,63 +126,24 @@ def _tables(jobs: list[PhotoJob], config: DataConfig, paired: bool, on_ray: bool
     return cut_on_ray(jobs, config, paired)
 
 
-def _plan(config: DataConfig) -> _Plan:
-    """Every photograph, held-out ones first: a picture in both sets is then found early."""
-    if config.source is None:
-        raise UserError("data.source: not set; give a folder of photographs, or `sample`")
-    source, held_out = config.source, config.held_out
-    if source == "sample":
-        source, held_out = _sample_folders(config)
-    train = list_photos(source)
-    kept_out = list_photos(held_out, "data.held_out") if held_out else []
-    lows: dict[str, PhotoFile] = {}
-    if config.lr_dir is not None:
-        lows = pair_by_name(train + kept_out, list_photos(config.lr_dir, "data.lr_dir"), config.scale)
-    everything = [(photo, True) for photo in kept_out] + [(photo, False) for photo in train]
-    jobs = [
-        PhotoJob(index, photo, is_held_out, lows.get(photo.path))
-        for index, (photo, is_held_out) in enumerate(everything)
-    ]
-    licences = {"train": config.licence or find_licence(source)}
-    if held_out:
-        licences["held_out"] = config.licence or find_licence(held_out)
-    return _Plan(jobs, licences)
-
-
-def _sample_folders(config: DataConfig) -> tuple[str, str]:
-    """Writes the sample photographs beside the data set (for an object store: into a temporary folder)."""
-    root = Storage(config.root)
-    folder = f"{tempfile.gettempdir()}/esrgan-ray-sample-photos" if root.remote else root.path("photos")
-    write_sample_photos(folder)
-    return f"{folder}/train", f"{folder}/held_out"
-
-
-def _expected_bytes(jobs: list[PhotoJob], config: DataConfig) -> int:
-    """About how large the patches will be, from the headers of some photographs."""
-    step = max(1, len(jobs) // _HEADERS)
-    some = [job for job in jobs if not job.held_out][::step]
-    total = 0
-    for job in some:
-        try:
-            size = read_size(job.photo.read(_HEADER_BYTES))
-        except Exception:  # noqa: BLE001 - only an estimate; ingest names what is wrong
-            continue
-        if size is not None:
-            total += expected_bytes(*size, config)
-    return total * step
-
-
-def _require_same(manifest: Manifest, settings: dict[str, Any], jobs: list[PhotoJob]) -> None:
+def _require_same_settings(manifest: Manifest, settings: dict[str, Any], lr_dir: str | None) -> None:
     different = [
         f"data.{name} was {manifest.settings.get(name)!r}, now {value!r}"
         for name, value in settings.items()
         if manifest.settings.get(name) != value
     ]
+    if (manifest.degradation["kind"] == "files") != (lr_dir is not None):
+        different.append(
+            f"its low resolution was {manifest.degradation['kind']}, now data.lr_dir is {lr_dir}"
+        )
     if different:
         raise UserError(
             f"data.root={manifest.root} holds a data set with other settings ({'; '.join(different)}); "
             "choose another data.root, or remove it"
         )
+
+
+def _require_same_photographs(manifest: Manifest, jobs: list[PhotoJob]) -> None:
     there = {(entry["set"] == "held_out", entry["path"]) for entry in manifest.sources}
     refused = {entry["path"] for entry in manifest.rejected}
     sizes = {(entry["set"] == "held_out", entry["path"]): entry["bytes"] for entry in manifest.sources}

@@ -1,0 +1,157 @@
+"""Downloads DIV2K's official archives: goes on after an interruption, and keeps only what has the published sha256."""
+
+import hashlib
+import http.client
+import os
+import re
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from tqdm import tqdm
+
+from pipeline.errors import UserError
+from pipeline.storage import sync_folder
+
+_TRIES = 5  # in a row that bring no new byte
+_TIMEOUT_S = 30
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A file with a published size and sha256."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+# Sizes and sha256 as TensorFlow Datasets publishes them (url_checksums/div2k.txt).
+DIV2K_TRAIN = Archive(
+    "DIV2K_train_HR.zip", 3530603713, "9d0b9c463f6e35b6c62cc6a930ee2224f670b34c1df841a57670f9acf0f6c335"
+)
+DIV2K_HELD_OUT = Archive(
+    "DIV2K_valid_HR.zip", 448993893, "20dd31fd84d777bc1cf5d6b7654a3f569c0aec74458ae094122ad1d0489900fc"
+)
+
+
+def missing_bytes(archive: Archive, folder: Path) -> int:
+    """Bytes that `download` would still fetch into `folder`."""
+    if _complete(archive, folder):
+        return 0
+    partial = _partial(archive, folder)
+    return archive.size - (min(partial.stat().st_size, archive.size) if partial.exists() else 0)
+
+
+def download(
+    archive: Archive, base_url: str, folder: Path, *, progress: bool = True, pause_s: float = 1.0
+) -> Path:
+    """Fetches base_url/name into `folder` and gives its path; one that is there already is left alone.
+
+    What has arrived lies in a .partial file, from whose end the next try goes on. The file gets its name only after its
+    sha256 was checked.
+
+    Args:
+        pause_s: before the second try without a new byte; doubled before each further one.
+
+    Raises:
+        UserError: not found, wrong content, or several tries in a row brought nothing.
+    """
+    target, partial, url = folder / archive.name, _partial(archive, folder), f"{base_url}/{archive.name}"
+    if _complete(archive, folder):
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    resumed = partial.exists()
+    while True:
+        _complete_partial(archive, url, partial, progress, pause_s)
+        found = _sha256(partial)
+        if found == archive.sha256:
+            partial.replace(target)
+            sync_folder(folder)
+            return target
+        partial.unlink()
+        if not resumed:
+            raise UserError(f"{url}: its sha256 is {found}, not {archive.sha256}: not the published file")
+        resumed = (
+            False  # the beginning came from an earlier try, perhaps from elsewhere: once more, from the start
+        )
+
+
+def _partial(archive: Archive, folder: Path) -> Path:
+    return folder / f"{archive.name}.partial"
+
+
+def _complete(archive: Archive, folder: Path) -> bool:
+    target = folder / archive.name
+    return target.is_file() and target.stat().st_size == archive.size
+
+
+def _complete_partial(archive: Archive, url: str, partial: Path, progress: bool, pause_s: float) -> None:
+    """Appends to the partial file until it has the published size."""
+    fruitless, reason = 0, ""
+    with (
+        partial.open("ab") as file,
+        tqdm(
+            total=archive.size, initial=file.tell(), unit="B", unit_scale=True, disable=not progress, file=sys.stdout,
+            mininterval=1 if sys.stdout.isatty() else 10, desc=archive.name,
+        ) as bar,
+    ):  # fmt: skip
+        while (before := file.tell()) != archive.size:
+            if fruitless == _TRIES:
+                raise UserError(f"{url}: {reason} ({_TRIES} tries brought nothing); run again to go on")
+            if fruitless:
+                time.sleep(pause_s * 2 ** (fruitless - 1))
+            try:
+                _append(url, file, archive.size, bar)
+                reason = f"the connection ended at byte {file.tell()} of {archive.size}"
+            except urllib.error.HTTPError as error:
+                if 400 <= error.code < 500 and error.code not in (408, 416, 429):
+                    raise UserError(f"{url}: the server answers {error.code} {error.reason}") from None
+                if error.code == 416:
+                    file.truncate(0)
+                reason = f"the server answers {error.code} {error.reason}"
+            except (OSError, http.client.HTTPException, _BadAnswer) as error:
+                reason = " ".join(str(error).split()) or type(error).__name__
+            file.flush()
+            file.seek(0, os.SEEK_END)
+            fruitless = 0 if file.tell() > before else fruitless + 1
+        os.fsync(file.fileno())
+
+
+class _BadAnswer(Exception):
+    """The server sends something else than what was asked for."""
+
+
+def _append(url: str, file: BinaryIO, size: int, bar: tqdm) -> None:
+    """Adds what one request brings, at most up to `size` bytes in all."""
+    have = file.tell()
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
+        if answer.status == 206:
+            match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", ""))
+            if not match or int(match[1]) != have or match[2] not in ("*", str(size)):
+                raise _BadAnswer(f"answers with the range {answer.headers.get('Content-Range')}")
+        else:
+            length = answer.headers.get("Content-Length")
+            if length is not None and int(length) != size:
+                raise _BadAnswer(f"says that it has {length} bytes, not {size}")
+            # The server knows no ranges: from the start.
+            file.truncate(0)
+            have = 0
+        bar.n = have
+        while chunk := answer.read(min(_CHUNK_BYTES, size - have + 1)):
+            have += len(chunk)
+            if have > size:
+                raise UserError(f"{url}: sends more than {size} bytes: not the published file")
+            file.write(chunk)
+            bar.update(len(chunk))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,116 @@
+"""What an ingest will read: every photograph in its order, found without decoding any."""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from pipeline.data.config import DataConfig
+from pipeline.data.cutting import PhotoJob
+from pipeline.data.download import DIV2K_HELD_OUT, DIV2K_TRAIN, download, missing_bytes
+from pipeline.data.geometry import expected_bytes
+from pipeline.data.manifest import Manifest
+from pipeline.data.pairs import pair_by_name, read_size
+from pipeline.data.samples import write_sample_photos
+from pipeline.data.sources import PhotoFile, find_licence, list_photos
+from pipeline.errors import UserError
+from pipeline.storage import Storage, absolute
+
+_HEADER_BYTES = 65536
+_HEADERS = 200
+_DIV2K_PHOTOS, _DIV2K_SIZE = 800, (1404, 2040)
+_DIV2K_LICENCE = "DIV2K (Agustsson and Timofte, 2017): for academic research only; https://data.vision.ee.ethz.ch/cvl/DIV2K/"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All photographs of a data set."""
+
+    jobs: list[PhotoJob]
+    licences: dict[str, str | None]
+
+
+def make_plan(config: DataConfig, progress: bool = True) -> Plan:
+    """Lists every photograph, held-out ones first: a picture in both sets is then found early.
+
+    `sample` writes its photographs first, and `div2k` downloads its archives.
+
+    Raises:
+        UserError: nothing there, or low-resolution files that do not belong to the photographs.
+    """
+    if config.source is None:
+        raise UserError("data.source: not set; give a folder of photographs, `sample` or `div2k`")
+    source, held_out, licence = config.source, config.held_out, config.licence
+    if source == "sample":
+        source, own = _sample_folders(config)
+        held_out = held_out or own
+    elif source == "div2k":
+        folder = download_folder(config)
+        source, own = (
+            str(download(archive, config.div2k_url, folder, progress=progress))
+            for archive in (DIV2K_TRAIN, DIV2K_HELD_OUT)
+        )
+        held_out, licence = held_out or own, licence or _DIV2K_LICENCE
+    train = list_photos(source)
+    kept_out = list_photos(held_out, "data.held_out") if held_out else []
+    lows: dict[str, PhotoFile] = {}
+    if config.lr_dir is not None:
+        lows = pair_by_name(train + kept_out, list_photos(config.lr_dir, "data.lr_dir"), config.scale)
+    everything = [(photo, True) for photo in kept_out] + [(photo, False) for photo in train]
+    jobs = [
+        PhotoJob(index, photo, is_held_out, lows.get(photo.path))
+        for index, (photo, is_held_out) in enumerate(everything)
+    ]
+    licences = {"train": licence or find_licence(source)}
+    if held_out:
+        licences["held_out"] = licence or find_licence(held_out)
+    return Plan(jobs, licences)
+
+
+def needed_bytes(config: DataConfig) -> int:
+    """About how much space patches and downloads will take. Raises UserError, as `make_plan` does."""
+    if config.source == "sample":
+        return 0
+    if config.source == "div2k":
+        # The archives count even where their folder is on another disk: a little too much.
+        folder = download_folder(config)
+        archives = sum(missing_bytes(archive, folder) for archive in (DIV2K_TRAIN, DIV2K_HELD_OUT))
+        return archives + _DIV2K_PHOTOS * expected_bytes(*_DIV2K_SIZE, config)
+    jobs = [job for job in make_plan(config).jobs if not job.held_out]
+    step = max(1, len(jobs) // _HEADERS)
+    total = 0
+    for job in jobs[::step]:
+        try:
+            size = read_size(job.photo.read(_HEADER_BYTES))
+        except Exception:  # noqa: BLE001 - only an estimate; ingest names what is wrong
+            continue
+        if size is not None:
+            total += expected_bytes(*size, config)
+    return total * step
+
+
+def download_folder(config: DataConfig) -> Path:
+    """Where div2k's archives go. Raises UserError: an object store, and no folder is named."""
+    root = Storage(config.root)
+    if config.download_dir is None and root.remote:
+        raise UserError(
+            f"data.root={config.root}: div2k's archives need a folder that every node sees; set data.download_dir"
+        )
+    return Path(absolute(config.download_dir or root.path("photos")))
+
+
+def is_div2k(manifest: Manifest) -> bool:
+    """Whether a data set was made from DIV2K's training archive."""
+    folder = Path(DIV2K_TRAIN.name).stem
+    return all(
+        PurePosixPath(entry["path"]).parts[0] == folder
+        for entry in manifest.sources
+        if entry["set"] == "train"
+    )
+
+
+def _sample_folders(config: DataConfig) -> tuple[str, str]:
+    """Writes the sample photographs beside the data set (for an object store: into a temporary folder)."""
+    root = Storage(config.root)
+    folder = f"{tempfile.gettempdir()}/esrgan-ray-sample-photos" if root.remote else root.path("photos")
+    write_sample_photos(folder)
+    return f"{folder}/train", f"{folder}/held_out"
