@@ -206,8 +206,8 @@ class Builder:
             "source_id": pa.array([self._current], pa.int32()),
             "y": row["y"],
             "x": row["x"],
-            "hr": row["hr"].cast(pa.binary()),
-            "lr": row["lr"].cast(pa.binary()),
+            "hr": row["hr"],
+            "lr": row["lr"],
             "detail": row["detail"],
             "checks": pa.array([pack_seal(self._next_patch, body)], pa.binary()),
         }
@@ -223,8 +223,8 @@ class Builder:
             pa.array([name]),
             row["y"],
             row["x"],
-            row["hr"].cast(pa.binary()),
-            row["lr"].cast(pa.binary()),
+            row["hr"],
+            row["lr"],
         ]
         return pa.Table.from_arrays(columns, schema=HELD_OUT_SCHEMA)
 

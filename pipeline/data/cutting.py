@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from pipeline.data.checks import row_checks
 from pipeline.data.config import DataConfig
-from pipeline.data.geometry import cut, grid
+from pipeline.data.geometry import cut, grid, patch_bytes
 from pipeline.data.pairs import match_degradation
 from pipeline.data.photos import PhotoRefused, read_photo, refuse_large_file
 from pipeline.data.shards import encode_pixels
@@ -25,8 +25,8 @@ STREAM_SCHEMA = pa.schema(
         ("y", pa.int32()),
         ("x", pa.int32()),
         ("detail", pa.float32()),
-        ("hr", pa.large_binary()),
-        ("lr", pa.large_binary()),
+        ("hr", pa.binary()),
+        ("lr", pa.binary()),
         ("checks", pa.binary()),
     ]
 )
@@ -61,33 +61,76 @@ def cut_photo(job: PhotoJob, config: DataConfig, paired: bool) -> Iterator[pa.Ta
     if job.held_out:
         yield _table([_row(job.index, hr.shape[0], hr.shape[1], 0.0, hr.tobytes(), lr.tobytes(), b"")])
         return
-    rows: list[dict[str, Any]] = []
-    pending = 0
     scale, side = config.scale, config.patch_px
-    for y, x in grid(hr.shape[0], hr.shape[1], side, config.patch_step_px):
-        hr_patch = np.ascontiguousarray(hr[y : y + side, x : x + side])
-        score = detail_score(hr_patch)
-        if score < config.min_detail:
-            continue
-        top, left, small = y // scale, x // scale, side // scale
-        lr_patch = np.ascontiguousarray(lr[top : top + small, left : left + small])
-        cells = encode_pixels(hr_patch, config.codec), encode_pixels(lr_patch, config.codec)
-        checks = [row_checks(pixels.reshape(len(pixels), -1)) for pixels in (hr_patch, lr_patch)]
-        rows.append(_row(job.index, y, x, score, *cells, np.concatenate(checks).astype("<u8").tobytes()))
-        pending += len(cells[0]) + len(cells[1])
-        if pending >= _TABLE_BYTES:
-            yield _table(rows)
-            rows, pending = [], 0
-    if rows:
-        yield _table(rows)
+    places = grid(hr.shape[0], hr.shape[1], side, config.patch_step_px)
+    scores = detail_scores(hr, places, side)
+    kept = [number for number, score in enumerate(scores) if score >= config.min_detail]
+    most = max(1, _TABLE_BYTES // patch_bytes(side, scale))
+    for first in range(0, len(kept), most):
+        part = kept[first : first + most]
+        hr_patches = np.stack([_window(hr, *places[number], side) for number in part])
+        lr_patches = np.stack(
+            [
+                _window(lr, places[number][0] // scale, places[number][1] // scale, side // scale)
+                for number in part
+            ]
+        )
+        checks = np.hstack(
+            [row_checks(_rows(patches)).reshape(len(part), -1) for patches in (hr_patches, lr_patches)]
+        )
+        columns = {
+            "index": pa.array([job.index] * len(part), pa.int32()),
+            "info": pa.nulls(len(part), pa.string()),
+            "y": pa.array([places[number][0] for number in part], pa.int32()),
+            "x": pa.array([places[number][1] for number in part], pa.int32()),
+            "detail": pa.array(scores[part]),
+            "hr": _cells(hr_patches, config.codec),
+            "lr": _cells(lr_patches, config.codec),
+            "checks": _binaries(checks.astype("<u8")),
+        }
+        yield pa.table(columns, schema=STREAM_SCHEMA)
 
 
-def detail_score(patch: np.ndarray) -> float:
-    """Mean absolute difference between neighbours in green, in levels: 0 for a flat patch, about 10 for foliage."""
-    green = patch[:, :, 1].astype(np.int16)
-    across = np.abs(np.diff(green, axis=1)).mean(dtype=np.float64)
-    down = np.abs(np.diff(green, axis=0)).mean(dtype=np.float64)
-    return float(np.float32((across + down) / 2))
+def detail_scores(image: np.ndarray, places: list[tuple[int, int]], side: int) -> np.ndarray:
+    """Mean absolute difference between neighbours in green of the patches at `places`, in levels: float32.
+
+    0 for a flat patch, about 10 for foliage.
+    """
+    green = np.ascontiguousarray(image[:, :, 1])
+    across, down = _distance(green[:, 1:], green[:, :-1]), _distance(green[1:], green[:-1])
+    sums = [
+        int(across[y : y + side, x : x + side - 1].sum(dtype=np.int64))
+        + int(down[y : y + side - 1, x : x + side].sum(dtype=np.int64))
+        for y, x in places
+    ]
+    return (np.array(sums, np.float64) / (2 * side * (side - 1))).astype(np.float32)
+
+
+def _distance(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    return np.maximum(one, other) - np.minimum(one, other)
+
+
+def _window(image: np.ndarray, y: int, x: int, side: int) -> np.ndarray:
+    return image[y : y + side, x : x + side]
+
+
+def _rows(patches: np.ndarray) -> np.ndarray:
+    """All rows of pixels of several patches, one below the other."""
+    return patches.reshape(patches.shape[0] * patches.shape[1], -1)
+
+
+def _cells(patches: np.ndarray, codec: str) -> pa.Array:
+    if codec == "webp":
+        return pa.array([encode_pixels(patch, codec) for patch in patches], pa.binary())
+    return _binaries(patches)
+
+
+def _binaries(values: np.ndarray) -> pa.Array:
+    """Each item of the first axis as one cell of bytes, without a copy."""
+    size = values[0].nbytes
+    ends = np.arange(len(values) + 1, dtype=np.int32) * np.int32(size)
+    buffers = [None, pa.py_buffer(ends), pa.py_buffer(np.ascontiguousarray(values))]
+    return pa.Array.from_buffers(pa.binary(), len(values), buffers)
 
 
 def _load(job: PhotoJob, config: DataConfig, paired: bool) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:

@@ -1,0 +1,218 @@
+"""How fast photographs become patches, and in how much memory: `python benchmarks/ingest.py` prints a table.
+
+Photographs of DIV2K's size are put together from the samples that come with installed packages, as PNG. Everything
+lies in a temporary folder (about 4 GB) and in the page cache. Ray is a private one.
+"""
+
+import argparse
+import os
+import platform
+import resource
+import shutil
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["RAY_AUTH_MODE"] = "disabled"
+
+import numpy as np
+import psutil
+import pyarrow
+import torch
+from PIL import Image, ImageOps
+
+from pipeline.data import cutting, prepare
+from pipeline.data.config import DataConfig
+from pipeline.data.ingest import cut_on_ray
+from pipeline.data.photos import read_photo
+from pipeline.data.plan import make_plan
+from pipeline.data.samples import write_sample_photos
+from pipeline.imaging import matlab_bicubic_downscale
+
+HEIGHT, WIDTH = 1356, 2040
+MEGAPIXELS = HEIGHT * WIDTH / 1e6
+FEW = 8  # photographs of a timed run
+MANY = 200  # photographs of the largest run for memory; a tenth of them in the smallest
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5, help="repetitions of every rate")
+    parser.add_argument("--without-memory", action="store_true", help="leave out the two large runs")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory(prefix="ingest") as name:
+        folder = Path(name)
+        write_photos(folder / "few", FEW)
+        table = [("figure", "median", "lowest to highest", "asked for"), *rates(folder, arguments.rounds)]
+        if not arguments.without_memory:
+            table += memory(folder)
+    print(
+        f"\n{platform.machine()}, {os.cpu_count()} cores, load {load:.1f} before; Python {platform.python_version()}, "
+        f"Pillow {Image.__version__}, pyarrow {pyarrow.__version__}; photographs of {WIDTH} x {HEIGHT}, PNG, "
+        f"patches of 480 px every 352, raw; {arguments.rounds} rounds\n"
+    )
+    for number, row in enumerate(table):
+        print("| " + " | ".join(row) + " |")
+        if number == 0:
+            print("|" + "---|" * len(row))
+
+
+def rates(folder: Path, rounds: int) -> list[tuple[str, ...]]:
+    """Megapixels per CPU second, each way once in every round."""
+    files = [path.read_bytes() for path in sorted((folder / "few").iterdir())]
+    pictures = [read_photo(data).pixels for data in files]
+    jobs = make_plan(config(folder, "few")).jobs
+    ways: dict[str, Callable[[], object]] = {
+        "decode": lambda: [read_photo(data) for data in files],
+        "degrade": lambda: [matlab_bicubic_downscale(picture, 4) for picture in pictures],
+        "cut": lambda: [None for _ in cutting.cut_photos(jobs, config(folder, "few"), False)],
+        "ingest": lambda: ingest(folder, "few", on_ray=False),
+    }
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            before = cpu_seconds()
+            way()
+            found[name].append(FEW * MEGAPIXELS / (cpu_seconds() - before))
+            shutil.rmtree(folder / "data", ignore_errors=True)
+    texts = {
+        "decode": "decoding and checking alone, Mpx/s per core",
+        "degrade": "degrading alone, Mpx/s per core",
+        "cut": "all but writing, Mpx/s per core",
+        "ingest": "ingest in one process, Mpx/s per core",
+    }
+    rows = [(text, *spread(found[name]), "") for name, text in texts.items()]
+    ratio = [one / other for one, other in zip(found["ingest"], found["decode"], strict=True)]
+    rows.append(("ingest in one process to decoding alone", *spread(ratio, 2), "0.4"))
+    return rows
+
+
+def memory(folder: Path) -> list[tuple[str, ...]]:
+    """Peak memory of all processes of an ingest on Ray, for a tenth of the photographs and for all."""
+    import ray
+
+    ray.init(address="local", include_dashboard=False, object_store_memory=1 << 30, log_to_driver=False)
+    try:
+        for _ in cut_on_ray(make_plan(config(folder, "few")).jobs, config(folder, "few"), False):
+            pass  # workers are started, and have imported what they need
+        rows, peaks = [], []
+        for count in (MANY // 10, MANY):
+            write_photos(folder / "many", count)
+            with Peak() as peak:
+                began, cpu = time.monotonic(), cpu_seconds_of_all()
+                ingest(folder, "many", on_ray=True)
+                elapsed, cpu = time.monotonic() - began, cpu_seconds_of_all() - cpu
+            shutil.rmtree(folder / "many")
+            shutil.rmtree(folder / "data")
+            peaks.append(peak.mib)
+            text = f"{peak.mib:.0f} MiB"
+            rows.append((f"peak memory, {count} photographs on Ray", text, peak.parts, ""))
+            pixels = count * MEGAPIXELS
+            rows.append(
+                (f"ingest of {count} photographs on Ray, Mpx/s per core", f"{pixels / cpu:.1f}", "", "")
+            )
+            rows.append(("the same by the clock, Mpx/s", f"{pixels / elapsed:.1f}", "", ""))
+        rows.append(("peak memory, 10x the data to 1x", f"{peaks[1] / peaks[0]:.2f}", "", "flat"))
+        return rows
+    finally:
+        ray.shutdown()
+
+
+class Peak:
+    """The most memory that this process and those below it have at once; what they share counts once."""
+
+    def __enter__(self) -> "Peak":
+        self.mib, self.parts = 0.0, ""
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        me = psutil.Process()
+        while not self._over.wait(0.5):
+            mine, others = mib_of([me]), mib_of(me.children(recursive=True))
+            if mine + others > self.mib:
+                self.mib, self.parts = mine + others, f"{mine:.0f} writing, {others:.0f} Ray and its workers"
+
+
+def mib_of(processes: list[psutil.Process]) -> float:
+    """Proportional memory of processes, in MiB."""
+    total = 0
+    for process in processes:
+        try:
+            total += process.memory_full_info().pss
+        except psutil.Error:
+            continue
+    return total / 2**20
+
+
+def ingest(folder: Path, photos: str, on_ray: bool) -> None:
+    """A whole ingest into a new folder."""
+    prepare(config(folder, photos), progress=False, on_ray=on_ray)
+
+
+def config(folder: Path, photos: str) -> DataConfig:
+    """The paper's patches."""
+    return DataConfig(source=str(folder / photos), root=str(folder / "data"))
+
+
+def write_photos(folder: Path, count: int) -> None:
+    """Different photographs of DIV2K's size: mosaics of the samples at their own resolution."""
+    with tempfile.TemporaryDirectory() as samples:
+        write_sample_photos(samples)
+        parts = []
+        for path in sorted(Path(samples).rglob("*.png")):
+            with Image.open(path) as image:
+                parts.append(image.convert("RGB").crop((0, 0, 408, 300)))
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for number in range(count):
+        mosaic = Image.new("RGB", (WIDTH, 1500))
+        for y in range(0, 1500, 300):
+            for x in range(0, WIDTH, 408):
+                part = parts[random.integers(len(parts))]
+                mosaic.paste(ImageOps.mirror(part) if random.integers(2) else part, (x, y))
+        mosaic.crop((0, 0, WIDTH, HEIGHT)).save(folder / f"{number:04d}.png")
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def cpu_seconds_of_all() -> float:
+    """CPU time of this process and those below it, Ray's own among them."""
+    me = psutil.Process()
+    total = 0.0
+    for process in [me, *me.children(recursive=True)]:
+        try:
+            times = process.cpu_times()
+        except psutil.Error:
+            continue
+        total += times.user + times.system
+    return total
+
+
+def spread(values: list[float], digits: int = 1) -> tuple[str, str]:
+    """Median, and the range."""
+    return (
+        f"{statistics.median(values):.{digits}f}",
+        f"{min(values):.{digits}f} to {max(values):.{digits}f}",
+    )
+
+
+if __name__ == "__main__":
+    main()
