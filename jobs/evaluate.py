@@ -9,7 +9,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.crops import Box
 from pipeline.evaluation.evaluate import evaluate, table, write_results
 from pipeline.evaluation.layout import find_pairs
-from pipeline.evaluation.lpips import load_lpips
+from pipeline.evaluation.lpips import Lpips, load_lpips
 from pipeline.evaluation.models import (
     BICUBIC,
     MODEL_HELP,
@@ -55,7 +55,8 @@ def parser() -> argparse.ArgumentParser:
     add("--crop", action="append", default=[], metavar="NAME:X,Y,W,H", help="The part of a picture that the report "
         "shows, in the original's pixels (default: where the models differ most).")  # fmt: skip
     add("--lpips", nargs="?", const="", default=None, metavar="DIR", help="Also LPIPS (AlexNet); DIR holds "
-        "alexnet-owt-7be5be79.pth and alex.pth. Without DIR: torch's cache and the package lpips.")  # fmt: skip
+        "alexnet-owt-7be5be79.pth and alex.pth. Without DIR: torch's cache and the package lpips; where they lack "
+        "the files, a line says so and LPIPS is left out.")  # fmt: skip
     add("--device", default="auto", help="auto, cpu, cuda (default: auto).")
     add(
         "--precision",
@@ -109,8 +110,8 @@ def main(argv: list[str]) -> None:
     unknown = boxes.keys() - {pair.name for pair in pairs}
     if unknown:
         raise UserError(f"--crop {min(unknown)}: no picture of this name in {options.hr}")
-    lpips = None if options.lpips is None else load_lpips(options.lpips or None)
-    for line in notes(models):
+    lpips, missing = _lpips(options.lpips)
+    for line in [*notes(models), *missing]:
         print(f"note: {line}")
     result = evaluate(Scorer(models, settings, lpips), pairs[: options.limit], refused, options.workers)
     write_results(result, Path(Storage(options.out).uri))
@@ -131,6 +132,18 @@ def _box(text: str) -> tuple[str, Box]:
     if not colon or min(x, y) < 0 or min(width, height) < 4:
         raise UserError(f"--crop {text}: write NAME:X,Y,W,H, such as baby.png:120,80,128,128")
     return name, Box(x, y, width, height)
+
+
+def _lpips(folder: str | None) -> tuple[Lpips | None, list[str]]:
+    """The distance if it was asked for and its files are there, and what to say where they are not."""
+    if folder is None:
+        return None, []
+    if folder:
+        return load_lpips(folder), []
+    try:
+        return load_lpips(), []
+    except UserError as error:
+        return None, [f"LPIPS is left out; {str(error).removeprefix('LPIPS: ')}"]
 
 
 def _alpha(text: str) -> float:

@@ -12,7 +12,7 @@ from PIL import Image
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.layout import find_pairs
 from pipeline.evaluation.lpips import BACKBONE, LINEAR, Lpips, load_lpips
-from pipeline.evaluation.models import open_model
+from pipeline.evaluation.models import interpolated, open_model
 from pipeline.evaluation.scoring import METRICS, Scorer, Settings
 from pipeline.imaging import bicubic_upscale, matlab_bicubic_downscale, psnr, ssim, upscale
 
@@ -116,6 +116,16 @@ def test_limit_takes_the_first_names(tmp_path: Path) -> None:
     assert [image["name"] for image in result["images"]] == ["a.png", "b.png"]
 
 
+def test_an_interpolated_network_is_measured_beside_the_others(tmp_path: Path) -> None:
+    hr = write_picture(tmp_path / "hr" / "a.png", 64, 80)
+    a, b = (str(write_generator(tmp_path / f"{seed}.safetensors", seed)) for seed in (1, 2))
+    result = run(tmp_path, "--model", "bicubic", "--interpolate", a, b, "0.8", "--hr", hr.parent)
+    assert [entry["model"] for entry in result["models"]] == ["bicubic", f"0.2 * {a} + 0.8 * {b}"]
+    original = picture(64, 80)
+    mixed = interpolated(open_model(a), open_model(b), 0.8).upscale(matlab_bicubic_downscale(original))
+    assert result["models"][1]["mean"]["psnr_y"] == psnr(mixed, original, 4, "y")
+
+
 @pytest.mark.ray
 def test_ray_workers_give_the_same_numbers(tmp_path: Path, ray_cluster: str) -> None:
     for seed in range(4):
@@ -137,6 +147,18 @@ def test_lpips_of_equal_pictures_is_zero_and_grows_with_the_distance(tmp_path: P
 def test_lpips_says_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(Exception, match=r"alexnet-owt-7be5be79\.pth is not in .*; .*torchvision"):
         load_lpips(str(tmp_path))
+
+
+def test_lpips_is_left_out_with_a_note_where_its_files_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    write_picture(tmp_path / "hr" / "a.png")
+    result = run(tmp_path, "--model", "bicubic", "--hr", tmp_path / "hr", "--lpips")
+    assert set(result["mean"]) == set(METRICS)
+    notes = [line for line in capsys.readouterr().out.splitlines() if "LPIPS" in line]
+    assert len(notes) == 1
+    assert notes[0].startswith("note: LPIPS is left out; ")
 
 
 def test_lpips_refuses_another_backbone(tmp_path: Path) -> None:

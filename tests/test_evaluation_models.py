@@ -10,7 +10,8 @@ import torch
 from enlarging import picture, write_generator
 
 from pipeline.errors import UserError
-from pipeline.evaluation.models import interpolated, notes, open_model
+from pipeline.evaluation.evaluate import short_labels
+from pipeline.evaluation.models import Model, interpolated, notes, open_model
 
 
 def write_checkpoint(run: Path, name: str, seed: int) -> Path:
@@ -86,3 +87,24 @@ def test_a_label_is_split_off_but_paths_with_equals_signs_are_not(tmp_path: Path
     path = write_generator(tmp_path / "set=a" / "g.safetensors")
     assert (open_model(f"stage 1={path}").label, open_model(f"stage 1={path}").name) == ("stage 1", str(path))
     assert open_model(str(path)).label == ""
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (["bicubic", "runs/a/checkpoints/psnr-00000800", "models:/esrgan-x4@champion"],
+         ["bicubic", "psnr-00000800", "esrgan-x4@champion"]),
+        (["/runs/a/checkpoints/gan-00000900", "/runs/b/checkpoints/gan-00000900", "/runs/b"],
+         ["a/gan-00000900", "b/gan-00000900", "b"]),
+        (["run/checkpoints/gan-00000900/generator.safetensors", "x/old.pth", "s3://bucket/new.pth"],
+         ["gan-00000900", "old", "new"]),
+        (["0.2 * run/checkpoints/psnr-00000800 + 0.8 * models:/m/3"], ["0.2 * psnr-00000800 + 0.8 * m/3"]),
+        (["same.pth", "same.pth"], ["same", "same"]),
+    ],
+)  # fmt: skip
+def test_labels_are_short_and_tell_models_apart(names: list[str], labels: list[str]) -> None:
+    assert short_labels([Model(name, 4) for name in names]) == labels
+
+
+def test_a_users_label_stays() -> None:
+    assert short_labels([Model("a/x.pth", 4, label="mine"), Model("b/x.pth", 4)]) == ["mine", "x"]

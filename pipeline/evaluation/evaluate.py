@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pyarrow
 from PIL import Image
-from tqdm import tqdm
 
 from pipeline.data.photos import FORMATS
 from pipeline.errors import UserError
 from pipeline.evaluation.layout import Pair, Refused
-from pipeline.evaluation.models import BICUBIC, SUFFIXES, Model
+from pipeline.evaluation.models import BICUBIC, SUFFIXES, WEIGHTS, Model
 from pipeline.evaluation.picture import Panel, draw_panels
+from pipeline.evaluation.progress import with_progress
 from pipeline.evaluation.report import render_report
 from pipeline.evaluation.scoring import Scorer, Settings, size_mismatch
 from pipeline.storage import Storage
@@ -84,7 +84,7 @@ def evaluate(
     if scales != {scorer.settings.scale}:
         raise UserError(f"the models enlarge by {sorted(scales)}; models of one scale are compared")
     require_matching_sizes(pairs, scorer.settings.scale)
-    outcomes = list(tqdm(_outcomes(scorer, pairs, workers), total=len(pairs), unit=" images", mininterval=1))
+    outcomes = list(with_progress(_outcomes(scorer, pairs, workers), len(pairs)))
     outcomes.sort(key=lambda outcome: outcome["name"])
     addresses = {pair.name: pair.hr for pair in pairs}
     unusable = [Refused(addresses[each["name"]], each["refused"]) for each in outcomes if "refused" in each]
@@ -137,18 +137,30 @@ def shown(metric: str, value: float) -> str:
 
 
 def short_labels(models: Sequence[Model]) -> list[str]:
-    """Names for a table: the user's label, or the last part of each path, unless two models share it."""
-    short = [model.label or " + ".join(_short(term) for term in model.name.split(" + ")) for model in models]
-    return [
-        label if short.count(label) == 1 else model.name for label, model in zip(short, models, strict=True)
-    ]
+    """Names for a table: the user's label, or as few of the last parts of each path as tell the models apart."""
+    labels = [model.label or _short(model.name, 1) for model in models]
+    for parts in range(2, 6):
+        labels = [
+            _short(model.name, parts) if labels.count(label) > 1 and not model.label else label
+            for label, model in zip(labels, models, strict=True)
+        ]
+    return labels
 
 
-def _short(name: str) -> str:
-    factor, times, source = name.rpartition(" * ")
-    path = PurePosixPath(source)
-    last = path.stem if path.suffix in SUFFIXES else path.name
-    return factor + times + (source if source.startswith("models:/") else last)
+def _short(name: str, parts: int) -> str:
+    return " + ".join(_short_term(term, parts) for term in name.split(" + "))
+
+
+def _short_term(term: str, parts: int) -> str:
+    """`0.2 * RUN/checkpoints/gan-00000900` becomes `0.2 * gan-00000900`, models:/NAME@ALIAS becomes NAME@ALIAS."""
+    factor, times, source = term.rpartition(" * ")
+    if source.startswith("models:/"):
+        return factor + times + source.removeprefix("models:/")
+    # These two names are the same in every run.
+    steps = [step for step in PurePosixPath(source).parts if step not in ("/", "checkpoints", WEIGHTS)]
+    short = "/".join(steps[-parts:]) or source
+    suffix = next((suffix for suffix in SUFFIXES if short.endswith(suffix)), "")
+    return factor + times + short.removesuffix(suffix)
 
 
 def require_matching_sizes(pairs: Sequence[Pair], scale: int) -> None:

@@ -102,7 +102,7 @@ def _found(folders: list[Path], name: str) -> Path:
         BACKBONE: "python -c 'import torchvision; torchvision.models.alexnet(weights=\"IMAGENET1K_V1\")' fetches it",
         LINEAR: "pip install --no-deps lpips brings it",
     }[name]
-    raise UserError(f"LPIPS is left out: {name} is not in {', '.join(map(str, folders))}; {hint}")
+    raise UserError(f"LPIPS: {name} is not in {', '.join(map(str, folders))}; {hint}")
 
 
 def _package_folder() -> list[Path]:

@@ -7,13 +7,13 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow
-from tqdm import tqdm
 
 from pipeline.data.photos import PhotoRefused
 from pipeline.errors import UserError
 from pipeline.evaluation.layout import images_in
 from pipeline.evaluation.models import Model
 from pipeline.evaluation.photo_files import SUFFIXES, read_source, write_copy
+from pipeline.evaluation.progress import with_progress
 from pipeline.imaging import bicubic_upscale
 from pipeline.storage import Storage
 
@@ -113,13 +113,8 @@ def upscale_all(
     there = set() if overwrite else set(upscaler.output.files())
     result = Upscaled(skipped=[upscaler.output.path(task.target) for task in tasks if task.target in there])
     left = [task for task in tasks if task.target not in there]
-    # tqdm shows images per second and the time left; where there is no terminal, a line every few seconds.
-    outcomes = tqdm(
-        _outcomes(upscaler, left, workers), total=len(left), unit=" images", smoothing=0.1, mininterval=1
-    )
-    for outcome in outcomes:
+    for outcome in with_progress(_outcomes(upscaler, left, workers), len(left)):
         if "unwritable" in outcome:
-            outcomes.close()
             raise UserError(
                 f"--output {upscaler.output.uri}: the copy of {outcome['name']} cannot be written "
                 f"({outcome['unwritable']}); {len(result.written)} were written; make room and run again to go on"
