@@ -13,6 +13,8 @@ from PIL import Image
 
 from pipeline.evaluation.crops import Box, most_different
 from pipeline.evaluation.picture import comparison_picture, save_comparison
+from pipeline.evaluation.report import render_report
+from pipeline.evaluation.scoring import Settings
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = [
@@ -137,3 +139,22 @@ def test_a_shift_of_all_colours_does_not_hide_where_detail_differs() -> None:
     box = most_different([a, b], 32, 4)
     assert 40 <= box.x <= 88
     assert 12 <= box.y <= 60
+
+
+def test_the_trade_off_is_drawn_where_lpips_was_measured() -> None:
+    means = [{"psnr_y": psnr, "lpips": lpips} for psnr, lpips in ((28.0, 0.30), (28.001, 0.30), (26.0, 0.12))]
+    page = page_with(means)
+    circles = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', page)
+    assert len(circles) == 3
+    (x1, y1), _, (x3, y3) = [(float(x), float(y)) for x, y in circles]
+    assert x3 < x1  # less PSNR
+    assert y3 > y1  # nearer to the original's look: lower in the picture
+    numbers = re.findall(r'class="name" x="([\d.-]+)" y="([\d.-]+)" text-anchor="middle">(\d)<', page)
+    assert [number for *_, number in numbers] == ["1", "2", "3"]
+    assert len({(x, y) for x, y, _ in numbers}) == 3
+    assert "<circle" not in page_with([{"psnr_y": 28.0}])
+
+
+def page_with(means: list[dict[str, float]]) -> str:
+    labels = [f"model {number}" for number in range(len(means))]
+    return render_report(labels, labels, tuple(means[0]), [], means, [], Settings())

@@ -14,7 +14,8 @@ MAX_PICTURES_BYTES = 12_000_000
 TITLES = {
     "psnr_y": "PSNR (Y)", "ssim_y": "SSIM (Y)", "psnr_rgb": "PSNR (RGB)", "ssim_rgb": "SSIM (RGB)", "lpips": "LPIPS",
 }  # fmt: skip
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 560, 300, 64, 48
+# Small, so that its letters can still be read on a phone.
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 420, 300, 58, 48
 
 
 def render_report(
@@ -65,7 +66,7 @@ def render_report(
         refused=refused,
         settings=settings,
         with_bicubic="bicubic" not in names,
-        scatter=_scatter(labels, means) if "lpips" in metrics else None,
+        scatter=_scatter(means) if "lpips" in metrics else None,
         # Inside a script element nothing may close it.
         data=json.dumps(data, ensure_ascii=False).replace("<", "\\u003c"),
     )
@@ -93,15 +94,15 @@ def _that_fit(images: Sequence[Mapping[str, Any]], settings: Settings) -> dict[i
     return {index: f"image-{index}" for index in sorted(chosen)}
 
 
-def _scatter(labels: Sequence[str], means: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Coordinates of the perception-distortion picture: PSNR to the right, LPIPS upwards."""
+def _scatter(means: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Coordinates of the perception-distortion picture: PSNR to the right, LPIPS upwards; points are numbered."""
     xs, ys = [mean["psnr_y"] for mean in means], [mean["lpips"] for mean in means]
 
     def axis(values: Sequence[float]) -> tuple[float, float, list[float]]:
         finite = [value for value in values if math.isfinite(value)] or [0.0]
         low, high = min(finite), max(finite)
         step = 10 ** math.floor(math.log10(max(high - low, 1e-3)))
-        step = step / 2 if (high - low) / step < 3 else step
+        step = step / 2 if (high - low) / step < 3 else step * 2 if (high - low) / step > 6 else step
         low, high = math.floor(low / step - 0.5) * step, math.ceil(high / step + 0.5) * step
         return low, high, [low + step * number for number in range(round((high - low) / step) + 1)]
 
@@ -111,12 +112,39 @@ def _scatter(labels: Sequence[str], means: Sequence[Mapping[str, float]]) -> dic
         across = _LEFT + (x - x_low) / (x_high - x_low) * (_WIDTH - _LEFT - 16)
         return across, (_HEIGHT - _BOTTOM) - (y - y_low) / (y_high - y_low) * (_HEIGHT - _BOTTOM - 16)
 
+    dots = {
+        number: place(x, y) for number, (x, y) in enumerate(zip(xs, ys, strict=True), 1) if math.isfinite(x)
+    }
     return {
         "width": _WIDTH, "height": _HEIGHT, "left": _LEFT, "bottom": _HEIGHT - _BOTTOM,
-        "points": [(*place(x, y), label) for x, y, label in zip(xs, ys, labels, strict=True) if math.isfinite(x)],
+        "dots": dots, "numbers": _beside(dots),
         "x_ticks": [(place(x, y_low)[0], f"{x:.4g}") for x in x_ticks],
         "y_ticks": [(place(x_low, y)[1], f"{y:.3g}") for y in y_ticks],
     }  # fmt: skip
+
+
+def _beside(dots: Mapping[int, tuple[float, float]]) -> dict[int, tuple[float, float]]:
+    """A free place near each dot for its number."""
+    near = [
+        (12, -8),
+        (-12, -8),
+        (12, 12),
+        (-12, 12),
+        (0, -14),
+        (0, 18),
+        (24, 2),
+        (-24, 2),
+        (24, -16),
+        (-24, 18),
+    ]
+    taken, places = list(dots.values()), {}
+    for number, (x, y) in dots.items():
+        candidates = [(x + right, y + down) for right, down in near]
+        places[number] = max(
+            candidates, key=lambda spot: min(10.0, min(math.dist(spot, other) for other in taken))
+        )
+        taken.append(places[number])
+    return places
 
 
 def _shown(value: float, key: str) -> str:
