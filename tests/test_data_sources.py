@@ -247,6 +247,8 @@ def test_given_low_resolution_is_stored_checked_and_reported(
         "no low-resolution file of its name in data.lr_dir",
     ]
     assert "1 x pillow of 2" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"its low resolution was files, now data\.lr_dir is None"):
+        made(photos, tmp_path / "data", max_rejected_share=0.5)
     reader = PatchReader(manifest.root, manifest.layout)
     assert np.array_equal(reader.patch(4)[1], low_by_pillow(picture(1), 4)[:16, :16])
     reader.close()
