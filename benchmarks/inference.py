@@ -1,6 +1,8 @@
 """Upscaling: rates of channels_last and bf16 against the plain way, memory tiled against whole, and a large photograph.
 
-Every case runs in a process of its own, so that its peak memory is its own. Ratios hold where the machine is quiet.
+Rates are measured in turns in one process: every round runs all ways once, and a ratio is taken within its round, so
+that another program's load meets all of them. Memory is each way's own process's. A CPU without bfloat16 arithmetic
+imitates it many times slower: bf16 then gets a small picture of its own.
 
     python benchmarks/inference.py --out benchmarks/inference.json            rates and memory, the paper's network
     python benchmarks/inference.py --large --out benchmarks/inference_large.json    100 megapixels, a tiny network
@@ -13,11 +15,13 @@ import json
 import os
 import platform
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,9 +35,10 @@ CASES = {
     "plain": (False, torch.float32, None),
     "channels_last": (True, torch.float32, None),
     "bf16": (False, torch.bfloat16, None),
-    "channels_last + bf16": (True, torch.bfloat16, None),
-    "channels_last, tiles of 96": (True, torch.float32, 96),
+    "channels_last, bf16": (True, torch.bfloat16, None),
+    "channels_last, tiles of 48": (True, torch.float32, 48),
 }
+IMITATED_SIDE_PX = 16
 PAPER = {"num_feat": 64, "num_block": 23, "num_grow_ch": 32}
 TINY = {"num_feat": 8, "num_block": 1, "num_grow_ch": 4}
 
@@ -42,20 +47,58 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def run_case(name: str, side: int, repeats: int) -> dict[str, float]:
-    """Seconds of the fastest repeat, and memory above what was there before the network ran."""
+def enlarge(generator: RRDBNet, lr: np.ndarray, name: str) -> np.ndarray:
+    """The picture, in the way of this name."""
     channels_last, dtype, tile = CASES[name]
-    torch.manual_seed(0)
-    generator = RRDBNet(**PAPER).eval()
-    lr = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    upscale(generator, lr[:32, :32].copy(), dtype=dtype, channels_last=channels_last)
+    return upscale(generator, lr, tile_px=tile, dtype=dtype, channels_last=channels_last)
+
+
+def has_bf16() -> bool:
+    """Whether this CPU computes convolutions in bfloat16 (AVX-512 or AMX) and does not imitate it."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def run_rates(names: list[str], side: int, rounds: int) -> dict[str, dict[str, Any]]:
+    """Speed against the plain way of the same round (median, least, most), and the levels that the pictures differ."""
+    generator, lr = paper_network(), noise(side)
+    pictures = {name: enlarge(generator, lr, name).astype(np.int16) for name in names}  # also warms up
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds):
+        # Every other round backwards: a drift of the clock does not favour the first.
+        for name in names[:: 1 if turn % 2 == 0 else -1]:
+            start = time.perf_counter()
+            enlarge(generator, lr, name)
+            seconds[name].append(time.perf_counter() - start)
+    results = {}
+    for name, times in seconds.items():
+        ratios = [plain / own for plain, own in zip(seconds["plain"], times, strict=True)]
+        results[name] = {
+            "side_px": side,
+            "speed_to_plain": {
+                "median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)
+            },
+            "seconds": times,
+            "levels_from_plain_at_most": int(np.abs(pictures[name] - pictures["plain"]).max()),
+        }  # fmt: skip
+    return results
+
+
+def run_memory(name: str, side: int) -> dict[str, float]:
+    """Peak memory above what the process held before the picture."""
+    generator, lr = paper_network(), noise(side)
+    enlarge(generator, lr[:16, :16].copy(), name)
     before = peak_mib()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        upscale(generator, lr, tile_px=tile, dtype=dtype, channels_last=channels_last)
-        seconds.append(time.perf_counter() - start)
-    return {"seconds": min(seconds), "peak_above_idle_mib": peak_mib() - before}
+    enlarge(generator, lr, name)
+    return {"peak_above_idle_mib": peak_mib() - before}
+
+
+def paper_network() -> RRDBNet:
+    torch.manual_seed(0)
+    return RRDBNet(**PAPER).eval()
+
+
+def noise(side: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
 
 
 def run_large() -> dict[str, float]:
@@ -78,42 +121,65 @@ def run_large() -> dict[str, float]:
         return {"seconds": time.perf_counter() - start, "peak_mib": peak_mib()}
 
 
+def in_new_process(case: str, side: int, rounds: int) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--case", case, "--side", str(side), "--rounds", str(rounds)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--side", type=int, default=192, help="side of the low-resolution picture")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--side", type=int, default=96, help="side of the low-resolution picture")
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--large", action="store_true", help="only the large photograph")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.case:
-        result = (
-            run_large() if options.case == "large" else run_case(options.case, options.side, options.repeats)
-        )
-        print(json.dumps(result))
+    if options.case == "rates":
+        quick = [name for name, (_, dtype, _) in CASES.items() if dtype == torch.float32 or has_bf16()]
+        print(json.dumps(run_rates(quick, options.side, options.rounds)))
         return
-    results = {}
-    for name in ["large"] if options.large else CASES:
-        command = [sys.executable, __file__, "--case", name, "--side", str(options.side)]
-        done = subprocess.run(
-            [*command, "--repeats", str(options.repeats)], stdout=subprocess.PIPE, text=True, check=True
-        )
-        results[name] = json.loads(done.stdout)
-        print(name, results[name], flush=True)
-    if "plain" in results:
-        for case in results.values():
-            case["speed_to_plain"] = results["plain"]["seconds"] / case["seconds"]
+    if options.case == "imitated":
+        names = ["plain", *(name for name, (_, dtype, _) in CASES.items() if dtype != torch.float32)]
+        print(json.dumps(run_rates(names, options.side, options.rounds)))
+        return
+    if options.case:
+        print(json.dumps(run_large() if options.case == "large" else run_memory(options.case, options.side)))
+        return
+    before = os.getloadavg()[0]
+    if options.large:
+        results = {"large": in_new_process("large", 0, 0)}
+    else:
+        results = in_new_process("rates", options.side, options.rounds)
+        for name, result in results.items():
+            result |= in_new_process(name, options.side, 0)
+        if not has_bf16():
+            imitated = in_new_process("imitated", IMITATED_SIDE_PX, 3)
+            results |= {name: result for name, result in imitated.items() if name != "plain"}
     machine = {
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": cpu_name(),
         "cpus": os.cpu_count(),
         "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "bf16": has_bf16(),
+        "load_before": before,
     }
     text = json.dumps({"machine": machine, "arguments": sys.argv[1:], "results": results}, indent=2)
     print(text)
     if options.out:
         options.out.write_text(text + "\n")
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
         "--precision",
         choices=("fp32", "bf16"),
         default="fp32",
-        help="bf16 is faster, and off by a level here and there.",
+        help="bf16 is faster on GPUs and on CPUs that have it, and off by a level here and there.",
     )
     add(
         "--workers",

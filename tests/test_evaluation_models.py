@@ -10,6 +10,7 @@ import torch
 from enlarging import picture, write_generator
 
 from pipeline.errors import UserError
+from pipeline.evaluation import models
 from pipeline.evaluation.evaluate import short_labels
 from pipeline.evaluation.models import Model, interpolated, notes, open_model
 
@@ -81,6 +82,16 @@ def test_bf16_stays_near_fp32(tmp_path: Path) -> None:
     lr = picture(24, 20)
     exact, quick = open_model(path).upscale(lr), open_model(path, bf16=True).upscale(lr)
     assert np.abs(exact.astype(int) - quick).max() <= 4
+
+
+@pytest.mark.parametrize(("has_it", "lines"), [(True, 0), (False, 1)])
+def test_a_cpu_that_only_imitates_bf16_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_it: bool, lines: int
+) -> None:
+    path = str(write_generator(tmp_path / "g.safetensors"))
+    monkeypatch.setattr(models, "_cpu_has_bf16", lambda: has_it)
+    assert len(notes([open_model(path, bf16=True)])) == lines
+    assert notes([open_model(path)]) == []
 
 
 def test_a_label_is_split_off_but_paths_with_equals_signs_are_not(tmp_path: Path) -> None:

@@ -136,12 +136,26 @@ def interpolated(first: Model, second: Model, alpha: float) -> Model:
 
 
 def notes(models: Sequence[Model]) -> list[str]:
-    """What a user should know about how the files were read, one line each."""
-    return [
+    """What a user should know about how the files were read and how they compute, one line each."""
+    slow = any(model.bf16 and model.device == "cpu" for model in models) and not _cpu_has_bf16()
+    lines = [
         f"{model.name}: the file does not say its residual scale; {model.info['residual_scale']} is taken"
         for model in models
         if model.info.get("residual_scale_source") == "default"
     ]
+    if slow:
+        lines.append(
+            "--precision bf16: this CPU only imitates bfloat16, many times slower; fp32 is faster here"
+        )
+    return lines
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether the CPU computes convolutions in bfloat16 (x86: AVX-512 or newer)."""
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except (AttributeError, RuntimeError):
+        return True  # not known: nothing to say
 
 
 def choose_device(name: str) -> str:
