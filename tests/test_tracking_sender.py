@@ -8,6 +8,7 @@ from tracking_helpers import (
     client_of,
     curve,
     event,
+    events_of,
     everything,
     files_in,
     open_small,
@@ -76,7 +77,7 @@ def test_sending_again_doubles_nothing(run: Storage) -> None:
     after = everything(tracked)
     assert str(after) == str(before)
     assert len(before["images"]) == 3 * 2
-    assert before["events"] == ["00000030.jsonl"]
+    assert before["events"] == ["step       21  2023-11-14 22:13:20.021 UTC  resumed at step 20"]
 
 
 def test_the_mark_spares_what_was_sent(run: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,6 +121,21 @@ def test_going_back_behind_what_was_sent_doubles_nothing(run: Storage) -> None:
     write_segment(run, 30, again)
     sent(run, tracked, 30)
     assert [point[0] for point in curve(tracked, "loss/pixel")] == list(range(1, 31))
+
+
+def test_events_are_one_list_and_going_back_keeps_all_of_them(run: Storage) -> None:
+    tracked = open_small(CONFIG, run, run.uri)
+    write_segment(run, 10, [event(10, "the tenth"), event(2, "two\nlines")])
+    write_segment(run, 20, [event(15, "the fifteenth")])
+    sent(run, tracked, 20)
+    discard_after(run, 10)  # The checkpoint of step 20 was damaged.
+    write_segment(run, 30, [event(10, "going on at step 10")])
+    sent(run, tracked, 30)
+    there = events_of(tracked)
+    assert [line.partition("UTC  ")[2] for line in there] == [
+        "two lines", "going on at step 10", "the tenth", "the fifteenth",
+    ]  # fmt: skip
+    assert client_of(tracked).get_run(tracked.run_id).data.tags["esrgan.events"] == "4"
 
 
 def test_a_full_disk_delays_the_mark_and_nothing_else(run: Storage, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,13 +71,21 @@ def files_in(tracked: TrackedRun, folder: str) -> list[str]:
     return sorted(Path(info.path).name for info in client_of(tracked).list_artifacts(tracked.run_id, folder))
 
 
+def events_of(tracked: TrackedRun) -> list[str]:
+    """The lines of the run's events."""
+    if "events.txt" not in files_in(tracked, ""):
+        return []
+    path = client_of(tracked).download_artifacts(tracked.run_id, "events.txt")
+    return Path(path).read_text().splitlines()
+
+
 def everything(tracked: TrackedRun) -> dict[str, Any]:
     """The record that people see: curves, names of pictures, events."""
     keys = client_of(tracked).get_run(tracked.run_id).data.metrics
     return {
         "curves": {key: curve(tracked, key) for key in sorted(keys)},
         "images": files_in(tracked, "images"),
-        "events": files_in(tracked, "events"),
+        "events": events_of(tracked),
     }
 
 

@@ -8,6 +8,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 
@@ -34,6 +35,7 @@ from pipeline.tracking.store import is_code, reason, waits
 from pipeline.tracking.uri import resolve_uri
 
 MARK = f"{FOLDER}/sent.json"
+EVENTS, EVENTS_TAG = "events.txt", "esrgan.events"
 POINTS_IN_A_CALL = 500
 LONGEST_PAUSE_S = 30.0
 _PICTURES = uuid.UUID("0f6d0e2c-6a37-4c0e-9c0b-6f0a4f2f7a11")
@@ -198,10 +200,10 @@ def send_segment(tracked: TrackedRun, segment: Segment, sent: int) -> None:
         pictures = [record for record in records if isinstance(record, Picture)]
         if pictures:
             _log_pictures(client, tracked, pictures)
-        events = [record for record in records if isinstance(record, Event)]
+        # Unlike points, what happened is never trained again: also events before `sent` are new.
+        events = [record for record in segment.records if isinstance(record, Event)]
         if events:
-            lines = [json.dumps({"step": e.step, "time_ms": e.time_ms, "text": e.text}) for e in events]
-            client.log_text(tracked.run_id, "\n".join(lines) + "\n", f"events/{segment.step:08d}.jsonl")
+            _log_events(client, tracked, events)
 
 
 def _points(records: Iterable[Metrics]) -> Iterator[Metric]:
@@ -248,6 +250,23 @@ def _log_pictures(client: MlflowClient, tracked: TrackedRun, pictures: list[Pict
             compress_image_size(image).save(Path(folder) / f"{name}+compressed.webp")
         client.log_artifacts(tracked.run_id, folder, "images")
     client.set_tag(tracked.run_id, "mlflow.loggedImages", "True")
+
+
+def _log_events(client: MlflowClient, tracked: TrackedRun, events: list[Event]) -> None:
+    """Adds to the run's one list of events, a line each, in the order of steps; the same event is there once."""
+    lines = {_event_line(event) for event in events}
+    if any(file.path == EVENTS for file in client.list_artifacts(tracked.run_id)):
+        with tempfile.TemporaryDirectory(prefix="esrgan-events-") as folder:
+            there = client.download_artifacts(tracked.run_id, EVENTS, folder)
+            lines |= set(Path(there).read_text(encoding="utf-8").splitlines())
+    client.log_text(tracked.run_id, "\n".join(sorted(lines)) + "\n", EVENTS)
+    client.set_tag(tracked.run_id, EVENTS_TAG, str(len(lines)))
+
+
+def _event_line(event: Event) -> str:
+    time = datetime.fromtimestamp(event.time_ms / 1000, UTC)
+    text = " ".join(event.text.split())
+    return f"step {event.step:8d}  {time:%Y-%m-%d %H:%M:%S}.{event.time_ms % 1000:03d} UTC  {text}"
 
 
 def _key(key: str) -> str:
