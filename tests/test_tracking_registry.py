@@ -2,11 +2,14 @@
 
 import json
 import re
+import socket
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from mlflow import MlflowClient
 from tracking_helpers import DATA, client_of, curve, open_small, small_generator
 
 from pipeline.errors import UserError
@@ -14,10 +17,12 @@ from pipeline.model import generator_sha256, load_generator
 from pipeline.storage import Storage
 from pipeline.tracking import TrackedRun, registry
 from pipeline.tracking.config import TrackingConfig
+from pipeline.tracking.model_files import example_from, licence_note
 from pipeline.tracking.registry import (
     ModelCard,
     RegisteredVersion,
     champion_version,
+    log_generator,
     promote,
     pull_generator,
     register_generator,
@@ -202,6 +207,31 @@ def test_after_promotion_by_hand_a_version_set_back_stays_back(tracked, config, 
     assert champion_version(config.model_name, tracked.uri) == 3
 
 
+def test_a_champion_removed_by_hand_is_not_crowned_again(tracked, config, tmp_path) -> None:
+    register(tracked, config, tmp_path, 30.0, seed=1)
+    client_of(tracked).delete_registered_model_alias(config.model_name, "champion")
+    for value, seed in ((29.0, 2), (31.0, 3), (30.0, 1)):
+        after = register(tracked, config, tmp_path, value, seed=seed)
+        assert not after.champion
+        assert after.reason == (
+            f"somebody removed the champion; by hand: python jobs/promote.py --model-version {after.version}"
+        )
+    assert champion_version(config.model_name, tracked.uri) is None
+    promote(config.model_name, 2, tracked.uri)
+    assert register(tracked, config, tmp_path, 32.0, seed=4).champion
+
+
+def test_earlier_results_are_logged_for_comparison_and_not_registered(tracked, config, tmp_path) -> None:
+    path = tmp_path / "g.safetensors"
+    small_generator(path, 300)
+    for _ in range(2):
+        log_generator(tracked, config, path, 500, {"psnr_y": 28.0}, DATA, ModelCard("", DATA))
+    query = f"name = 'generator-{500:08d}'"
+    (model,) = client_of(tracked).search_logged_models([tracked.experiment_id], query)
+    assert [(point.key, point.value) for point in model.metrics] == [("psnr_y", 28.0)]
+    assert client_of(tracked).search_registered_models(f"name = '{config.model_name}'") == []
+
+
 @pytest.mark.parametrize("suffix", ["@champion", "/1"])
 def test_a_generator_comes_back_as_it_was(tracked, config, tmp_path, suffix) -> None:
     register(tracked, config, tmp_path, 30.0, seed=4)
@@ -277,3 +307,48 @@ def test_the_card_tells_where_the_generator_comes_from(tracked, config, tmp_path
     assert not list(folder.rglob("*.pkl"))
     version = client_of(tracked).get_model_version(config.model_name, "1")
     assert version.description.startswith(f"# {config.model_name}")
+    # MLflow's page resolves no links to a version's own files.
+    assert "](" not in version.description
+    assert "- bicubic, stage 1, stage 2: `picture-0.png`" in version.description
+    example = json.loads((folder / "serving_input_example.json").read_text())
+    assert np.asarray(example["inputs"]).shape == (1, 24, 32, 3)
+
+
+def test_a_licence_note_quotes_what_came_with_the_photographs() -> None:
+    assert licence_note({"train": None, "held_out": " \n"}).startswith("Not stated.")
+    note = licence_note({"train": "CC0\nby all", "held_out": "CC0\nby all\n"})
+    assert note.endswith("Photographs (train, held_out):\n\n    CC0\n    by all")
+    assert len(licence_note({"train": "x" * 9000})) < 1700
+
+
+def test_the_example_is_the_input_that_a_validation_picture_begins_with() -> None:
+    lr = np.random.default_rng(0).integers(0, 256, (48, 48, 3), np.uint8)
+    strip = np.concatenate([lr.repeat(4, 0).repeat(4, 1), np.zeros((192, 400, 3), np.uint8)], axis=1)
+    assert np.array_equal(example_from(strip, 4), lr[:24, :32])
+
+
+def test_a_silent_server_is_given_up_in_bounded_time(config, tmp_path) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()  # Accepts, and never answers.
+        away = TrackedRun(f"http://127.0.0.1:{silent.getsockname()[1]}", "0" * 32, "1", str(tmp_path))
+        began = time.monotonic()
+        with pytest.raises(UserError, match=r"^registering [\w-]+: .*no answer in time$"):
+            register(away, config, tmp_path, 30.0)
+        assert time.monotonic() - began < 30
+
+
+@pytest.mark.slow
+def test_a_server_that_falls_silent_in_between_is_given_up_in_bounded_time(
+    config, tmp_path, monkeypatch
+) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        # It answered to the first question.
+        monkeypatch.setattr(registry, "connect", lambda uri: MlflowClient(uri, uri))
+        began = time.monotonic()
+        with pytest.raises(UserError, match=r"^registering [\w-]+: refused by .*no answer in time\)$"):
+            register(TrackedRun(uri, "0" * 32, "1", str(tmp_path)), config, tmp_path, 30.0)
+        assert time.monotonic() - began < 90

@@ -19,7 +19,9 @@ from pipeline.tracking.uri import without_secrets
 
 SERVING_CODE = Path(__file__).with_name("serving_model.py")
 WEIGHTS = "generator.safetensors"
-EXAMPLE_PX = (24, 32)
+EXAMPLE_PX = (24, 32)  # less than a validation picture shows
+LICENCE_CHARACTERS = 1500
+PICTURES_SHOW = "From left to right: input, bicubic, the result of each stage, original."
 NO_LICENCE = (
     "Not stated. Whether weights may be passed on depends on the photographs that they were trained on."
 )
@@ -88,14 +90,26 @@ def write_model(
         Image.fromarray(picture).save(folder / _picture_file(index))
 
 
-def card_text(name: str, card: ModelCard, metrics: Mapping[str, float], facts: Mapping[str, object]) -> str:
-    """The model card, in Markdown."""
+def card_text(
+    name: str,
+    card: ModelCard,
+    metrics: Mapping[str, float],
+    facts: Mapping[str, object],
+    *,
+    shows_pictures: bool = True,
+) -> str:
+    """The model card, in Markdown; without `shows_pictures` it only says which files they are."""
     rows = "\n".join(f"| {key} | {value:.4f} |" for key, value in metrics.items())
     origin = "\n".join(f"- {key}: `{value}`" for key, value in facts.items())
-    shown = "\n\n".join(
-        f"**{title}**\n\n![{title}]({_picture_file(index)})" for index, title in enumerate(card.pictures)
+    files = {title: _picture_file(index) for index, title in enumerate(card.pictures)}
+    shown = [
+        f"**{title}**\n\n![{title}]({file})" if shows_pictures else f"- {title}: `{file}`"
+        for title, file in files.items()
+    ]
+    where = (
+        PICTURES_SHOW if shows_pictures else f"{PICTURES_SHOW} They lie among the logged model's artifacts."
     )
-    pictures = f"\n\n## Pictures\n{shown}" if shown else ""
+    pictures = "\n\n".join(["\n\n## Pictures", where, ("\n\n" if shows_pictures else "\n").join(shown)])
     return f"""# {name}
 
 ESRGAN generator (RRDBNet) for single-image super-resolution: uint8 RGB in, uint8 RGB out.
@@ -122,8 +136,35 @@ Needs torch, or onnxruntime alone: `artifacts/generator.onnx` has the same inter
 {card.licence}
 
 ## Limits
-It invents plausible detail. Do not read text, faces or measurements out of its results.{pictures}
+It invents plausible detail. Do not read text, faces or measurements out of its results.{pictures if files else ""}
 """
+
+
+def example_from(strip: np.ndarray, scale: int) -> np.ndarray:
+    """The input example in a validation picture, which begins with the input, each pixel `scale` times as large."""
+    height, width = EXAMPLE_PX
+    return np.ascontiguousarray(strip[: height * scale : scale, : width * scale : scale])
+
+
+def licence_note(licences: Mapping[str, str | None]) -> str:
+    """The card's note on licences.
+
+    Args:
+        licences: set of photographs (`train`, `held_out`) to the text that came with them, as a data set's manifest
+            has it.
+    """
+    texts: dict[str, list[str]] = {}
+    for name, text in licences.items():
+        if text and text.strip():
+            texts.setdefault(text.strip(), []).append(name)
+    if not texts:
+        return NO_LICENCE
+    notes = []
+    for text, names in texts.items():
+        shown = text if len(text) <= LICENCE_CHARACTERS else text[:LICENCE_CHARACTERS] + " ..."
+        quoted = "\n".join(f"    {line}" for line in shown.splitlines())
+        notes.append(f"Photographs ({', '.join(names)}):\n\n{quoted}")
+    return "Whether weights may be passed on depends on the photographs.\n\n" + "\n\n".join(notes)
 
 
 def sizes(generator: RRDBNet) -> dict[str, object]:

@@ -30,6 +30,7 @@ __all__ = [
     "ModelCard",
     "RegisteredVersion",
     "champion_version",
+    "log_generator",
     "promote",
     "pull_generator",
     "register_generator",
@@ -39,7 +40,11 @@ CHAMPION, CHALLENGER = "champion", "challenger"
 SHA_TAG, SET_TAG, METRIC_TAG = "esrgan.generator_sha256", "esrgan.evaluation_set", "esrgan.metric."
 # Set on a version that beat the champion named in its value; racing jobs find each other by it.
 BEAT_TAG = "esrgan.beat"
+# Set on the registered model, after its first champion: one that is missing later was removed by hand.
+CROWNED_TAG = "esrgan.crowned"
 DESCRIPTION_CHARACTERS = 5000
+# A server that stops answering is given up after about a minute; the largest file takes seconds.
+UPLOAD_WAITS = {"timeout_s": 30, "retries": 1}
 _URI = re.compile(
     r"^models:/(?:(?P<model_id>m-[0-9a-f]{32})|(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+)))$"
 )
@@ -82,29 +87,35 @@ def register_generator(
     Raises:
         UserError: the store is away or refuses; nothing is half-registered, run the same command again.
     """
-    with _clear_errors(f"registering {config.model_name}", tracked.uri), waits(timeout_s=300, retries=3):
-        client = MlflowClient(tracked.uri, tracked.uri)
-        generator, _ = load_generator(generator_path)
-        sha256 = generator_sha256(generator.state_dict())
-        facts = {
-            "step": step,
-            "run_id": tracked.run_id,
-            "generator_sha256": sha256,
-            "data_sha256": card.data_sha256,
-            "evaluation_set": evaluation_set,
-        }
-        text = card_text(config.model_name, card, metrics, facts)
-        model = _log_model(
-            client, tracked, generator_path, sha256, step, metrics, evaluation_set, card, text, facts
-        )
-        version, is_new = _version(
-            client, tracked, config.model_name, model, sha256, metrics, evaluation_set, text
-        )
+    name = config.model_name
+    with _clear_errors(f"registering {name}", tracked.uri), waits(**UPLOAD_WAITS):
+        client = connect(tracked.uri)
+        logged = _log_model(client, tracked, name, generator_path, step, metrics, evaluation_set, card)
+        version, is_new = _version(client, tracked, name, logged, metrics, evaluation_set)
         number = int(version.version)
-        if is_new or _by_alias(client, config.model_name, CHALLENGER) is None:
-            client.set_registered_model_alias(config.model_name, CHALLENGER, str(number))
-        champion, why = _crown_if_better(client, config.model_name, number, config.metric)
-    return RegisteredVersion(config.model_name, number, champion, why)
+        if is_new or _by_alias(client, name, CHALLENGER) is None:
+            client.set_registered_model_alias(name, CHALLENGER, str(number))
+        champion, why = _crown_if_better(client, name, number, config.metric)
+    return RegisteredVersion(name, number, champion, why)
+
+
+def log_generator(
+    tracked: TrackedRun,
+    config: TrackingConfig,
+    generator_path: Path,
+    step: int,
+    metrics: Mapping[str, float],
+    evaluation_set: str,
+    card: ModelCard,
+) -> None:
+    """Logs a generator with its metrics for MLflow's page to compare, without registering it.
+
+    Arguments and errors are those of `register_generator`; doing it again changes nothing.
+    """
+    name = config.model_name
+    with _clear_errors(f"logging the generator of step {step}", tracked.uri), waits(**UPLOAD_WAITS):
+        client = connect(tracked.uri)
+        _log_model(client, tracked, name, generator_path, step, metrics, evaluation_set, card)
 
 
 def champion_version(name: str, tracking_uri: str | None = None) -> int | None:
@@ -130,6 +141,7 @@ def promote(name: str, version: int, tracking_uri: str | None = None) -> int | N
         _resolve(client, name, None, str(version))
         before = _by_alias(client, name, CHAMPION)
         client.set_registered_model_alias(name, CHAMPION, str(version))
+        client.set_registered_model_tag(name, CROWNED_TAG, "true")
         # Contests over this champion begin anew: a version that beat it once, and was set back by hand, stays back.
         for other in _versions(client, name):
             if other.tags.get(BEAT_TAG) == str(version):
@@ -185,11 +197,32 @@ def pull_generator(uri: str, tracking_uri: str | None = None, folder: Path | Non
     return Path(path)
 
 
+@dataclass(frozen=True)
+class _Logged:
+    """A generator among MLflow's logged models."""
+
+    model: LoggedModel
+    sha256: str
+    description: str
+
+
 def _log_model(
-    client: MlflowClient, tracked: TrackedRun, path: Path, sha256: str, step: int, metrics: Mapping[str, float],
-    evaluation_set: str, card: ModelCard, text: str, facts: Mapping[str, object],
-) -> LoggedModel:  # fmt: skip
+    client: MlflowClient, tracked: TrackedRun, name: str, path: Path, step: int, metrics: Mapping[str, float],
+    evaluation_set: str, card: ModelCard,
+) -> _Logged:  # fmt: skip
     """The logged model of this generator, new or as it was; an upload that was cut off is done again."""
+    generator, _ = load_generator(path)
+    sha256 = generator_sha256(generator.state_dict())
+    facts = {
+        "step": step,
+        "run_id": tracked.run_id,
+        "generator_sha256": sha256,
+        "data_sha256": card.data_sha256,
+        "evaluation_set": evaluation_set,
+    }
+    text = card_text(name, card, metrics, facts)
+    # MLflow's page cannot show a version's own files within its description.
+    description = card_text(name, card, metrics, facts, shows_pictures=False)
     query = f"tags.`{SHA_TAG}` = '{sha256}' AND source_run_id = '{tracked.run_id}'"
     found = client.search_logged_models([tracked.experiment_id], query, max_results=1)
     model = found[0] if found else client.create_logged_model(
@@ -197,7 +230,7 @@ def _log_model(
         tags={SHA_TAG: sha256, SET_TAG: evaluation_set}, params={"step": str(step)}, model_type="super-resolution",
     )  # fmt: skip
     if model.status == "READY":
-        return model
+        return _Logged(model, sha256, description)
     outputs = client.get_run(tracked.run_id).outputs
     if model.model_id not in {output.model_id for output in (outputs.model_outputs if outputs else [])}:
         # MLflow refuses to link them twice.
@@ -220,12 +253,12 @@ def _log_model(
     ]  # fmt: skip
     if points:
         client.log_batch(tracked.run_id, metrics=points)
-    return client.finalize_logged_model(model.model_id, "READY")
+    return _Logged(client.finalize_logged_model(model.model_id, "READY"), sha256, description)
 
 
 def _version(
-    client: MlflowClient, tracked: TrackedRun, name: str, model: LoggedModel, sha256: str,
-    metrics: Mapping[str, float], evaluation_set: str, text: str,
+    client: MlflowClient, tracked: TrackedRun, name: str, logged: _Logged, metrics: Mapping[str, float],
+    evaluation_set: str,
 ) -> tuple[ModelVersion, bool]:  # fmt: skip
     """The version made of this logged model, and whether it is new."""
     try:
@@ -234,9 +267,10 @@ def _version(
         if not is_code(error, "RESOURCE_ALREADY_EXISTS"):
             raise
     for version in _versions(client, name):
-        if version.tags.get(SHA_TAG) == sha256 and version.run_id == tracked.run_id:
+        if version.tags.get(SHA_TAG) == logged.sha256 and version.run_id == tracked.run_id:
             return version, False
-    tags = {SHA_TAG: sha256, SET_TAG: evaluation_set}
+    model, text = logged.model, logged.description
+    tags = {SHA_TAG: logged.sha256, SET_TAG: evaluation_set}
     tags |= {f"{METRIC_TAG}{key}": repr(float(value)) for key, value in metrics.items()}
     # A database store would look models:/ up in MLflow's global store, which is another one; a server knows its own.
     by_server = tracked.uri.startswith("http")
@@ -255,12 +289,21 @@ def _version(
 def _crown_if_better(client: MlflowClient, name: str, number: int, metric: str) -> tuple[bool, str]:
     """Moves `champion` to this version if it is better; of several jobs that try at once, the best one wins.
 
+    The first version with a finite metric is crowned without a rival. Afterwards a missing champion means that somebody
+    removed the alias, and no job brings it back: only `promote` does.
+
     MLflow has no compare-and-set for aliases. So each job first marks its version as having beaten the champion that
     it saw, then sets the alias, then looks again at all versions with the same mark and corrects the alias. Whoever
     sets the alias last has seen every mark.
     """
+    # Read before the champion, as it is written after it: a job that sees the mark sees the alias too.
+    crowned = CROWNED_TAG in client.get_registered_model(name).tags
     mine = client.get_model_version(name, str(number))
     champion = _by_alias(client, name, CHAMPION)
+    if champion is None and crowned:
+        return False, f"somebody removed the champion; {_by_hand(mine)}"
+    if champion is not None and not crowned:
+        client.set_registered_model_tag(name, CROWNED_TAG, "true")
     if champion is not None and int(champion.version) == number:
         return True, "it is the champion already"
     better, why = _better(mine, champion, metric)
@@ -283,6 +326,8 @@ def _crown_if_better(client: MlflowClient, name: str, number: int, metric: str) 
         if current != beaten and current not in {str(version.version) for version in contest}:
             return False, f"version {current} became champion meanwhile"
         client.set_registered_model_alias(name, CHAMPION, str(best.version))
+    if not crowned:
+        client.set_registered_model_tag(name, CROWNED_TAG, "true")
     if int(best.version) != number:
         return False, f"version {best.version} came at the same time and is better in {metric}"
     return True, why
@@ -295,7 +340,7 @@ def _better(mine: ModelVersion, champion: ModelVersion | None, metric: str) -> t
         return False, f"it has no finite {metric} (tracking.metric) to compare"
     if champion is None:
         return True, f"there was no champion; {metric} {value:.4f}"
-    by_hand = "by hand: python jobs/promote.py --model-version " + str(mine.version)
+    by_hand = _by_hand(mine)
     if champion.tags.get(SET_TAG) != mine.tags.get(SET_TAG):
         return False, f"champion version {champion.version} was measured on other photographs; {by_hand}"
     other = _value(champion, metric)
@@ -305,6 +350,10 @@ def _better(mine: ModelVersion, champion: ModelVersion | None, metric: str) -> t
     if _rank(mine, metric) > _rank(champion, metric):
         return True, f"better: {compared}"
     return False, f"not better: {compared}"
+
+
+def _by_hand(version: ModelVersion) -> str:
+    return f"by hand: python jobs/promote.py --model-version {version.version}"
 
 
 def _value(version: ModelVersion, metric: str) -> float | None:
