@@ -1,8 +1,7 @@
-"""Sends the metrics of a run that MLflow has not got yet, for instance after an outage that outlasted the training."""
+"""Sends what MLflow has not got yet of a run: metrics, its end, its generator; for instance after a long outage."""
 
 import argparse
 import os
-from dataclasses import asdict
 
 from pipeline import command
 from pipeline.config import make_parser
@@ -21,19 +20,28 @@ def parser() -> argparse.ArgumentParser:
         metavar="URI",
         help="The MLflow store (default: ESRGAN_TRACKING__URI, then the one that the run was trained with).",
     )
-    add("--json", metavar="FILE", help="Also write {run_id, status, sent} there.")
+    add("--json", metavar="FILE", help="Also write {run_id, status, sent, model_version} there.")
     return flags
 
 
 def main(argv: list[str]) -> None:
-    """Sends, and prints how many segments."""
+    """Sends, and prints how many segments, and what the generator became."""
     options = parser().parse_args(argv)
     command.require_writable_file(options.json, "--json")
     uri = options.tracking_uri or os.environ.get("ESRGAN_TRACKING__URI")
     result = send_late(Storage(options.run), uri)
-    command.write_json(options.json, asdict(result))
+    registered = result.registered
+    content = {
+        "run_id": result.run_id,
+        "status": result.status,
+        "sent": result.sent,
+        "model_version": registered.version if registered else None,
+    }
+    command.write_json(options.json, content)
     what = f"{result.sent} segments sent" if result.sent else "nothing was left to send"
     print(f"{what}; run {result.run_id} is marked {result.status}")
+    if registered:
+        print(f"registered {registered.name} version {registered.version}: {registered.reason}")
 
 
 if __name__ == "__main__":

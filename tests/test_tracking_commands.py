@@ -75,7 +75,9 @@ def test_send_metrics_sends_once(tracked: TrackedRun, tmp_path: Path, capsys, mo
     monkeypatch.delenv("ESRGAN_TRACKING__URI", raising=False)
     out = tmp_path / "out.json"
     send_metrics.main(["--run", tracked.folder, "--json", str(out)])
-    assert json.loads(out.read_text()) == {"run_id": tracked.run_id, "status": "RUNNING", "sent": 2}
+    assert json.loads(out.read_text()) == {
+        "run_id": tracked.run_id, "status": "RUNNING", "sent": 2, "model_version": None,
+    }  # fmt: skip
     send_metrics.main(["--run", tracked.folder])
     first, second = capsys.readouterr().out.splitlines()
     assert first == f"2 segments sent; run {tracked.run_id} is marked RUNNING"

@@ -95,7 +95,7 @@ def write_segment(run: Storage, step: int, records: Sequence[Record]) -> None:
             lines.append({"kind": "metrics", **place, "values": values})
         elif isinstance(record, Picture):
             file = f"{name}/{pictures:04d}.png"
-            folder.write_bytes(file, _png(record.image))
+            folder.write_bytes(file, png(record.image))
             lines.append({"kind": "picture", **place, "key": record.key, "file": file})
             pictures += 1
         else:
@@ -124,6 +124,17 @@ def read_segment(run: Storage, step: int) -> Segment:
 def segment_steps(run: Storage) -> list[int]:
     """Steps of the segments that are there, ascending; also those that do not count yet."""
     return sorted(int(match[1]) for name in run.names(FOLDER) if (match := _NAME.match(name)))
+
+
+def pictures_at(run: Storage, step: int) -> dict[str, np.ndarray]:
+    """The pictures of `step` by key, from its segment; none where that is gone or unreadable."""
+    try:
+        records = read_segment(run, step).records
+    except (FileNotFoundError, DamagedSegment):
+        return {}
+    return {
+        record.key: record.image for record in records if isinstance(record, Picture) and record.step == step
+    }
 
 
 def discard_after(run: Storage, step: int) -> None:
@@ -162,7 +173,8 @@ def _to_json(value: float) -> float | str:
     return value if math.isfinite(value) else repr(value)
 
 
-def _png(image: np.ndarray) -> bytes:
+def png(image: np.ndarray) -> bytes:
+    """A picture, (H, W, 3) uint8, as a PNG file's bytes."""
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG")
+    Image.fromarray(np.ascontiguousarray(image)).save(buffer, "PNG")
     return buffer.getvalue()

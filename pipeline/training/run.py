@@ -1,10 +1,11 @@
 """The one door to training: for the job, for every trial of a sweep, and for tests."""
 
 import fcntl
+import hashlib
 import json
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,15 @@ from typing import Any
 import torch
 import yaml
 
-from pipeline.data import check_source, load_manifest, prepare, read_held_out
+from pipeline.data import Manifest, check_source, load_manifest, prepare, read_held_out
 from pipeline.data.feed import Feed
 from pipeline.errors import UserError
 from pipeline.model.weights import generator_sha256
 from pipeline.storage import Storage
 from pipeline.tracking import Sender, TrackedRun, finish_run, open_run, require_store
-from pipeline.tracking.registry import ModelCard, register_generator
+from pipeline.tracking.candidate import Candidate, register_candidate, trained_generator
+from pipeline.tracking.model_files import ModelCard, example_from, licence_note
+from pipeline.tracking.records import pictures_at
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training import identity as identities
 from pipeline.training.checks import check_before_start, with_absolute_paths
@@ -114,26 +117,26 @@ def _tracked_training(
     if tracked is not None:
         identities.with_tracking(run, identity, tracked.run_id)
     status = "FAILED"
+    sender = Sender(run, config.tracking, tracked, published_step=lambda: _published_step(run))
     try:
-        with Sender(run, config.tracking, tracked, published_step=lambda: _published_step(run)) as sender:
+        with sender:
             with _terminable():
                 _train(config, run, callbacks)
             left = sender.flush(timeout_s=60.0)
-            # A store that was away at the start may be back by now: then the sender has opened the run.
-            tracked = tracked or sender.tracked
             if left:
                 print(
                     f"{left} segments of metrics could not be sent; later: python jobs/send_metrics.py --run {run.uri}",
                     flush=True,
                 )
-        result = _conclude(config, run, tracked, text, manifest.sha256)
+        result = _conclude(config, run, sender.tracked, text, manifest)
         status = "FINISHED"
         return result
     except (KeyboardInterrupt, SystemExit):
         status = "KILLED"
         raise
     finally:
-        finish_run(tracked, status, run)
+        # A store that was away at the start may be back by now: then the sender has opened the run.
+        finish_run(sender.tracked, status, run)
 
 
 def _train(config: TrainConfig, run: Storage, callbacks: Sequence[Any]) -> None:
@@ -151,31 +154,34 @@ def _train(config: TrainConfig, run: Storage, callbacks: Sequence[Any]) -> None:
 
 
 def _conclude(
-    config: TrainConfig, run: Storage, tracked: TrackedRun | None, text: str, manifest_sha256: str
+    config: TrainConfig, run: Storage, tracked: TrackedRun | None, text: str, manifest: Manifest
 ) -> TrainingResult:
-    """Registers the best generator and writes the result."""
+    """Registers the best generator and writes the result; a generator that the store does not take waits in the run."""
     final = checkpoints.newest(run)
     last = config.psnr.steps + config.gan.steps
     if final is None or final.name.step != last:
         raise RuntimeError(f"{run.uri}: training ended, but the last checkpoint is not that of step {last}")
-    best = final.scalars["best"]
-    chosen = final
+    chosen, best = final, final.scalars["best"]
     if best is not None and best["step"] != last:
-        chosen = checkpoints.read(run, checkpoints.CheckpointName(best["step"], final.name.stage))
-    metrics = chosen.scalars["metrics"]
+        try:
+            chosen = checkpoints.read(run, checkpoints.CheckpointName(best["step"], final.name.stage))
+        except checkpoints.DamagedCheckpoint as error:
+            print(
+                f"the best generator, of step {best['step']}, cannot be read ({error}); taking the last",
+                flush=True,
+            )
     version = None
-    if tracked is not None and config.tracking.register_model:
-        registered = register_generator(
-            tracked,
-            config.tracking,
-            Path(run.path(chosen.name.folder)) / "generator.safetensors",
-            step=chosen.name.step,
-            metrics=metrics,
-            evaluation_set=manifest_sha256,
-            card=ModelCard(config_text=text, data_sha256=manifest_sha256),
-        )
-        version = registered.version
-        print(f"registered {registered.name} version {version}: {registered.reason}", flush=True)
+    if config.tracking.register_model:
+        candidate = _candidate(config, run, chosen, text, manifest)
+        candidate.save(run)
+        try:
+            if tracked is None:
+                raise UserError(f"registering {config.tracking.model_name}: the tracking store is away")
+            registered = register_candidate(run, tracked, candidate)
+            version = registered.version
+            print(f"registered {registered.name} version {version}: {registered.reason}", flush=True)
+        except UserError as error:
+            print(f"{error}; nothing is lost, later: python jobs/send_metrics.py --run {run.uri}", flush=True)
     result = TrainingResult(
         run_name=config.run_name,
         run_id=tracked.run_id if tracked else None,
@@ -184,10 +190,47 @@ def _conclude(
         generator_sha256=generator_sha256(final.ema),
         checkpoint=run.path(final.name.folder),
         model_version=version,
-        metrics=metrics,
+        metrics=chosen.scalars["metrics"],
     )
     run.write_bytes(RESULT, json.dumps(asdict(result), indent=2).encode())
+    if version is not None:
+        Candidate.discard(run)
     return result
+
+
+def _candidate(
+    config: TrainConfig, run: Storage, chosen: checkpoints.Checkpoint, text: str, manifest: Manifest
+) -> Candidate:
+    """What is to be registered: the chosen generator, and the result of stage 1 beside it for comparison."""
+    generators = [chosen]
+    stage_one = checkpoints.CheckpointName(config.psnr.steps, "psnr")
+    if chosen.name.stage == "gan" and stage_one in checkpoints.listed(run):
+        with suppress(checkpoints.DamagedCheckpoint):
+            generators.insert(0, checkpoints.read(run, stage_one))
+    *earlier, best = [
+        trained_generator(
+            run, f"{each.name.folder}/generator.safetensors", each.name.step, each.scalars["metrics"]
+        )
+        for each in generators
+    ]
+    pictures = {key.removeprefix("validation/"): strip for key, strip in pictures_at(run, best.step).items()}
+    licences = json.loads(Storage(config.data.root).read_bytes("manifest.json")).get("licences", {})
+    return Candidate(
+        model_name=config.tracking.model_name,
+        metric=config.tracking.metric,
+        generator=best,
+        earlier=tuple(earlier),
+        evaluation_set=hashlib.sha256(
+            "".join(shard.sha256 for shard in manifest.held_out).encode()
+        ).hexdigest(),
+        card=ModelCard(
+            config_text=text,
+            data_sha256=manifest.sha256,
+            licence=licence_note(licences),
+            pictures=pictures,
+            example=next((example_from(strip, config.data.scale) for strip in pictures.values()), None),
+        ),
+    )
 
 
 def _finished(run: Storage) -> TrainingResult | None:

@@ -1,0 +1,108 @@
+"""Whole runs and their record: away stores, object storage, what the registered model tells."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+from s3 import s3_bucket
+from tiny import fields, flags, write_photos
+from tracking_helpers import Server
+
+from pipeline.config import load_config
+from pipeline.storage import Storage
+from pipeline.tracking import Sender
+from pipeline.tracking.registry import pull_generator
+from pipeline.training.run import TrainingResult, run_training
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "jobs"))
+import send_metrics
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recorded")
+    write_photos(folder / "photos", 3, 96, seed=1)
+    write_photos(folder / "held_out", 2, 128, seed=2)
+    (folder / "photos" / "LICENSE.txt").write_text("CC0, drawn for a test\n")
+    return folder
+
+
+def train(folder: Path, **changes: Any) -> TrainingResult:
+    config, _ = load_config(flags(fields(folder, **changes)), description="", environment={})
+    return run_training(config)
+
+
+def metrics_of(client: MlflowClient, run_id: str) -> dict[str, list[tuple[int, float]]]:
+    """Every curve that does not tell of times, rates and the machine."""
+    keys = [
+        key
+        for key in client.get_run(run_id).data.metrics
+        if key.startswith(("loss/", "validation/", "psnr", "ssim", "train/learning_rate"))
+    ]
+    return {
+        key: sorted((point.step, point.value) for point in client.get_metric_history(run_id, key))
+        for key in keys
+    }
+
+
+def test_a_store_away_until_after_the_end_loses_neither_metrics_nor_the_model(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flush = Sender.flush
+    monkeypatch.setattr(Sender, "flush", lambda self, timeout_s: flush(self, 1.0))
+    server = Server(tmp_path)
+    changes = {"tracking.uri": server.uri, "tracking.if_away": "spool"}
+    result = train(folder, run_name="away", **changes)
+    assert (result.run_id, result.model_version, result.step) == (None, None, 12)
+    run = Storage(str(folder / "runs" / "away"))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "send_metrics.py" in line]
+    assert lines[-1] == (
+        "registering esrgan-x4: the tracking store is away; nothing is lost, later: "
+        f"python jobs/send_metrics.py --run {run.uri}"
+    )
+    server.start()
+    try:
+        send_metrics.main(["--run", run.uri])
+        undisturbed = train(folder, run_name="quiet", **{"tracking.uri": server.uri})
+        client = MlflowClient(server.uri, server.uri)
+        late = json.loads(run.read_bytes("result.json"))
+        assert (late["model_version"], undisturbed.model_version) == (1, 2)
+        assert client.get_run(late["run_id"]).info.status == "FINISHED"
+        assert undisturbed.run_id is not None
+        assert metrics_of(client, late["run_id"]) == metrics_of(client, undisturbed.run_id)
+        # The same result, as it should be: the later one is not better.
+        assert client.get_registered_model("esrgan-x4").aliases == {"champion": "1", "challenger": "2"}
+    finally:
+        server.kill()
+
+
+def test_a_run_on_s3_registers_a_model_with_a_true_card(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    with s3_bucket(monkeypatch) as bucket:
+        result = train(
+            folder, storage=f"{bucket}/runs", **{"tracking.uri": uri, "data.root": str(tmp_path / "data")}
+        )
+        assert result.model_version == 1
+        assert not (Storage(f"{bucket}/runs") / "tiny").exists("tracking/candidate")
+    model = pull_generator("models:/esrgan-x4@champion", uri).parent.parent
+    card = (model / "README.md").read_text()
+    assert "CC0, drawn for a test" in card
+    assert "![picture0.png](picture-0.png)" in card
+    assert (model / "picture-1.png").is_file()
+    example = np.asarray(json.loads((model / "serving_input_example.json").read_text())["inputs"])
+    assert example.shape == (1, 24, 32, 3)
+    client = MlflowClient(uri, uri)
+    assert "](" not in client.get_model_version("esrgan-x4", "1").description
+    (experiment,) = client.search_experiments(filter_string="name = 'esrgan'")
+    names = {logged.name for logged in client.search_logged_models([experiment.experiment_id])}
+    # Stage 1's result beside the registered one, to be compared.
+    assert "generator-00000006" in names
+    assert len(names) == 2
