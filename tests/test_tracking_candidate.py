@@ -2,10 +2,12 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from mlflow import MlflowClient
 from s3 import s3_bucket
 from tracking_helpers import DATA, client_of, free_port, open_small, small_generator, write_segments
 
@@ -101,6 +103,7 @@ def test_a_generator_that_is_gone_or_damaged_is_not_registered(tmp_path: Path, c
 def test_a_store_that_was_always_away_gets_the_model_by_a_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    began_ms = time.time_ns() // 1_000_000
     away = TrackingConfig(uri=f"http://127.0.0.1:{free_port()}", if_away="spool")
     run = Storage(str(tmp_path)) / "run"
     opened = open_run(
@@ -114,6 +117,7 @@ def test_a_store_that_was_always_away_gets_the_model_by_a_command(
     )
     finish_run(None, "FINISHED", run)
 
+    time.sleep(0.01)
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     out = tmp_path / "out.json"
     send_metrics.main(["--run", run.uri, "--tracking.uri", uri, "--json", str(out)])
@@ -124,5 +128,7 @@ def test_a_store_that_was_always_away_gets_the_model_by_a_command(
     }  # fmt: skip
     assert "registered waiting-x4 version 1: there was no champion" in capsys.readouterr().out
     assert Candidate.load(run) is None
+    info = MlflowClient(uri).get_run(sent["run_id"]).info
+    assert began_ms <= info.start_time <= info.end_time < began_ms + 60_000
     send_metrics.main(["--run", run.uri, "--tracking.uri", uri, "--json", str(out)])
     assert json.loads(out.read_text()) == {**sent, "sent": 0, "model_version": None}

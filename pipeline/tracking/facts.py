@@ -4,6 +4,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -12,8 +13,9 @@ PROJECT = Path(__file__).resolve().parents[2]
 
 
 def code_and_machine() -> dict[str, str]:
-    """Tags: git commit and whether files differ from it, library versions, the machine."""
-    return {**_git(), **_libraries(), **_machine()}
+    """Tags: the command, git commit and whether files differ from it, library versions, the machine."""
+    source = {"mlflow.source.name": Path(sys.argv[0]).name, "mlflow.source.type": "LOCAL"}
+    return {**source, **_git(), **_libraries(), **_machine()}
 
 
 def _git() -> dict[str, str]:

@@ -56,6 +56,8 @@ class RunDescription:
     parent_run_id: str | None = None
     run_id: str | None = None
     status: str = "RUNNING"
+    started_ms: int | None = None
+    """When it was submitted first, which may be long before the store hears of it."""
     ended_ms: int | None = None
 
     def save(self, run: Storage) -> None:
@@ -129,6 +131,7 @@ def open_run(
         config_text=without_secrets(config_text),
         parent_run_id=parent_run_id,
         run_id=run_id,
+        started_ms=_first_start_ms(run),
     )
     description.save(run)
     try:
@@ -266,7 +269,8 @@ def _create(client: MlflowClient, description: RunDescription, experiment_id: st
     tags = dict(description.tags)
     if description.parent_run_id:
         tags["mlflow.parentRunId"] = description.parent_run_id
-    return str(client.create_run(experiment_id, tags=tags, run_name=description.run_name).info.run_id)
+    created = client.create_run(experiment_id, description.started_ms, tags, description.run_name)
+    return str(created.info.run_id)
 
 
 def _describe(client: MlflowClient, description: RunDescription, run_id: str) -> None:
@@ -293,6 +297,14 @@ def _describe(client: MlflowClient, description: RunDescription, run_id: str) ->
         source = json.dumps({"uri": root})
         data = Dataset("training-data", digest[:DIGEST_CHARACTERS], "local", source)
         client.log_inputs(run_id, [DatasetInput(data, [InputTag("mlflow.data.context", "training")])])
+
+
+def _first_start_ms(run: Storage) -> int:
+    """When the run in this folder was submitted first: now, if there was none."""
+    try:
+        return RunDescription.load(run).started_ms or _now_ms()
+    except UserError:
+        return _now_ms()
 
 
 def _shown(value: Any, characters: int) -> str:
