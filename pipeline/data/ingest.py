@@ -1,5 +1,6 @@
 """Cutting photographs on Ray: the only file of ingest that knows it."""
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -33,9 +34,11 @@ def join_ray(dashboard: bool = False) -> None:
         # An explicit mode: a token file left in the home directory must not change what happens here.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     try:
-        ray.init(
-            address=address or "local", include_dashboard=None if address else dashboard, log_to_driver=True
-        )
+        if address:
+            ray.init(address=address, log_to_driver=True)
+        else:
+            # A dashboard on any free port: the usual one belongs to a Ray that takes jobs.
+            ray.init(address="local", include_dashboard=dashboard, dashboard_port=0, log_to_driver=True)
     except ConnectionError as error:
         raise UserError(
             f"RAY_ADDRESS={address}: no Ray answers there ({error}); start it or unset it"
@@ -50,6 +53,8 @@ def cut_on_ray(jobs: Sequence[PhotoJob], config: DataConfig, paired: bool) -> It
     """
     if not jobs:
         return
+    # Ray Data's own account of its plan and its end says nothing to the user, in the middle of our progress.
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     context = DataContext.get_current()
     before = context.enable_progress_bars
     context.enable_progress_bars = False  # ours counts photographs
