@@ -15,6 +15,7 @@ def tradeoff_picture(trials: Sequence[Mapping[str, Any]], metric: str, best: str
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     shown = [trial for trial in trials if metric in trial["metrics"]]
     fields = sorted({name for trial in shown for name in trial["values"]})
@@ -26,6 +27,10 @@ def tradeoff_picture(trials: Sequence[Mapping[str, Any]], metric: str, best: str
         if all(isinstance(number, int | float) and number > 0 for number in numbers):
             low, high = min(numbers), max(numbers)
             panel.set_xscale("log" if high > 10 * low else "linear")
+            if high > 10 * low:
+                panel.xaxis.set_major_locator(LogLocator(numticks=5))
+                panel.xaxis.set_minor_formatter(NullFormatter())
+                panel.xaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
         for trial in shown:
             is_best = trial["run_name"] == best
             panel.scatter(

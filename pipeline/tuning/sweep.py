@@ -14,6 +14,7 @@ trials ended, and which began; those that began go on from their own checkpoints
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -35,6 +36,7 @@ from pipeline.training import ray_trainer
 from pipeline.training.checks import check_before_start, with_absolute_paths
 from pipeline.training.config import TrainConfig
 from pipeline.training.run import run_training
+from pipeline.training.validation import METRICS
 from pipeline.tuning.config import Choice, TuneConfig, Uniform
 from pipeline.tuning.picture import tradeoff_picture
 
@@ -79,6 +81,10 @@ def run_sweep(config: Config) -> SweepResult:
     """
     base = _base(config)
     settings = config.tune
+    if settings.metric not in METRICS:
+        raise UserError(f"tune.metric={settings.metric}: not one of {', '.join(METRICS)}")
+    if base.worker_range[1] == 0:
+        raise UserError("workers=0: a sweep's trials run on Ray Train; give at least 1")
     storage = Storage(base.storage)
     sweep = storage / settings.name
     for values in _extremes(settings):
@@ -90,8 +96,7 @@ def run_sweep(config: Config) -> SweepResult:
     require_store(base.tracking, base.storage)
     _claim(sweep, base, settings)
 
-    # Without Ray's dashboard, trials that ASHA stops keep their CPUs.
-    ray_trainer.connect(base, dashboard=settings.scheduler == "asha")
+    ray_trainer.connect(base)
     if not has_data:
         prepare(base.data)
     load_manifest(base.data.root)
@@ -142,6 +147,7 @@ def _search(base: TrainConfig, settings: TuneConfig, sweep: Storage, parent: Tra
     known = len(ended) + len(begun)
     # A sampler that starts again with the same seed would propose the same values again.
     seed = base.seed + known
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = (
         optuna.samplers.TPESampler(seed=seed)
         if settings.search == "optuna"
@@ -155,7 +161,7 @@ def _search(base: TrainConfig, settings: TuneConfig, sweep: Storage, parent: Tra
         points_to_evaluate=begun or None,
     )
     for outcome in ended:
-        if settings.metric in outcome.metrics:
+        if _is_measured(outcome, settings.metric):
             search.add_evaluated_point(outcome.values, outcome.metrics[settings.metric])
     if known:
         print(f"sweep {settings.name}: {len(ended)} trials ended before, {len(begun)} go on", flush=True)
@@ -240,7 +246,9 @@ class _Watcher(tune.Callback):
 def _conclude(settings: TuneConfig, sweep: Storage, parent: TrackedRun) -> SweepResult:
     trials = outcomes(sweep)
     sign = 1 if settings.mode == "max" else -1
-    finished = [trial for trial in trials if trial.status == "finished" and settings.metric in trial.metrics]
+    finished = [
+        trial for trial in trials if trial.status == "finished" and _is_measured(trial, settings.metric)
+    ]
     if not finished:
         reasons = (
             "; ".join(f"{trial.run_name}: {trial.reason}" for trial in trials if trial.reason)
@@ -305,6 +313,10 @@ def _begun(sweep: Storage, ended: set[str]) -> list[Values]:
         for name in names
         if sweep.exists(f"trials/{name}/values.json")
     ]
+
+
+def _is_measured(outcome: Outcome, metric: str) -> bool:
+    return math.isfinite(outcome.metrics.get(metric, math.nan))
 
 
 def _keep(sweep: Storage, outcome: Outcome) -> None:
