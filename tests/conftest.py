@@ -25,12 +25,12 @@ def ray_cluster() -> Iterator[str]:
     """A private Ray with two CPUs; gives its address. It neither sees nor disturbs another Ray on the machine."""
     import ray
 
-    # Ray's sockets need a short path.
+    # Ray's sockets need a short path. Ray Train asks the dashboard whether a controller is gone; see ray_trainer.
     folder = tempfile.mkdtemp(prefix="er", dir="/tmp")
     previous = os.environ.pop("RAY_ADDRESS", None)
     os.environ["RAY_AUTH_MODE"] = "disabled"
     context = ray.init(
-        address="local", num_cpus=2, include_dashboard=False, _temp_dir=folder, log_to_driver=True,
+        address="local", num_cpus=2, include_dashboard=True, dashboard_port=0, _temp_dir=folder, log_to_driver=True,
         object_store_memory=256 * 2**20,
     )  # fmt: skip
     os.environ["RAY_ADDRESS"] = context.address_info["gcs_address"]

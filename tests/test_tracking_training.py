@@ -103,6 +103,8 @@ def test_a_run_on_s3_registers_a_model_with_a_true_card(
     assert "](" not in client.get_model_version("esrgan-x4", "1").description
     (experiment,) = client.search_experiments(filter_string="name = 'esrgan'")
     names = {logged.name for logged in client.search_logged_models([experiment.experiment_id])}
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.data.metrics["system/system_memory_usage_megabytes"] > 0
     # Stage 1's result beside the registered one, to be compared.
     assert "generator-00000006" in names
     assert len(names) == 2

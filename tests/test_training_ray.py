@@ -1,5 +1,7 @@
-"""Both stages on two real Ray Train workers: killed, resumed, and the same bits."""
+"""Both stages on two real Ray Train workers: killed, hanging, broken; resumed, and the same bits."""
 
+import shutil
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from pipeline.config import load_config
 from pipeline.errors import UserError
 from pipeline.storage import Storage
 from pipeline.training import checkpoint as checkpoints
+from pipeline.training import faults
 from pipeline.training.run import TrainingResult, run_training
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -31,38 +34,65 @@ def train(folder: Path, **changes: Any) -> TrainingResult:
     return run_training(config)
 
 
-def kill_a_worker_at(run: Storage, step: int, done: threading.Event, killed: list[int]) -> None:
-    """SIGKILL for a training worker, as soon as a checkpoint of `step` is there; this Ray's are our descendants."""
+def hurt_at(
+    run: Storage, step: int, kind: str, number: signal.Signals, done: threading.Event, hurt: list[int]
+) -> None:
+    """Sends a signal to a process of this kind as soon as a checkpoint of `step` is there; ours are our children."""
     while not done.wait(0.05):
         if any(name.step >= step for name in checkpoints.listed(run)):
             for process in psutil.Process().children(recursive=True):
-                if "RayTrainWorker" in " ".join(process.cmdline()):
-                    process.kill()
-                    killed.append(process.pid)
+                if kind in " ".join(process.cmdline()):
+                    process.send_signal(number)
+                    hurt.append(process.pid)
                     return
 
 
-def test_two_workers_train_both_stages_and_survive_a_killed_worker(ray_cluster: str, folder: Path) -> None:
-    undisturbed = train(folder)
-    assert (undisturbed.stage, undisturbed.step) == ("gan", 12)
+@pytest.fixture(scope="module")
+def undisturbed(ray_cluster: str, folder: Path) -> TrainingResult:
+    return train(folder)
 
-    run = Storage(str(folder / "runs" / "disturbed"))
-    done, killed = threading.Event(), []
-    killer = threading.Thread(target=kill_a_worker_at, args=(run, 4, done, killed))
-    killer.start()
+
+@pytest.mark.parametrize(
+    ("kind", "number", "said"),
+    [
+        ("RayTrainWorker", signal.SIGKILL, "its process ended"),
+        # A worker that hangs: the others' collectives run into their time-out.
+        ("RayTrainWorker", signal.SIGSTOP, "a worker stopped"),
+        ("TrainController", signal.SIGKILL, "controller stopped"),
+    ],
+)
+def test_a_process_that_is_killed_or_hangs_changes_no_bit_of_the_result(
+    undisturbed: TrainingResult, folder: Path, kind: str, number: signal.Signals, said: str
+) -> None:
+    name = f"{kind}-{number.name}"
+    run = Storage(str(folder / "runs" / name))
+    done, hurt = threading.Event(), []
+    hurter = threading.Thread(target=hurt_at, args=(run, 4, kind, number, done, hurt))
+    hurter.start()
     try:
-        disturbed = train(folder, run_name="disturbed")
+        disturbed = train(folder, run_name=name, **{"faults.collective_timeout_s": 10})
     finally:
         done.set()
-        killer.join()
-    assert killed
+        hurter.join()
+    assert hurt
+    assert said in " ".join(fault.text for fault in faults.load(run))
+    assert (disturbed.stage, disturbed.step) == ("gan", 12)
     assert disturbed.generator_sha256 == undisturbed.generator_sha256
     assert disturbed.metrics == undisturbed.metrics
 
 
-def test_a_workers_refusal_is_one_line_and_is_not_tried_again(ray_cluster: str, folder: Path) -> None:
-    name = "refused"
-    with pytest.raises(UserError, match="non-finite gradients"):
+def test_an_error_that_repeats_ends_the_run_with_its_message(ray_cluster: str, folder: Path) -> None:
+    data = folder / "without-held-out"
+    shutil.copytree(folder / "data", data)
+    for shard in data.glob("held_out*"):
+        shard.unlink()
+    with pytest.raises(RuntimeError, match=r"the same error 3 times from step 0 on: .*FileNotFoundError"):
+        train(folder, run_name="broken", **{"data.root": str(data)})
+
+
+def test_divergence_is_one_line_after_a_second_try(ray_cluster: str, folder: Path) -> None:
+    name = "diverged"
+    with pytest.raises(UserError, match=r"non-finite gradients.*lower psnr\.learning_rate"):
         train(folder, run_name=name, **{"psnr.learning_rate": 1e38, "faults.max_skipped_steps": 1})
-    # One attempt leaves one folder of Ray Train's.
-    assert len(Storage(str(folder / "runs" / name / "ray")).names()) == 1
+    noted = faults.load(Storage(str(folder / "runs" / name)))
+    assert [fault.kind for fault in noted] == ["diverged", "diverged"]

@@ -7,6 +7,7 @@ from pipeline.errors import UserError
 from pipeline.model import check_layers, find_weights
 from pipeline.storage import Storage, absolute, is_remote
 from pipeline.training.config import TrainConfig
+from pipeline.training.validation import METRICS
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
@@ -24,7 +25,13 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
                 f"give an absolute path or an s3:// prefix, for example --{field} {Path.home() / path}"
             )
     data = config.data.model_copy(update={"root": absolute(config.data.root)})
-    return config.model_copy(update={"storage": absolute(config.storage), "data": data})
+    weights = config.perceptual.weights
+    if weights not in ("imagenet", "random"):
+        weights = absolute(weights)
+    perceptual = config.perceptual.model_copy(update={"weights": weights})
+    return config.model_copy(
+        update={"storage": absolute(config.storage), "data": data, "perceptual": perceptual}
+    )
 
 
 def in_copied_folder() -> bool:
@@ -36,9 +43,8 @@ def check_before_start(config: TrainConfig, run: Storage) -> None:
     """Finds mistakes that need neither Ray nor the data. Raises UserError."""
     if config.data.scale == 3:
         raise UserError("data.scale=3: the generator exists for scale 4 and 2; use one of these to train")
-    metrics = ("psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb")
-    if config.tracking.metric not in metrics:
-        raise UserError(f"tracking.metric={config.tracking.metric}: not one of {', '.join(metrics)}")
+    if config.tracking.metric not in METRICS:
+        raise UserError(f"tracking.metric={config.tracking.metric}: not one of {', '.join(METRICS)}")
     if config.gan.steps and config.gan.perceptual_weight:
         check_layers(config.perceptual.layers)
         find_weights(config.perceptual.weights, config.perceptual.sha256)

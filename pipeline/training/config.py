@@ -86,7 +86,12 @@ class AdamConfig(Section):
 class FaultConfig(Section):
     """What a run does about faults."""
 
-    max_restarts: int = Field(10, ge=0, description="Restarts of the worker group before the run gives up.")
+    max_restarts: int = Field(
+        10, ge=0, description="Faults without a new checkpoint in between before the run gives up."
+    )
+    max_failed_saves: int = Field(
+        2, ge=0, description="Checkpoints in a row that may fail to be written, on a full disk for instance."
+    )
     collective_timeout_s: float = Field(
         120.0, gt=0, description="A collective that takes longer counts as a lost worker, in seconds."
     )

@@ -19,10 +19,13 @@ from pipeline.model import RRDBNet, VGGFeatures
 from pipeline.model.weights import sizes_as_text
 from pipeline.storage import Storage
 from pipeline.tracking.records import Event, Metrics, Picture, discard_after, write_segment
+from pipeline.tracking.system import system_metrics
 from pipeline.training import checkpoint as checkpoints
+from pipeline.training.advice import Advisor
 from pipeline.training.checkpoint import Checkpointer, CheckpointName
 from pipeline.training.config import TrainConfig
 from pipeline.training.distributed import bare, world_size
+from pipeline.training.faults import Diverged
 from pipeline.training.meter import Meter, progress_line
 from pipeline.training.schedule import learning_rate
 from pipeline.training.state import Best, Stage, TrainState, begin_gan, new_state
@@ -48,8 +51,9 @@ def train(
         held_out: photographs for validation; none: no validation.
 
     Raises:
-        UserError: no usable checkpoint, weights that are missing, too much damaged data, or losses that stay
-            non-finite; the message names the field to change.
+        UserError: no usable checkpoint, weights that are missing, too much damaged data, or a storage that takes no
+            checkpoints; the message names the field to change.
+        Diverged: gradients stay non-finite.
     """
     device = worker.device
     state = _resume_or_begin(config, worker, run)
@@ -57,6 +61,8 @@ def train(
         discard_after(run, state.step)
     last = config.psnr.steps + config.gan.steps
     recorder = _Recorder(config, worker, run, state, held_out)
+    if state.step or worker.reason:
+        recorder.resumed()
     meter = Meter(config.batch_size, device)
     features: VGGFeatures | None = None
 
@@ -99,10 +105,10 @@ def train(
             saves = validates or state.step % config.checkpoint_every_steps == 0
             # A checkpoint ends an interval, so that a resumed run continues with whole intervals.
             if saves or state.step % config.log_every_steps == 0:
-                values = meter.finish()
+                values, stops = meter.finish(worker.stopping())
                 _require_healthy(config, state, values)
                 recorder.interval(values)
-                saves = saves or worker.preempted()
+                saves = saves or stops or worker.preempted()
             if validates:
                 began = time.perf_counter()
                 recorder.validate()
@@ -111,6 +117,10 @@ def train(
                 if checkpointer is not None:
                     recorder.save(checkpointer)
                 worker.report({"step": float(state.step), **recorder.latest})
+                if stops:
+                    break
+        if checkpointer is not None:
+            recorder.finish_saving(checkpointer)
 
 
 def _resume_or_begin(config: TrainConfig, worker: Worker, run: Storage) -> TrainState:
@@ -134,8 +144,6 @@ def _resume_or_begin(config: TrainConfig, worker: Worker, run: Storage) -> Train
                     "storage must be shared by all nodes"
                 ) from None
         state.load(chosen.ema, chosen.tensors, chosen.scalars)
-        if worker.leads:
-            print(f"resuming at step {state.step} of stage {state.stage} (checkpoint {name})", flush=True)
     return state
 
 
@@ -159,11 +167,11 @@ def _on_device(raw: RawBatch, config: TrainConfig, device: torch.device) -> Batc
 
 
 def _require_healthy(config: TrainConfig, state: TrainState, values: dict[str, float]) -> None:
-    """Ends a run that has gone wrong; every worker comes to the same verdict. Raises UserError."""
+    """Ends a run that has gone wrong; every worker comes to the same verdict. Raises Diverged or UserError."""
     in_a_row, altogether = (int(count) for count in state.skipped.tolist())
     values["skipped_steps"] = altogether
     if in_a_row > config.faults.max_skipped_steps:
-        raise UserError(
+        raise Diverged(
             f"step {state.step}: {in_a_row} steps in a row had non-finite gradients "
             f"(faults.max_skipped_steps={config.faults.max_skipped_steps}); lower {state.stage}.learning_rate"
             + ("" if config.precision == "fp32" else " or use precision=fp32")
@@ -189,7 +197,19 @@ class _Recorder:
     latest: dict[str, float] = field(default_factory=dict)
     """The newest validation metrics."""
     _records: list[Metrics | Picture | Event] = field(default_factory=list)
+    _handed_over: list[Metrics | Picture | Event] = field(default_factory=list)
+    """Records that the checkpointer has, until it has written them."""
+    _failed_saves: int = 0
+    _advisor: Advisor = field(default_factory=Advisor)
     _stage_one: RRDBNet | None = None
+
+    def resumed(self) -> None:
+        """Says where training goes on, and why it had stopped."""
+        if not self.worker.leads:
+            return
+        state, workers = self.state, self.worker.world_size
+        why = f" after a fault ({self.worker.reason})" if self.worker.reason else ""
+        self._event(f"going on at step {state.step} of stage {state.stage} with {workers} workers{why}")
 
     def interval(self, values: dict[str, float]) -> None:
         """Prints and records an interval's means and rates."""
@@ -198,11 +218,16 @@ class _Recorder:
         config, state = self.config, self.state
         last = config.psnr.steps + config.gan.steps
         print(progress_line(state.stage, state.step, last, values), flush=True)
+        for warning in self._advisor.look(values):
+            self._event(f"warning: {warning}")
+        if values["damaged_patches"]:
+            self._event(f"{values['damaged_patches']:.0f} damaged patches were left out")
         values["learning_rate"] = _settings(config, state).learning_rate
         named = {
             name if name.startswith("loss_") else f"train/{name}": value for name, value in values.items()
         }
         named = {name.replace("loss_", "loss/"): value for name, value in named.items()}
+        named |= system_metrics("/" if self.run.remote else self.run.path())
         self._records.append(Metrics(state.step, _now_ms(), named))
 
     def validate(self) -> None:
@@ -233,9 +258,17 @@ class _Recorder:
         return Checkpointer(self.run, self.config.keep_checkpoints, sizes_as_text(self.state.ema))
 
     def save(self, checkpointer: Checkpointer) -> None:
-        """Hands the state and the records since the last checkpoint to the checkpointer's thread."""
-        state, records = self.state, self._records
-        self._records = []
+        """Hands the state and the records since the last checkpoint to the checkpointer's thread.
+
+        A storage that refuses, a full disk for instance, is tried again at the next checkpoint, with all records.
+
+        Raises:
+            UserError: it has refused too often.
+        """
+        state = self.state
+        self._written(checkpointer, faults=self.config.faults.max_failed_saves)
+        records, self._records = self._records, []
+        self._handed_over = records
         name = CheckpointName(state.step, state.stage)
         keep = {self.config.psnr.steps} | ({state.best.step} if state.best else set())
         checkpointer.save(
@@ -246,6 +279,29 @@ class _Recorder:
             before=lambda: write_segment(self.run, name.step, records),
             keep=frozenset(keep),
         )
+
+    def finish_saving(self, checkpointer: Checkpointer) -> None:
+        """Waits for the last checkpoint. Raises UserError when it could not be written."""
+        self._written(checkpointer, faults=0)
+
+    def _written(self, checkpointer: Checkpointer, faults: int) -> None:
+        """Waits for the write under way; up to `faults` failures in a row are only said. Raises UserError."""
+        try:
+            checkpointer.wait()
+            self._failed_saves = 0
+        except OSError as error:
+            self._failed_saves += 1
+            # Points that were written before it failed are the same points again, which tracking keeps once.
+            self._records = self._handed_over + self._records
+            text = f"storage={self.config.storage}: a checkpoint could not be written ({error.strerror or error})"
+            if self._failed_saves > faults:
+                raise UserError(f"{text}; free some space and start the same run again") from None
+            self._event(f"warning: {text}; trying again at the next one")
+        self._handed_over = []
+
+    def _event(self, text: str) -> None:
+        print(text, flush=True)
+        self._records.append(Event(self.state.step, _now_ms(), text))
 
     def _result_of_stage_one(self) -> RRDBNet:
         """The generator that stage 2 started from."""

@@ -40,16 +40,23 @@ class Meter:
         """Takes time that is not training (a validation) out of the rates."""
         self._pause_s += seconds
 
-    def finish(self) -> dict[str, float]:
-        """The interval's means and rates, equal on every worker but for its own memory; begins the next interval.
+    def finish(self, stopping: bool = False) -> tuple[dict[str, float], bool]:
+        """Ends the interval and begins the next one. Every worker calls this at the same step.
 
-        Every worker calls this at the same step: the losses are averaged over workers.
+        Args:
+            stopping: whether this worker was asked to end the run.
+
+        Returns:
+            The interval's means and rates, equal on every worker but for its own memory; and whether any worker was
+            asked to end the run.
         """
         names = list(self._losses[0])
         means = torch.stack(
             [torch.stack([losses[name] for losses in self._losses]).double().mean() for name in names]
         )
-        extra = torch.tensor([self._wait_s, self._damaged], dtype=torch.float64, device=means.device)
+        extra = torch.tensor(
+            [self._wait_s, self._damaged, stopping], dtype=torch.float64, device=means.device
+        )
         both = torch.cat([means, extra])
         sum_in_place([both])
         fetched = both.tolist()
@@ -58,12 +65,12 @@ class Meter:
         values = {name: value / world_size() for name, value in zip(names, fetched, strict=False)}
         values["steps_per_s"] = steps / elapsed_s
         values["patches_per_s"] = steps * self.global_batch / elapsed_s
-        values["data_wait_share"] = min(1.0, fetched[-2] / world_size() / elapsed_s)
+        values["data_wait_share"] = min(1.0, fetched[-3] / world_size() / elapsed_s)
         values["memory_gib"] = memory_gib(self.device)
-        values["damaged_patches"] = fetched[-1]
+        values["damaged_patches"] = fetched[-2]
         self._losses, self._wait_s, self._damaged, self._pause_s = [], 0.0, 0, 0.0
         self._start_s = time.perf_counter()
-        return values
+        return values, fetched[-1] > 0
 
 
 def memory_gib(device: torch.device) -> float:

@@ -1,6 +1,7 @@
 """The training loop on Ray Train's workers. The only file of this room that knows Ray."""
 
 import json
+import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+import torch.distributed as dist
 from ray.train.v2.api.callback import UserCallback
 
 from pipeline.data import read_held_out
@@ -17,22 +19,28 @@ from pipeline.data.ingest import join_ray
 from pipeline.data.ray_feed import FeedDataConfig
 from pipeline.errors import UserError
 from pipeline.storage import Storage
+from pipeline.training import checkpoint as checkpoints
+from pipeline.training import faults
 from pipeline.training.config import TrainConfig
 from pipeline.training.loop import train
+from pipeline.training.stopping import stop_requested
 from pipeline.training.worker import Worker
 
 REFUSAL = "refusal.json"
 
 
-def connect(config: TrainConfig, dashboard: bool = False) -> None:
+def connect(config: TrainConfig) -> None:
     """Joins or starts Ray, and waits for the nodes that the workers need where they start on demand.
+
+    A Ray of our own gets its dashboard: without it Ray Train cannot see that a controller is gone, keeps the CPUs of
+    trials that were stopped, and says so every second.
 
     Raises:
         UserError: the workers want more CPUs or GPUs than there are.
     """
     if not ray.is_initialized() and not os.environ.get("RAY_ADDRESS"):
         _require_cpus(config, {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())})
-    join_ray(dashboard)
+    join_ray(dashboard=True)
     deadline = time.monotonic() + config.wait_for_nodes_s
     if config.wait_for_nodes_s:
         _ask_for_nodes(config)
@@ -48,7 +56,8 @@ def connect(config: TrainConfig, dashboard: bool = False) -> None:
 def fit(config: TrainConfig, run: Storage, callbacks: Sequence[UserCallback] = ()) -> None:
     """Trains on Ray's workers until the run is done.
 
-    Workers that die are replaced, and the group goes on from the newest sound checkpoint.
+    Workers that die are replaced, and the group goes on from the newest sound checkpoint. So does a new controller
+    when Ray Train's own dies.
 
     Args:
         config: the configuration, with absolute paths.
@@ -57,12 +66,32 @@ def fit(config: TrainConfig, run: Storage, callbacks: Sequence[UserCallback] = (
 
     Raises:
         UserError: a worker refused to go on.
-        ray.train.TrainingFailedError: more failures than faults.max_restarts.
+        RuntimeError: a fault that comes again and again; see `faults.verdict`.
     """
     run.remove(REFUSAL)
-    low, high = config.worker_range
+    faults.clear(run)
     _set_timeouts(config)
-    trainer = ray.train.torch.TorchTrainer(
+    while True:
+        try:
+            _trainer(config, run, callbacks).fit()
+        except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
+            _raise_refusal(run)
+            _raise_verdict(config, run)
+            # The workers' own faults are dealt with by the controller: this is the controller's.
+            fault = _note(run, "died", f"Ray Train's controller stopped ({_last_line(error)})")
+            print(f"{fault.text}; starting another from step {max(fault.step, 0)}", flush=True)
+            _raise_verdict(config, run)
+            continue
+        _raise_refusal(run)
+        _raise_verdict(config, run)
+        return
+
+
+def _trainer(
+    config: TrainConfig, run: Storage, callbacks: Sequence[UserCallback]
+) -> ray.train.torch.TorchTrainer:
+    low, high = config.worker_range
+    return ray.train.torch.TorchTrainer(
         _worker_loop,
         # Plain values only: what a worker needs it opens itself.
         train_loop_config={"config": config.model_dump(mode="json"), "run": run.uri},
@@ -88,22 +117,24 @@ def fit(config: TrainConfig, run: Storage, callbacks: Sequence[UserCallback] = (
             # Our checkpoints are the truth. A name of its own keeps Ray from resuming by what it remembers.
             name=f"{config.run_name}-{time.time_ns():x}",
             storage_path=run.path("ray"),
-            failure_config=ray.train.FailureConfig(max_failures=config.faults.max_restarts),
-            callbacks=list(callbacks),
+            # Ray counts over the whole run; we count since the newest checkpoint, in _FaultLog.
+            failure_config=ray.train.FailureConfig(
+                max_failures=-1, controller_failure_limit=config.faults.max_restarts
+            ),
+            callbacks=[_FaultLog(run.uri, config.faults.max_restarts), *callbacks],
+            # At INFO every report of every worker is a line.
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     )
-    try:
-        trainer.fit()
-    except ray.train.TrainingFailedError:
-        _raise_refusal(run)
-        raise
-    _raise_refusal(run)
 
 
 def _worker_loop(loop_config: Mapping[str, Any]) -> None:
     """What runs on every worker: builds its surroundings and enters the loop."""
     config = TrainConfig.model_validate(loop_config["config"])
     run = Storage(loop_config["run"])
+    earlier = faults.load(run)
+    if run.exists(REFUSAL) or faults.verdict(earlier, config.faults.max_restarts):
+        return  # The driver raises it.
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     if device.type == "cpu":
@@ -114,13 +145,81 @@ def _worker_loop(loop_config: Mapping[str, Any]) -> None:
         device=device,
         report=lambda metrics: ray.train.report(dict(metrics)),
         preempted=lambda: ray.train.get_preemption_info() is not None,
+        stopping=lambda: context.get_world_rank() == 0 and stop_requested(run),
+        reason=earlier[-1].text if earlier else "",
     )
     try:
         feed = ray.train.get_dataset_shard("train")
+        # Ray Data sets up logging anew, which brings back the lines that `logging_config` keeps away.
+        logging.getLogger("ray.train").setLevel(logging.WARNING)
         train(config, worker, run, feed, read_held_out(config.data.root))
     except UserError as error:
         # Trying again cannot help, so the worker ends without a failure and leaves the reason to the driver.
         run.write_bytes(REFUSAL, json.dumps({"message": str(error)}).encode())
+        # Others may be waiting for this worker; without its connections they fail now and not at the time-out.
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class _FaultLog(UserCallback):
+    """Says and keeps why a group of workers stopped; runs in Ray Train's controller."""
+
+    def __init__(self, run: str, max_restarts: int) -> None:
+        self._run, self._max_restarts = run, max_restarts
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """One or more workers stopped with an error."""
+        run = Storage(self._run)
+        rank, error = min(worker_exceptions.items(), key=lambda item: (_blame(item[1]), item[0]))
+        kind = _KINDS[_blame(error)]
+        # Without the worker's number: an error that all of them have is the same whoever reports it first.
+        text = str(_cause(error)) if kind == "diverged" else f"a worker stopped: {_last_line(error)}"
+        fault = _note(run, kind, text)
+        print(
+            f"worker {rank} stopped: {_last_line(error)}; going on from step {max(fault.step, 0)}", flush=True
+        )
+
+
+_KINDS: tuple[faults.Kind, ...] = ("died", "diverged", "error")
+
+
+def _blame(error: Exception) -> int:
+    """Lowest for the likeliest cause: when one worker dies, the others fail in their collectives."""
+    if _is_death(error):
+        return 0
+    return 1 if isinstance(_cause(error), faults.Diverged) else 2
+
+
+def _is_death(error: BaseException) -> bool:
+    failure = getattr(error, "health_check_failure", error)
+    return isinstance(failure, ray.exceptions.RayActorError)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What the training itself raised, inside of Ray Train's wrapping."""
+    return getattr(error, "_base_exc", None) or getattr(error, "cause", None) or error
+
+
+def _last_line(error: BaseException) -> str:
+    """The error in one line."""
+    if _is_death(error):
+        return "its process ended"
+    lines = [line.strip() for line in str(_cause(error)).splitlines() if line.strip()]
+    return f"{type(_cause(error)).__name__}: {lines[-1] if lines else ''}"[:400]
+
+
+def _note(run: Storage, kind: faults.Kind, text: str) -> faults.Fault:
+    names = checkpoints.listed(run)
+    return faults.note(run, names[-1].step if names else -1, kind, text)
+
+
+def _raise_verdict(config: TrainConfig, run: Storage) -> None:
+    noted = faults.load(run)
+    message = faults.verdict(noted, config.faults.max_restarts)
+    if message is not None:
+        if noted[-1].kind == "diverged":
+            raise UserError(message)
+        raise RuntimeError(f"run {config.run_name} stopped: {message}")
 
 
 def _raise_refusal(run: Storage) -> None:

@@ -3,7 +3,6 @@
 import fcntl
 import hashlib
 import json
-import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -26,7 +25,9 @@ from pipeline.training import checkpoint as checkpoints
 from pipeline.training import identity as identities
 from pipeline.training.checks import check_before_start, with_absolute_paths
 from pipeline.training.config import TrainConfig
+from pipeline.training.faults import Diverged
 from pipeline.training.loop import train
+from pipeline.training.stopping import saving_on_sigterm, stop_requested
 from pipeline.training.worker import Worker
 
 RESULT = "result.json"
@@ -120,7 +121,7 @@ def _tracked_training(
     sender = Sender(run, config.tracking, tracked, published_step=lambda: _published_step(run))
     try:
         with sender:
-            with _terminable():
+            with saving_on_sigterm(run):
                 _train(config, run, callbacks)
             left = sender.flush(timeout_s=60.0)
             if left:
@@ -146,7 +147,11 @@ def _train(config: TrainConfig, run: Storage, callbacks: Sequence[Any]) -> None:
     if config.worker_range[1] == 0:
         feed = Feed(config.data.root, config.seed, config.batch_size, config.crop_px, rank=0, world_size=1)
         device = torch.device("cuda" if config.use_gpu else "cpu")
-        train(config, Worker(device=device), run, feed, read_held_out(config.data.root))
+        worker = Worker(device=device, stopping=lambda: stop_requested(run))
+        try:
+            train(config, worker, run, feed, read_held_out(config.data.root))
+        except Diverged as error:
+            raise UserError(str(error)) from None
     else:
         from pipeline.training import ray_trainer
 
@@ -277,24 +282,6 @@ def _only_writer(run: Storage, run_name: str) -> Iterator[None]:
                 f"run_name={run_name}: another process is training {run.uri}; wait for it or stop it first"
             ) from None
         yield
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Turns SIGTERM (`ray job stop`) into SystemExit, so that the run's status is set before the process ends."""
-
-    def stop(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # Not the main thread (a trial's driver): its owner handles signals.
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -25,6 +25,10 @@ class Worker:
     """Tells the surroundings of a finished interval; every worker calls it equally often."""
     preempted: Callable[[], bool] = _never
     """Whether this worker's machine is about to be taken away; every worker calls it equally often."""
+    stopping: Callable[[], bool] = _never
+    """Whether somebody asked the run to save and end; one worker that says so is enough."""
+    reason: str = ""
+    """Why this group of workers follows another one."""
 
     @property
     def leads(self) -> bool:

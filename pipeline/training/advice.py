@@ -1,0 +1,73 @@
+"""Warnings about runs that are going wrong without failing."""
+
+from collections import deque
+from collections.abc import Mapping
+
+DATA_WAIT_SHARE = 0.2
+INTERVALS = 5
+"""So many intervals in a row make a habit."""
+WINS, LOSES = 0.98, 0.52
+STUCK_SPREAD = 1e-4
+
+
+class Advisor:
+    """Looks at every interval's values; says each thing once, and again only after it had stopped."""
+
+    def __init__(self) -> None:
+        self._recent: deque[Mapping[str, float]] = deque(maxlen=INTERVALS)
+        self._said: set[str] = set()
+
+    def look(self, values: Mapping[str, float]) -> list[str]:
+        """New warnings after an interval.
+
+        Args:
+            values: what `Meter.finish` gave.
+        """
+        self._recent.append(values)
+        if len(self._recent) < INTERVALS or set(self._recent[0]) != set(values):
+            return []
+        found = {kind: text for kind, text in self._checks() if text}
+        new = [text for kind, text in found.items() if kind not in self._said]
+        self._said = set(found)
+        return new
+
+    def _checks(self) -> list[tuple[str, str]]:
+        accuracy = self._all("discriminator_accuracy")
+        pixel = self._all("loss_pixel")
+        wait = self._all("data_wait_share")
+        checks = [
+            (
+                "wait",
+                f"steps wait {wait[-1]:.0%} of the time for data; give the workers more CPUs (cpus_per_worker), "
+                "or put data.root on a faster disk"
+                if min(wait) > DATA_WAIT_SHARE
+                else "",
+            ),
+            (
+                "stuck",
+                f"the pixel loss has not moved for {INTERVALS} intervals ({pixel[-1]:.4g}); raise the learning rate"
+                if max(pixel) - min(pixel) <= STUCK_SPREAD * max(pixel)
+                else "",
+            ),
+        ]
+        if accuracy:
+            checks += [
+                (
+                    "wins",
+                    f"the discriminator tells real from fake {accuracy[-1]:.0%} of the time; its gradient fades: "
+                    "lower gan.learning_rate, or train stage 1 longer"
+                    if min(accuracy) > WINS
+                    else "",
+                ),
+                (
+                    "loses",
+                    f"the discriminator is right {accuracy[-1]:.0%} of the time, hardly more than by chance; "
+                    "it adds noise rather than detail"
+                    if max(accuracy) < LOSES
+                    else "",
+                ),
+            ]
+        return checks
+
+    def _all(self, name: str) -> list[float]:
+        return [values[name] for values in self._recent if name in values]

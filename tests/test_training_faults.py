@@ -1,0 +1,214 @@
+"""Faults: which of them end a run, saving on SIGTERM, refusing storage, and warnings."""
+
+import errno
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import fields, flags, write_photos
+
+from pipeline.config import load_config
+from pipeline.errors import UserError
+from pipeline.storage import Storage
+from pipeline.tracking.records import Event, read_segment, segment_steps
+from pipeline.training import checkpoint as checkpoints
+from pipeline.training import faults, stopping
+from pipeline.training.advice import INTERVALS, Advisor
+from pipeline.training.faults import Fault, verdict
+from pipeline.training.run import TrainingResult, run_training
+
+
+def fault(step: int, text: str = "worker 0: its process ended", kind: faults.Kind = "died") -> Fault:
+    return Fault(step, kind, text, 0)
+
+
+def test_a_run_that_gets_on_may_be_interrupted_any_number_of_times() -> None:
+    assert verdict([fault(step) for step in range(100)], max_restarts=1) is None
+
+
+def test_deaths_without_a_new_checkpoint_end_the_run() -> None:
+    assert verdict([fault(4)] * 3, max_restarts=3) is None
+    message = verdict([fault(4)] * 4, max_restarts=3)
+    assert message is not None
+    assert "4 faults from step 4 on" in message
+
+
+def test_the_same_error_three_times_ends_the_run_with_its_message() -> None:
+    error = fault(4, "worker 1: KeyError: 'x'", "error")
+    assert verdict([error] * 2, max_restarts=10) is None
+    message = verdict([error] * 3, max_restarts=10)
+    assert message is not None
+    assert message.endswith("worker 1: KeyError: 'x'")
+    other = fault(4, "worker 0: another", "error")
+    assert verdict([error, other, error], max_restarts=10) is None
+
+
+def test_divergence_is_tried_once_more() -> None:
+    diverged = fault(4, "step 9: non-finite", "diverged")
+    assert verdict([diverged], max_restarts=10) is None
+    assert verdict([diverged, diverged], max_restarts=10) == "step 9: non-finite"
+
+
+def test_faults_are_kept_in_the_runs_folder(tmp_path: Path) -> None:
+    run = Storage(str(tmp_path))
+    assert faults.load(run) == []
+    faults.note(run, 3, "error", "first")
+    faults.note(run, 5, "died", "second")
+    assert [(each.step, each.text) for each in faults.load(run)] == [(3, "first"), (5, "second")]
+    faults.clear(run)
+    assert faults.load(run) == []
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("faults")
+    write_photos(folder / "photos", 3, 96, seed=1)
+    write_photos(folder / "held_out", 2, 64, seed=2)
+    return folder
+
+
+def train(folder: Path, **changes: Any) -> TrainingResult:
+    changes = {"tracking.register_model": False, **changes}
+    config, _ = load_config(flags(fields(folder, **changes)), description="", environment={})
+    return run_training(config)
+
+
+def events(run: Storage) -> list[str]:
+    return [
+        record.text
+        for step in segment_steps(run)
+        for record in read_segment(run, step).records
+        if isinstance(record, Event)
+    ]
+
+
+@pytest.mark.slow
+def test_sigterm_saves_where_the_run_is_and_the_next_try_goes_on_there(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    undisturbed = train(folder, run_name="undisturbed")
+    monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", "60")
+    run = Storage(str(folder / "runs" / "stopped"))
+    long = {"checkpoint_every_steps": 1000, "validate_every_steps": 1000, "run_name": "stopped"}
+    from pipeline.training import loop
+
+    seen = loop.progress_line
+
+    def line(stage: str, step: int, last: int, values: Any) -> str:
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not stopping.stop_requested(run):
+                threading.Event().wait(0.01)
+        return seen(stage, step, last, values)
+
+    monkeypatch.setattr(loop, "progress_line", line)
+    with pytest.raises(SystemExit) as ended:
+        train(folder, **long)
+    assert ended.value.code == 128 + signal.SIGTERM
+    # Asked while step 4's line is printed, agreed upon at the next interval's end.
+    assert [str(name) for name in checkpoints.listed(run)] == ["psnr-00000005"]
+    assert not stopping.stop_requested(run)
+    assert json.loads(run.read_bytes("tracking/run.json"))["status"] == "KILLED"
+
+    monkeypatch.setattr(loop, "progress_line", seen)
+    result = train(folder, **long)
+    assert result.generator_sha256 == undisturbed.generator_sha256
+    assert events(run) == ["going on at step 5 of stage psnr with 1 workers"]
+    assert "going on at step 5" in capsys.readouterr().out
+
+
+def test_a_grace_time_that_is_too_short_ends_the_run_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", "3")
+    run = Storage(str(tmp_path))
+    with stopping.saving_on_sigterm(run), pytest.raises(SystemExit) as ended:
+        signal.raise_signal(signal.SIGTERM)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert not stopping.stop_requested(run)
+
+
+def full_disk(times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first checkpoint files find no space."""
+    real = checkpoints.write
+    left = [times]
+
+    def write(*args: Any) -> None:
+        if left[0] > 0:
+            left[0] -= 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(*args)
+
+    monkeypatch.setattr(checkpoints, "write", write)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_a_while_costs_no_metrics_and_changes_no_bits(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = train(folder, run_name="roomy")
+    full_disk(2, monkeypatch)
+    result = train(folder, run_name="tight")
+    assert result.generator_sha256 == undisturbed.generator_sha256
+    run = Storage(str(folder / "runs" / "tight"))
+    said = [text for text in events(run) if "could not be written" in text]
+    assert said
+    assert "No space left on device" in said[0]
+    from pipeline.tracking.records import Metrics
+
+    points = {
+        (record.step, key)
+        for step in segment_steps(run)
+        for record in read_segment(run, step).records
+        if isinstance(record, Metrics)
+        for key in record.values
+    }
+    assert {step for step, key in points if key == "loss/pixel"} == set(range(1, 13))
+
+
+@pytest.mark.slow
+def test_a_disk_that_stays_full_ends_the_run_with_one_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full_disk(1000, monkeypatch)
+    with pytest.raises(UserError, match=r"storage=.*could not be written \(No space left on device\)"):
+        train(folder, run_name="full")
+
+
+def interval(**changes: float) -> dict[str, float]:
+    return {
+        "loss_pixel": 0.1,
+        "data_wait_share": 0.0,
+        "discriminator_accuracy": 0.8,
+        "steps_per_s": 1.0,
+        **changes,
+    }
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ({"data_wait_share": 0.5}, "wait 50% of the time for data"),
+        ({"discriminator_accuracy": 1.0}, "tells real from fake"),
+        ({"discriminator_accuracy": 0.5}, "hardly more than by chance"),
+        ({"loss_pixel": 0.25}, "has not moved"),
+    ],
+)
+def test_a_habit_is_said_once_and_again_after_it_stopped(bad: dict[str, float], words: str) -> None:
+    advisor, said = Advisor(), []
+    for index in range(3 * INTERVALS):
+        said += advisor.look(interval(**{"loss_pixel": 0.1 + 0.01 * index, **bad}))
+    assert len(said) == 1
+    assert words in said[0]
+    for index in range(INTERVALS):
+        assert advisor.look(interval(loss_pixel=0.1 + 0.01 * index)) == []
+    again = [
+        text
+        for index in range(INTERVALS)
+        for text in advisor.look(interval(**{"loss_pixel": 0.1 + 0.01 * index, **bad}))
+    ]
+    assert len(again) == 1
