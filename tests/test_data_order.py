@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pipeline.data.order import Draws, Samples, rank_share
+from pipeline.data.order import Draws, Samples, channel_orders, rank_share
 
 # 23 patches and batches of 6: every epoch ends in the middle of a batch.
 SAMPLES = Samples(patches=23, patch_px=32, scale=4, seed=7, batch_size=6, crop_px=16)
@@ -79,3 +79,15 @@ def test_a_late_step_of_a_large_data_set_costs_no_more_than_the_first() -> None:
     assert len(draws.patch) == 16
     assert (draws.patch < 1_000_003).all()
     assert rows(draws) == rows(samples.of_step(1_400_000))
+
+
+def test_channel_orders_are_permutations_that_seed_step_and_place_decide() -> None:
+    whole = channel_orders(7, 6, 11, 0, 6)
+    parts = [channel_orders(7, 6, 11, *rank_share(6, rank, 4)) for rank in range(4)]
+    assert np.array_equal(np.concatenate(parts), whole)
+    many = channel_orders(7, 600, 0, 0, 600)
+    assert np.array_equal(np.sort(many, axis=1), np.tile(np.arange(3), (600, 1)))
+    counts = np.unique(many, axis=0, return_counts=True)[1]
+    assert len(counts) == 6
+    assert counts.min() > 70
+    assert not np.array_equal(channel_orders(8, 600, 0, 0, 600), many)

@@ -3,17 +3,19 @@
 Sample number n = step * batch_size + position. Epoch n // patches is a permutation of all patches, made by a Feistel
 network over the patch numbers with cycle walking (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
 So nothing is stored or shuffled: sample one million costs as much as sample zero, in constant memory, on any rank.
-Crops and flips are hashes of (seed, n). Batches run across the end of an epoch.
+Crops, flips and channel orders are hashes of (seed, n). Batches run across the end of an epoch.
 """
 
 from dataclasses import dataclass
+from itertools import permutations
 
 import numpy as np
 
 _ROUNDS = 6
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_CHANNEL_ORDERS = np.array(list(permutations(range(3))), np.int64)
 # Streams keep the hashes of different purposes apart.
-_ORDER, _CROP_Y, _CROP_X, _FLIPS = 1, 2, 3, 4
+_ORDER, _CROP_Y, _CROP_X, _FLIPS, _CHANNELS = 1, 2, 3, 4, 5
 
 
 def mix(values: np.ndarray) -> np.ndarray:
@@ -52,6 +54,19 @@ def permute(index: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
 def rank_share(batch_size: int, rank: int, world_size: int) -> tuple[int, int]:
     """(first, last) positions of the global batch for one rank; shares are contiguous and differ by at most one."""
     return batch_size * rank // world_size, batch_size * (rank + 1) // world_size
+
+
+def channel_orders(seed: int, batch_size: int, step: int, first: int, last: int) -> np.ndarray:
+    """A permutation of red, green and blue for each sample at positions first..last of the batch of `step`.
+
+    All six are equally likely (RGB shuffle, as in Feng et al., "Suppressing model overfitting for image
+    super-resolution networks", 2019).
+
+    Returns:
+        (last - first, 3), int64: the channel that each one takes its values from.
+    """
+    numbers = np.arange(step * batch_size + first, step * batch_size + last, dtype=np.int64)
+    return _CHANNEL_ORDERS[_below(keyed(seed, _CHANNELS, numbers), np.uint64(len(_CHANNEL_ORDERS)))]
 
 
 @dataclass(frozen=True)

@@ -137,6 +137,10 @@ class TrainConfig(Section):
     model: ModelConfig = Field(ModelConfig(), description="Network sizes.")
     batch_size: int = Field(16, ge=1, description="Patches in a step, over all workers.")
     crop_px: int = Field(128, ge=16, description="Side of the high-resolution crop, in pixels.")
+    shuffle_channels: bool = Field(
+        False,
+        description="Permute red, green and blue of every patch, for data sets that lack colours.",
+    )
     psnr: PsnrStage = Field(PsnrStage(), description="Stage 1.")
     gan: GanStage = Field(GanStage(), description="Stage 2.")
     perceptual: PerceptualConfig = Field(PerceptualConfig(), description="Perceptual features.")

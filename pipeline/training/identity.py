@@ -13,8 +13,8 @@ FILE = "run.json"
 
 # Fields that decide what is learned. The rest (where, how many workers, how often to log) may differ from try to try.
 LEARNING_FIELDS = (
-    "seed", "batch_size", "crop_px", "psnr", "gan", "perceptual", "adam", "model", "ema_decay", "precision",
-    "channels_last",
+    "seed", "batch_size", "crop_px", "shuffle_channels", "psnr", "gan", "perceptual", "adam", "model", "ema_decay",
+    "precision", "channels_last",
 )  # fmt: skip
 
 
@@ -54,7 +54,8 @@ def claim(run: Storage, config: TrainConfig, manifest_sha256: str) -> RunIdentit
 
 def require_same_fields(there: RunIdentity, config: TrainConfig) -> None:
     """Raises UserError, naming the fields, when `config` would not continue the run that is there."""
-    before, now = _flat(there.fields), _flat(_fields(config))
+    # A run from before a field existed has its default.
+    before, now = _flat(_fields(TrainConfig()) | there.fields), _flat(_fields(config))
     different = [
         f"{name} was {before.get(name)!r}, now {now.get(name)!r}"
         for name in sorted(before | now)

@@ -9,10 +9,8 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from pipeline.data import HeldOutPhoto
-from pipeline.data.feed import Batch as RawBatch
 from pipeline.data.feed import Feed
 from pipeline.errors import UserError
 from pipeline.model import RRDBNet, VGGFeatures
@@ -22,6 +20,7 @@ from pipeline.tracking.records import Event, Metrics, Picture, discard_after, wr
 from pipeline.tracking.system import system_metrics
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training.advice import Advisor
+from pipeline.training.batches import on_device
 from pipeline.training.checkpoint import Checkpointer, CheckpointName
 from pipeline.training.config import TrainConfig
 from pipeline.training.distributed import bare, world_size
@@ -29,7 +28,7 @@ from pipeline.training.faults import Diverged
 from pipeline.training.meter import Meter, progress_line
 from pipeline.training.schedule import learning_rate
 from pipeline.training.state import Best, Stage, TrainState, begin_gan, new_state
-from pipeline.training.step import Batch, GanWeights, StepSettings, gan_step, psnr_step
+from pipeline.training.step import GanWeights, StepSettings, gan_step, psnr_step
 from pipeline.training.validation import PICTURES, pictures, validate
 from pipeline.training.worker import Worker
 
@@ -84,7 +83,7 @@ def train(
 
             asked = time.perf_counter()
             raw = next(batches)
-            batch = _on_device(raw, config, device)
+            batch = on_device(raw, config, worker, state.step)
             waited_s = time.perf_counter() - asked
 
             if state.stage == "psnr":
@@ -154,16 +153,6 @@ def _settings(config: TrainConfig, state: TrainState) -> StepSettings:
         step = state.step - config.psnr.steps
         rate = learning_rate(config.gan.schedule, config.gan.learning_rate, step, config.gan.steps)
     return StepSettings(rate, config.ema_decay, config.precision, config.adam.clip_norm)
-
-
-def _on_device(raw: RawBatch, config: TrainConfig, device: torch.device) -> Batch:
-    """uint8 travels to the device and becomes float there."""
-    layout = torch.channels_last if config.channels_last else torch.contiguous_format
-
-    def ready(images: Tensor) -> Tensor:
-        return images.to(device, non_blocking=True).to(torch.float32, memory_format=layout).div_(255)
-
-    return Batch(ready(raw.lr), ready(raw.hr), config.batch_size)
 
 
 def _require_healthy(config: TrainConfig, state: TrainState, values: dict[str, float]) -> None:

@@ -150,8 +150,10 @@ def _worker_loop(loop_config: Mapping[str, Any]) -> None:
     )
     try:
         feed = ray.train.get_dataset_shard("train")
-        # Ray Data sets up logging anew, which brings back the lines that `logging_config` keeps away.
-        logging.getLogger("ray.train").setLevel(logging.WARNING)
+        # A line for every report. Ray Data sets up logging anew, which undoes levels, but no filters.
+        logging.getLogger("ray.train.v2._internal.execution.context").addFilter(
+            lambda record: record.levelno >= logging.WARNING
+        )
         train(config, worker, run, feed, read_held_out(config.data.root))
     except UserError as error:
         # Trying again cannot help, so the worker ends without a failure and leaves the reason to the driver.
