@@ -1,0 +1,119 @@
+"""What a checkpoint at full size costs the training thread: 23 blocks and the VGG-style discriminator, stage 2.
+
+    python benchmarks/checkpoint.py --device cpu --rounds 7
+
+The pause is the call that copies the live tensors and hands them to the writing thread. While that thread writes, it
+takes a core, disk and memory bandwidth from training; that is measured too, as steps that end during a write against
+steps that do not. With `--batch 16 --device cuda` the share is that of the recipe; on a CPU a step takes so long that
+the share says little, and the step time at which the pause would be 2 % of 500 steps says more.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from step import make_config, our_step
+from turns import as_text, machine, summary
+
+from pipeline.model.weights import sizes_as_text
+from pipeline.storage import Storage
+from pipeline.training.checkpoint import Checkpointer, CheckpointName
+
+STEPS = 500
+SHARE = 0.02
+
+
+def measure(options: argparse.Namespace, folder: str) -> dict[str, Any]:
+    """Pauses, writing times, and step times with and without a write."""
+    device = torch.device(options.device)
+    config = make_config(23, options.batch, 128)
+    step, state, _ = our_step(config, "gan", device, "fp32")
+
+    def timed_step() -> float:
+        began = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    timed_step()
+    undisturbed = [timed_step() for _ in range(options.rounds)]
+    pauses, writes, disturbed = [], [], []
+    count = 0
+    with Checkpointer(Storage(folder) / "run", 2, sizes_as_text(state.ema)) as checkpointer:
+        for number in range(1, options.rounds + 1):
+            began = time.perf_counter()
+            checkpointer.save(
+                CheckpointName(number, "gan"),
+                state.ema.state_dict(),
+                state.tensors(),
+                state.scalars(),
+                before=lambda: None,
+                keep=frozenset(),
+            )
+            pauses.append(time.perf_counter() - began)
+            if number % 2:
+                checkpointer.wait()
+                writes.append(time.perf_counter() - began - pauses[-1])
+            else:
+                # Training goes on while the thread writes.
+                pending = checkpointer._pending
+                assert pending is not None
+                while True:
+                    seconds = timed_step()
+                    if pending.done():
+                        break
+                    disturbed.append(seconds)
+                checkpointer.wait()
+        count = sum(value.nbytes for value in [*state.ema.state_dict().values(), *state.tensors().values()])
+    step_s = statistics.median(undisturbed)
+    pause_s = statistics.median(pauses)
+    # A write may be shorter than a step: then it slows down a part of one.
+    slowdown_s = 0.0
+    if disturbed:
+        extra = statistics.median(disturbed) / step_s - 1
+        slowdown_s = max(0.0, extra) * statistics.median(writes)
+    return {
+        "mib": count / 2**20,
+        "pause_s": summary(pauses),
+        "write_s": summary(writes),
+        "step_s": summary(undisturbed),
+        "step_while_writing_s": summary(disturbed) if disturbed else None,
+        "share_of_500_steps": pause_s / (STEPS * step_s),
+        "share_with_slower_steps": (pause_s + slowdown_s) / (STEPS * step_s),
+        "pause_is_2_percent_at_step_s": pause_s / (STEPS * SHARE),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--storage", help="folder to write below; default: the system's temporary one")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    facts = machine(options.device)
+    with tempfile.TemporaryDirectory(dir=options.storage) as folder:
+        result = measure(options, folder)
+    print(
+        f"{result['mib']:.0f} MiB: pause {as_text(result['pause_s'])} s, written in {as_text(result['write_s'])} s; "
+        f"{result['share_of_500_steps']:.4%} of {STEPS} steps of {result['step_s']['median']:.2f} s"
+    )
+    text = json.dumps({"machine": facts, "arguments": sys.argv[1:], "results": result}, indent=2)
+    print(text)
+    if options.out:
+        options.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
