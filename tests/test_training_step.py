@@ -1,6 +1,7 @@
 """The step: the same on any number of workers, and the same as the plain sequence of operations."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -201,3 +202,43 @@ def test_bf16_keeps_weights_losses_and_logits_in_float32() -> None:
     assert {value.dtype for value in losses.values()} == {torch.float32}
     assert {value.dtype for value in state.generator.parameters()} == {torch.float32}
     assert all(torch.isfinite(value) for value in losses.values())
+
+
+def test_bf16_gradients_differ_from_float32s_by_rounding_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    judged: list[torch.dtype] = []
+
+    def noting(real: Tensor, fake: Tensor, mean: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        judged.extend([real.dtype, fake.dtype])
+        return relativistic_losses(real, fake, mean)
+
+    monkeypatch.setattr("pipeline.training.step.relativistic_losses", noting)
+    lr, hr = (each.float() for each in images(0))
+
+    def gradients(kind: str, precision: str, lr: Tensor, hr: Tensor) -> Tensor:
+        state = new_state(CONFIG, "psnr", torch.device("cpu"))
+        begin_gan(state, CONFIG, torch.device("cpu"))
+        settings = StepSettings(1e-3, 0.9, precision=precision)
+        gan_step(state, Batch(lr, hr, 8), SmallFeatures(), {"conv": 1.0}, WEIGHTS, settings)
+        moments = [
+            value
+            for name, value in state.tensors().items()
+            if name.startswith(kind) and name.endswith("exp_avg")
+        ]
+        assert {value.dtype for value in moments} == {torch.float32}
+        return torch.cat([value.flatten() for value in moments])
+
+    def difference(one: Tensor, other: Tensor) -> float:
+        assert one.isfinite().all()
+        return float((one - other).norm() / other.norm())
+
+    rounded = lr.bfloat16().float(), hr.bfloat16().float()
+    for kind, limit in (("generator", 0.02), ("discriminator", None)):
+        exact = gradients(kind, "fp32", lr, hr)
+        bf16 = difference(gradients(kind, "bf16", lr, hr), exact)
+        if limit is None:
+            # A fresh discriminator judges both kinds alike, and its gradient is what little is left: rounding nothing
+            # but the images once already moves it by 0.14. Rounding in each of its ten layers may do several times that.
+            limit = 10 * difference(gradients(kind, "fp32", *rounded), exact)
+        # bfloat16 has 8 bits: hardly any difference would mean that nothing ran in it.
+        assert 1e-4 < bf16 < limit, kind
+    assert set(judged) == {torch.float32}
