@@ -237,7 +237,7 @@ def test_bf16_gradients_differ_from_float32s_by_rounding_only(monkeypatch: pytes
         bf16 = difference(gradients(kind, "bf16", lr, hr), exact)
         if limit is None:
             # A fresh discriminator judges both kinds alike, and its gradient is what little is left: rounding nothing
-            # but the images once already moves it by 0.14. Rounding in each of its ten layers may do several times that.
+            # but the images once already moves it by 0.14. Rounding in each of ten layers may do several times that.
             limit = 10 * difference(gradients(kind, "fp32", *rounded), exact)
         # bfloat16 has 8 bits: hardly any difference would mean that nothing ran in it.
         assert 1e-4 < bf16 < limit, kind
