@@ -61,7 +61,7 @@ def our_step(
     features = None
     if stage == "gan":
         begin_gan(state, config, device)
-        features = VGGFeatures([LAYER], "random").to(device, memory_format=torch.channels_last)
+        features = VGGFeatures([LAYER], "random").to(device)
     lr, hr = images(config, device)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     batch = Batch(lr.to(memory_format=layout), hr.to(memory_format=layout), config.batch_size)
@@ -81,7 +81,7 @@ def basicsr_step(
     config: TrainConfig, state: TrainState, features: VGGFeatures | None, device: torch.device, precision: str
 ) -> Step:
     """A step of BasicSR's sequence, from the weights of `state`."""
-    # Features of its own: ours are channels-last, and so would its activations become.
+    # Features of its own, so that no layout of ours reaches it.
     own = None if features is None else VGGFeatures([LAYER], "random").to(device)
     basicsr = BasicSR.like(state, config, own)
     lr, hr = images(config, device)
