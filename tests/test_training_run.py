@@ -114,6 +114,16 @@ def test_killed_anywhere_and_resumed_ends_with_the_same_bits_and_curve(
     assert curve(run) == curve(Storage(str(folder / "runs" / "tiny")))
 
 
+def test_weights_that_never_get_better_than_the_first_are_registered_all_the_same(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"run_name": "still", "psnr.learning_rate": 1e-30, "psnr.steps": 3, "gan.steps": 0}
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    result = train(folder, **changes, **{"tracking.register_model": True, "tracking.uri": uri})
+    assert result.model_version == 1
+    assert "cannot be read" not in capsys.readouterr().out
+
+
 def test_another_configuration_under_the_same_name_is_refused(
     folder: Path, undisturbed: TrainingResult
 ) -> None:

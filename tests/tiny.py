@@ -38,6 +38,7 @@ def fields(folder: Path, **changes: Any) -> dict[str, Any]:
         "model.discriminator_num_feat": 4,
         "batch_size": 4,
         "crop_px": 32,
+        "shuffle_channels": True,
         "psnr.steps": 6,
         "gan.steps": 6,
         "perceptual.weights": "random",

@@ -226,7 +226,8 @@ class _Recorder:
         state, scale = self.state, self.config.data.scale
         self.latest = validate(state.ema, self.held_out, scale, self.worker.device)
         value = self.latest[self.config.tracking.metric]
-        if state.best is None or value > state.best.value:
+        # Before the first step nothing is saved that could be the best.
+        if state.step and (state.best is None or value > state.best.value):
             state.best = Best(state.step, value)
         if not self.worker.leads:
             return

@@ -12,6 +12,7 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
+from ray.train.v2._internal.execution import context as reports
 from ray.train.v2.api.callback import UserCallback
 
 from pipeline.data import read_held_out
@@ -150,10 +151,8 @@ def _worker_loop(loop_config: Mapping[str, Any]) -> None:
     )
     try:
         feed = ray.train.get_dataset_shard("train")
-        # A line for every report. Ray Data sets up logging anew, which undoes levels, but no filters.
-        logging.getLogger("ray.train.v2._internal.execution.context").addFilter(
-            lambda record: record.levelno >= logging.WARNING
-        )
+        # A line for every report, from a logger that is named after its file and obeys no `logging_config`.
+        logging.getLogger(reports.__file__).setLevel(logging.WARNING)
         train(config, worker, run, feed, read_held_out(config.data.root))
     except UserError as error:
         # Trying again cannot help, so the worker ends without a failure and leaves the reason to the driver.
