@@ -1,5 +1,6 @@
 """What all commands do alike: exit codes, the result as JSON, a table."""
 
+import errno
 import json
 import math
 import sys
@@ -14,7 +15,7 @@ EXIT_INTERRUPTED = 130
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
-    """Runs a command on the program's arguments and exits: 0, or 2 after one clear line about bad input.
+    """Runs a command on the program's arguments and exits: 0, or 2 after one clear line about what the user can mend.
 
     Anything else that goes wrong keeps its traceback and exits 1. A command may return another exit code.
     """
@@ -23,6 +24,16 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         code = main(sys.argv[1:])
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_BAD_INPUT)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(
+            f"error: no space left on the device{where}; free some, or choose another place, and run the same command "
+            "again: it goes on",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
         sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
