@@ -4,7 +4,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -12,6 +13,7 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
+from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from ray.train.v2._internal.execution import context as reports
 from ray.train.v2.api.callback import UserCallback
 
@@ -74,7 +76,8 @@ def fit(config: TrainConfig, run: Storage, callbacks: Sequence[UserCallback] = (
     _set_timeouts(config)
     while True:
         try:
-            _trainer(config, run, callbacks).fit()
+            with _told_address():
+                _trainer(config, run, callbacks).fit()
         except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
             _raise_refusal(run)
             _raise_verdict(config, run)
@@ -228,6 +231,25 @@ def _raise_refusal(run: Storage) -> None:
         message = json.loads(run.read_bytes(REFUSAL))["message"]
         run.remove(REFUSAL)
         raise UserError(message)
+
+
+@contextmanager
+def _told_address() -> Iterator[None]:
+    """Inside, Ray Train's processes learn which Ray is theirs.
+
+    The one that gives back the CPUs of a controller which died looks for any Ray on the machine otherwise, and may ask
+    the wrong one.
+    """
+    before = os.environ.get("RAY_ADDRESS")
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["RAY_ADDRESS"]
+        else:
+            os.environ["RAY_ADDRESS"] = before
 
 
 def _set_timeouts(config: TrainConfig) -> None:

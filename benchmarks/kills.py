@@ -1,0 +1,145 @@
+"""SIGKILL for a random worker, at random moments, in one run of both stages: the same bits, and how long it takes.
+
+    python benchmarks/kills.py --kills 20
+
+Trains a tiny network twice on two workers of a private Ray: undisturbed, and with the kills. Prints whether the final
+weights are equal, how many steps were repeated after each kill, and the seconds from each kill to the next step in
+parts.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+EVERY_STEPS = 20
+STEPS = 700
+PROGRESS = re.compile(r"\] step (\d+)/")
+GOING_ON = re.compile(r"going on at step (\d+) of")
+
+
+@dataclass
+class Recovery:
+    """One kill and what followed; times in seconds since the epoch."""
+
+    step: int
+    """The newest step that was seen before the kill."""
+    killed: float
+    going_on_from: int = -1
+    resumed: float = 0.0
+    """When the new group of workers had loaded the checkpoint."""
+    next_step: float = 0.0
+
+
+def command(folder: Path, name: str) -> list[str]:
+    """A run of both stages whose lines of progress come after every step."""
+    fields = {
+        "run_name": name, "storage": folder / "runs", "workers": 2, "data.source": "sample",
+        "data.root": folder / "data", "data.patch_px": 64, "data.patch_step_px": 64, "model.num_block": 1,
+        "model.num_feat": 8, "model.num_grow_ch": 4, "model.discriminator_num_feat": 4, "batch_size": 4,
+        "crop_px": 32, "psnr.steps": STEPS // 2, "gan.steps": STEPS - STEPS // 2, "perceptual.weights": "random",
+        "perceptual.layers": '{"conv1_2": 1.0}', "log_every_steps": 1, "checkpoint_every_steps": EVERY_STEPS,
+        "validate_every_steps": STEPS // 2, "tracking.register_model": "false",
+    }  # fmt: skip
+    flags = [text for key, value in fields.items() for text in (f"--{key}", str(value))]
+    (folder / "empty.yaml").touch()
+    return [sys.executable, str(ROOT / "jobs/train_gan.py"), "--config", str(folder / "empty.yaml"), *flags]
+
+
+def start(folder: Path, name: str) -> subprocess.Popen[str]:
+    """The run, with a Ray of its own and its lines to read."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "RAY_DEDUP_LOGS": "0"}
+    environment.pop("RAY_ADDRESS", None)
+    return subprocess.Popen(
+        command(folder, name), cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )  # fmt: skip
+
+
+def kill_a_worker(driver: int, chance: random.Random) -> float:
+    """SIGKILL for one of the training workers below `driver`; when."""
+    workers = [
+        process
+        for process in psutil.Process(driver).children(recursive=True)
+        if "RayTrainWorker" in " ".join(process.cmdline())
+    ]
+    chance.choice(sorted(workers, key=lambda process: process.pid)).send_signal(signal.SIGKILL)
+    return time.time()
+
+
+def disturbed(folder: Path, kills: int, seed: int) -> list[Recovery]:
+    """Runs with kills, each a random number of steps after the group had gone on and saved a checkpoint."""
+    chance = random.Random(seed)
+    recoveries: list[Recovery] = []
+    due = chance.randint(1, 2 * EVERY_STEPS)
+    with start(folder, "disturbed") as run:
+        assert run.stdout is not None
+        for line in run.stdout:
+            if found := GOING_ON.search(line):
+                recoveries[-1].going_on_from, recoveries[-1].resumed = int(found[1]), time.time()
+            elif found := PROGRESS.search(line):
+                step = int(found[1])
+                if recoveries and not recoveries[-1].next_step:
+                    if not recoveries[-1].resumed:
+                        continue  # The last lines of the group that was killed.
+                    recoveries[-1].next_step = time.time()
+                    # A later checkpoint lies between two kills, so that the run gets on.
+                    due = recoveries[-1].going_on_from + EVERY_STEPS + chance.randint(1, 12)
+                if step >= due and len(recoveries) < kills:
+                    recoveries.append(Recovery(step, kill_a_worker(run.pid, chance)))
+        assert run.wait() == 0
+    return recoveries
+
+
+def main() -> None:
+    """Runs both and prints a table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory(prefix="kills-") as name:
+        folder = Path(name)
+        with start(folder, "undisturbed") as run:
+            output = run.communicate()[0]
+            assert run.returncode == 0, output[-2000:]
+        recoveries = disturbed(folder, options.kills, options.seed)
+        results = [
+            json.loads((folder / "runs" / run_name / "result.json").read_text())
+            for run_name in ("undisturbed", "disturbed")
+        ]
+        faults = json.loads((folder / "runs/disturbed/faults.json").read_text())
+    noticed = [fault["time_ms"] / 1000 for fault in faults]
+    print(f"{platform.machine()}, {os.cpu_count()} cores, load {load:.1f} before; {len(recoveries)} kills")
+    print(f"final weights equal: {results[0]['generator_sha256'] == results[1]['generator_sha256']}")
+    print(f"metrics equal: {results[0]['metrics'] == results[1]['metrics']}")
+    repeated = [each.step - each.going_on_from for each in recoveries]
+    print(f"steps repeated: {min(repeated)} to {max(repeated)} (a checkpoint every {EVERY_STEPS})")
+    parts = {
+        "kill to next step": [each.next_step - each.killed for each in recoveries],
+        "  Ray Train notices": [at - each.killed for at, each in zip(noticed, recoveries, strict=True)],
+        "  new processes, checkpoint loaded": [
+            each.resumed - at for at, each in zip(noticed, recoveries, strict=True)
+        ],
+        "  first step": [each.next_step - each.resumed for each in recoveries],
+    }
+    for part, seconds in parts.items():
+        print(f"{part:36} {statistics.median(seconds):6.1f} s ({min(seconds):.1f} to {max(seconds):.1f})")
+
+
+if __name__ == "__main__":
+    main()
