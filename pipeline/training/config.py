@@ -96,7 +96,10 @@ class FaultConfig(Section):
         120.0, gt=0, description="A collective that takes longer counts as a lost worker, in seconds."
     )
     worker_start_timeout_s: float = Field(
-        600.0, gt=0, description="How long to wait for the workers' processes and their devices, in seconds."
+        600.0,
+        gt=0,
+        description="How long to wait for the workers' processes and their devices, in seconds; an elastic group waits "
+        "30 s at most and is then planned again with what is there.",
     )
     max_skipped_steps: int = Field(
         10,

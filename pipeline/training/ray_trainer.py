@@ -30,6 +30,7 @@ from pipeline.training.stopping import stop_requested
 from pipeline.training.worker import Worker
 
 REFUSAL = "refusal.json"
+ELASTIC_START_S = 30.0
 
 
 def connect(config: TrainConfig) -> None:
@@ -254,7 +255,11 @@ def _told_address() -> Iterator[None]:
 
 def _set_timeouts(config: TrainConfig) -> None:
     """Ray Train reads these from the driver's environment."""
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.faults.worker_start_timeout_s)
+    low, high = config.worker_range
+    start_s = config.faults.worker_start_timeout_s
+    # A group is planned on nodes that Ray does not know to be gone yet; an elastic one is then planned again, smaller.
+    start_s = start_s if low == high else min(start_s, ELASTIC_START_S)
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(start_s)
     # With it, every line that a worker prints appears twice.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     # One report is taken per poll; two seconds would hold up runs of short intervals.

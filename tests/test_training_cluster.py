@@ -1,0 +1,122 @@
+"""A group of workers that shrinks and grows with the cluster, on a Ray of three nodes on this machine."""
+
+import json
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ray.cluster_utils import Cluster
+from tiny import fields, flags, write_photos
+
+from pipeline.storage import Storage
+from pipeline.training import checkpoint as checkpoints
+
+pytestmark = [pytest.mark.cluster, pytest.mark.ray, pytest.mark.slow]
+
+ROOT = Path(__file__).parent.parent
+NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """A head without CPUs and two nodes with one each."""
+    folder = tempfile.mkdtemp(prefix="ec", dir="/tmp")  # Ray's sockets need a short path.
+    head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": 0, "temp_dir": folder}
+    cluster = Cluster(
+        initialize_head=True, head_node_args={**head, "object_store_memory": 200 * 2**20}, shutdown_at_exit=False
+    )  # fmt: skip
+    try:
+        yield cluster
+    finally:
+        cluster.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class Run:
+    """train_gan.py in a process of its own, whose lines are waited for."""
+
+    def __init__(self, folder: Path, address: str, **changes: object) -> None:
+        (folder / "empty.yaml").touch()
+        arguments = flags(fields(folder, **changes))
+        environment = {
+            **os.environ,
+            "RAY_ADDRESS": address,
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_DEDUP_LOGS": "0",
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "jobs/train_gan.py"), "--config", str(folder / "empty.yaml"), *arguments],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+        )  # fmt: skip
+        self._lines: queue.Queue[str] = queue.Queue()
+        self._seen: list[str] = []
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._lines.put(line)
+
+    def wait_for(self, *parts: str, timeout_s: float = 180.0) -> str:
+        """The next line that has all of `parts`."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                line = self._lines.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                pytest.fail(f"no line with {parts}; the last: {''.join(self._seen[-15:])}")
+            self._seen.append(line)
+            if all(part in line for part in parts):
+                return line
+
+
+def test_a_run_saves_at_notice_shrinks_grows_and_saves_when_stopped(cluster: Cluster, tmp_path: Path) -> None:
+    nodes = [cluster.add_node(**NODE) for _ in range(2)]
+    write_photos(tmp_path / "photos", 3, 96, seed=1)
+    write_photos(tmp_path / "held_out", 1, 64, seed=2)
+    # No checkpoint is due by itself.
+    endless = {"psnr.steps": 10**6, "checkpoint_every_steps": 10**6, "validate_every_steps": 10**6}
+    run = Run(
+        tmp_path, cluster.address, workers=[1, 2], **endless,
+        **{"log_every_steps": 5, "tracking.register_model": False, "faults.collective_timeout_s": 20},
+    )  # fmt: skip
+    saved = Storage(str(tmp_path / "runs" / "tiny"))
+    try:
+        run.wait_for("step 20/")
+        assert not checkpoints.listed(saved)
+        # A node is announced to go, and goes.
+        drain = [
+            str(Path(sys.executable).parent / "ray"), "drain-node", "--address", cluster.address,
+            "--node-id", nodes[1].node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION",
+            "--reason-message", "spot", "--deadline-remaining-seconds", "60",
+        ]  # fmt: skip
+        subprocess.run(drain, check=True, capture_output=True, timeout=60)
+        deadline = time.monotonic() + 60
+        while not checkpoints.listed(saved):
+            assert time.monotonic() < deadline, "the notice was not followed by a checkpoint"
+            run.wait_for("step ")
+        at_notice = checkpoints.listed(saved)[-1].step
+        cluster.remove_node(nodes[1], allow_graceful=False)
+        line = run.wait_for("going on at step", "with 1 workers")
+        assert int(line.split("going on at step ")[1].split()[0]) >= at_notice
+        # Another one comes.
+        cluster.add_node(**NODE)
+        run.wait_for("going on at step", "with 2 workers")
+        run.wait_for("] step ")
+        run.process.send_signal(signal.SIGTERM)
+        run.wait_for("SIGTERM: saving")
+        assert run.process.wait(timeout=60) == 128 + signal.SIGTERM
+        assert checkpoints.listed(saved)[-1].step > at_notice
+        assert json.loads(saved.read_bytes("run.json"))["fields"]["batch_size"] == 4
+    finally:
+        run.process.kill()
+        run.process.wait()
