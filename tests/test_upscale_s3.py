@@ -7,30 +7,15 @@ import numpy as np
 import pytest
 from enlarging import job, write_generator, write_picture
 from PIL import Image
+from s3 import s3_bucket
 
 from pipeline.storage import Storage
 
 
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }.items():
-        monkeypatch.setenv(name, value)
-    import boto3
-
-    boto3.client("s3").create_bucket(Bucket="photos")
-    yield "s3://photos"
-    server.stop()
+    with s3_bucket(monkeypatch) as bucket:
+        yield bucket
 
 
 def test_a_prefix_is_enlarged_into_another_and_skipped_the_second_time(bucket: str, tmp_path: Path) -> None:
