@@ -3,6 +3,7 @@
 import shutil
 import signal
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,28 @@ def test_a_process_that_is_killed_or_hangs_changes_no_bit_of_the_result(
     assert (disturbed.stage, disturbed.step) == ("gan", 12)
     assert disturbed.generator_sha256 == undisturbed.generator_sha256
     assert disturbed.metrics == undisturbed.metrics
+
+
+def test_ray_trains_own_processes_know_which_ray_is_theirs(ray_cluster: str, folder: Path) -> None:
+    # Else the one that watches over the controller asks the newest Ray on the machine, finds no such controller there,
+    # and takes the workers' CPUs away.
+    done, addresses = threading.Event(), set()
+
+    def watch() -> None:
+        while not done.wait(0.2):
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):
+                    if "PlacementGroupCleaner" in " ".join(process.cmdline()):
+                        addresses.add(process.environ().get("RAY_ADDRESS"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        train(folder, run_name="watched", **{"gan.steps": 0})
+    finally:
+        done.set()
+        watcher.join()
+    assert addresses == {ray_cluster}
 
 
 def test_an_error_that_repeats_ends_the_run_with_its_message(ray_cluster: str, folder: Path) -> None:
