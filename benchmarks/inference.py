@@ -13,9 +13,7 @@ The large photograph shows what grows with the output; a tile of the paper's net
 import argparse
 import json
 import os
-import platform
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from turns import cpu_name, has_bf16, ratios
 
 from pipeline.imaging import upscale
 from pipeline.model import RRDBNet, save_generator
@@ -53,11 +52,6 @@ def enlarge(generator: RRDBNet, lr: np.ndarray, name: str) -> np.ndarray:
     return upscale(generator, lr, tile_px=tile, dtype=dtype, channels_last=channels_last)
 
 
-def has_bf16() -> bool:
-    """Whether this CPU computes convolutions in bfloat16 (AVX-512 or AMX) and does not imitate it."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
 def run_rates(names: list[str], side: int, rounds: int) -> dict[str, dict[str, Any]]:
     """Speed against the plain way of the same round (median, least, most), and the levels that the pictures differ."""
     generator, lr = paper_network(), noise(side)
@@ -71,15 +65,12 @@ def run_rates(names: list[str], side: int, rounds: int) -> dict[str, dict[str, A
             seconds[name].append(time.perf_counter() - start)
     results = {}
     for name, times in seconds.items():
-        ratios = [plain / own for plain, own in zip(seconds["plain"], times, strict=True)]
         results[name] = {
             "side_px": side,
-            "speed_to_plain": {
-                "median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)
-            },
+            "speed_to_plain": ratios(seconds["plain"], times),
             "seconds": times,
             "levels_from_plain_at_most": int(np.abs(pictures[name] - pictures["plain"]).max()),
-        }  # fmt: skip
+        }
     return results
 
 
@@ -171,15 +162,6 @@ def main() -> None:
     print(text)
     if options.out:
         options.out.write_text(text + "\n")
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 if __name__ == "__main__":

@@ -10,21 +10,22 @@ parts.
 import argparse
 import json
 import os
-import platform
 import random
 import re
 import signal
-import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from tiny_run import ROOT, command
+from turns import as_text, cpu_name, summary
 
-ROOT = Path(__file__).resolve().parent.parent
+from pipeline.storage import Storage
+from pipeline.training import faults
+
 EVERY_STEPS = 20
 STEPS = 700
 PROGRESS = re.compile(r"\] step (\d+)/")
@@ -44,28 +45,17 @@ class Recovery:
     next_step: float = 0.0
 
 
-def command(folder: Path, name: str) -> list[str]:
-    """A run of both stages whose lines of progress come after every step."""
-    fields = {
-        "run_name": name, "storage": folder / "runs", "workers": 2, "data.source": "sample",
-        "data.root": folder / "data", "data.patch_px": 64, "data.patch_step_px": 64, "model.num_block": 1,
-        "model.num_feat": 8, "model.num_grow_ch": 4, "model.discriminator_num_feat": 4, "batch_size": 4,
-        "crop_px": 32, "psnr.steps": STEPS // 2, "gan.steps": STEPS - STEPS // 2, "perceptual.weights": "random",
-        "perceptual.layers": '{"conv1_2": 1.0}', "log_every_steps": 1, "checkpoint_every_steps": EVERY_STEPS,
-        "validate_every_steps": STEPS // 2, "tracking.register_model": "false",
-    }  # fmt: skip
-    flags = [text for key, value in fields.items() for text in (f"--{key}", str(value))]
-    (folder / "empty.yaml").touch()
-    return [sys.executable, str(ROOT / "jobs/train_gan.py"), "--config", str(folder / "empty.yaml"), *flags]
-
-
 def start(folder: Path, name: str) -> subprocess.Popen[str]:
-    """The run, with a Ray of its own and its lines to read."""
+    """A run of both stages with a Ray of its own, and a line to read after every step."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "RAY_DEDUP_LOGS": "0"}
     environment.pop("RAY_ADDRESS", None)
-    return subprocess.Popen(
-        command(folder, name), cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    run = command(
+        folder, run_name=name, workers=2, psnr__steps=STEPS // 2, gan__steps=STEPS - STEPS // 2, log_every_steps=1,
+        checkpoint_every_steps=EVERY_STEPS, validate_every_steps=STEPS // 2,
     )  # fmt: skip
+    return subprocess.Popen(
+        run, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
 
 
 def kill_a_worker(driver: int, chance: random.Random) -> float:
@@ -122,9 +112,8 @@ def main() -> None:
             json.loads((folder / "runs" / run_name / "result.json").read_text())
             for run_name in ("undisturbed", "disturbed")
         ]
-        faults = json.loads((folder / "runs/disturbed/faults.json").read_text())
-    noticed = [fault["time_ms"] / 1000 for fault in faults]
-    print(f"{platform.machine()}, {os.cpu_count()} cores, load {load:.1f} before; {len(recoveries)} kills")
+        noticed = [fault.time_ms / 1000 for fault in faults.load(Storage(str(folder / "runs/disturbed")))]
+    print(f"{cpu_name()}, {os.cpu_count()} cores, load {load:.1f} before; {len(recoveries)} kills")
     print(f"final weights equal: {results[0]['generator_sha256'] == results[1]['generator_sha256']}")
     print(f"metrics equal: {results[0]['metrics'] == results[1]['metrics']}")
     repeated = [each.step - each.going_on_from for each in recoveries]
@@ -138,7 +127,7 @@ def main() -> None:
         "  first step": [each.next_step - each.resumed for each in recoveries],
     }
     for part, seconds in parts.items():
-        print(f"{part:36} {statistics.median(seconds):6.1f} s ({min(seconds):.1f} to {max(seconds):.1f})")
+        print(f"{part:36} {as_text(summary(seconds), 1)} s")
 
 
 if __name__ == "__main__":

@@ -4,40 +4,28 @@ python benchmarks/outage.py
 """
 
 import os
-import platform
 import re
 import socket
 import statistics
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from tiny_run import ROOT, command
+from turns import as_text, cpu_name, summary
+
 RATE = re.compile(r"([\d.]+) steps/s")
 STEPS, EVERY = 600, 20
 
 
 def rate(folder: Path, name: str, uri: str) -> float:
     """Median steps/s of a run in one process, the first fifth left out."""
-    fields = {
-        "run_name": name, "storage": folder / "runs", "workers": 0, "data.source": "sample",
-        "data.root": folder / "data", "data.patch_px": 64, "data.patch_step_px": 64, "model.num_block": 1,
-        "model.num_feat": 8, "model.num_grow_ch": 4, "batch_size": 4, "crop_px": 32, "psnr.steps": STEPS,
-        "gan.steps": 0, "log_every_steps": EVERY, "checkpoint_every_steps": EVERY, "validate_every_steps": STEPS,
-        "tracking.register_model": "false", "tracking.uri": uri, "tracking.if_away": "spool",
-    }  # fmt: skip
-    flags = [text for key, value in fields.items() for text in (f"--{key}", str(value))]
-    (folder / "empty.yaml").touch()
-    command = [
-        sys.executable,
-        str(ROOT / "jobs/train_gan.py"),
-        "--config",
-        str(folder / "empty.yaml"),
-        *flags,
-    ]
+    run_command = command(
+        folder, run_name=name, workers=0, psnr__steps=STEPS, gan__steps=0, log_every_steps=EVERY,
+        checkpoint_every_steps=EVERY, validate_every_steps=STEPS, tracking__uri=uri, tracking__if_away="spool",
+    )  # fmt: skip
     rates = []
-    with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE) as run:
+    with subprocess.Popen(run_command, cwd=ROOT, text=True, stdout=subprocess.PIPE) as run:
         assert run.stdout is not None
         for line in run.stdout:
             rates += [float(found) for found in RATE.findall(line)]
@@ -67,8 +55,7 @@ def main() -> None:
                 f"there {found['there']:.1f} steps/s, away {found['away']:.1f}: {ratios[-1]:.3f}", flush=True
             )
     print(
-        f"{platform.machine()}, {os.cpu_count()} cores, load {load:.1f} before; away to there "
-        f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+        f"{cpu_name()}, {os.cpu_count()} cores, load {load:.1f} before; away to there {as_text(summary(ratios), 3)}"
     )
 
 

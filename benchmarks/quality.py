@@ -18,18 +18,20 @@ from typing import Any
 
 import torch
 from basicsr_step import BasicSR
-from torch import Tensor, nn
+from torch import nn
 from turns import machine
 
 from pipeline.config import load_config
 from pipeline.data import prepare, read_held_out
 from pipeline.data.feed import Feed
 from pipeline.model import RRDBNet
+from pipeline.training.batches import on_device
 from pipeline.training.config import TrainConfig
 from pipeline.training.schedule import learning_rate
 from pipeline.training.state import new_state
 from pipeline.training.step import Batch, StepSettings, psnr_step
 from pipeline.training.validation import validate
+from pipeline.training.worker import Worker
 
 DEMO = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
 CPU = torch.device("cpu")
@@ -38,18 +40,18 @@ CPU = torch.device("cpu")
 def demo_config(root: str, steps: int, seed: int) -> TrainConfig:
     """The demo's, with this many steps of stage 1; the warm-up keeps its share."""
     flags = ["--data.root", root, "--psnr.steps", str(steps), "--seed", str(seed), "--workers", "0"]
-    flags += ["--psnr.schedule.warmup_steps", str(steps // 10)]
+    flags += ["--psnr.schedule.warmup_steps", str(steps // 10), "--shuffle_channels", "false"]
     config, _ = load_config(flags, description="", default_file=DEMO, environment={})
     return TrainConfig.model_validate(config.model_dump(include=set(TrainConfig.model_fields)))
 
 
-def train(config: TrainConfig, update: Callable[[Tensor, Tensor, float], object]) -> None:
-    """Calls `update(lr, hr, learning_rate)` with every batch of stage 1, images in [0, 1]."""
+def train(config: TrainConfig, update: Callable[[Batch, float], object]) -> None:
+    """Calls `update(batch, learning_rate)` with every batch of stage 1."""
     feed = Feed(config.data.root, config.seed, config.batch_size, config.crop_px)
     psnr = config.psnr
     for step, raw in enumerate(feed.batches(0, psnr.steps)):
         rate = learning_rate(psnr.schedule, psnr.learning_rate, step, psnr.steps)
-        update(raw.lr.float() / 255, raw.hr.float() / 255, rate)
+        update(on_device(raw, config, Worker(), step), rate)
 
 
 def ours(config: TrainConfig, disturbed: bool = False) -> nn.Module:
@@ -60,9 +62,7 @@ def ours(config: TrainConfig, disturbed: bool = False) -> nn.Module:
             for parameter in state.generator.parameters():
                 parameter.mul_(1 + 2**-23)
 
-    def update(lr: Tensor, hr: Tensor, rate: float) -> None:
-        layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        batch = Batch(lr.contiguous(memory_format=layout), hr.contiguous(memory_format=layout), len(lr))
+    def update(batch: Batch, rate: float) -> None:
         psnr_step(state, batch, StepSettings(rate, config.ema_decay, config.precision))
 
     train(config, update)
@@ -73,7 +73,7 @@ def basicsr(config: TrainConfig) -> nn.Module:
     """Averaged weights after BasicSR's, in a generator of ours."""
     state = new_state(config, "psnr", CPU)
     theirs = BasicSR.like(state, config, None)
-    train(config, theirs.psnr_step)
+    train(config, lambda batch, rate: theirs.psnr_step(batch.lr.contiguous(), batch.hr.contiguous(), rate))
     state.ema.load_state_dict(theirs.ema.state_dict())
     return state.ema
 

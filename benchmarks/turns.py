@@ -51,12 +51,17 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "bf16": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+        "bf16": has_bf16(),
         "load": os.getloadavg()[0],
     }
     if device == "cuda":
         facts |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     return facts
+
+
+def has_bf16() -> bool:
+    """Whether this CPU computes convolutions in bfloat16 (AVX-512 or AMX) and does not imitate it."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def cpu_name() -> str:

@@ -63,14 +63,8 @@ def main(argv: list[str]) -> int:
     _step("evaluation on the held-out photographs")
     stage_one = run / "checkpoints" / f"psnr-{config.psnr.steps:08d}"
     champion = f"models:/{config.tracking.model_name}@champion"
-    evaluate = [
-        sys.executable,
-        "jobs/evaluate.py",
-        "--model",
-        "bicubic",
-        f"stage 1={stage_one}",
-        f"stage 2={champion}",
-    ]
+    evaluate = [sys.executable, "jobs/evaluate.py"]
+    evaluate += ["--model", "bicubic", f"stage 1={stage_one}", f"stage 2={champion}"]
     evaluate += ["--hr", str(out / "data" / "photos" / "held_out"), "--out", str(out / "evaluation")]
     _call([*evaluate, "--tracking.uri", store], environment)
 

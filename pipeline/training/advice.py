@@ -26,45 +26,42 @@ class Advisor:
         self._recent.append(values)
         if len(self._recent) < INTERVALS or set(self._recent[0]) != set(values):
             return []
-        found = {kind: text for kind, text in self._checks() if text}
+        found = {kind: text for kind, applies, text in self._checks() if applies}
         new = [text for kind, text in found.items() if kind not in self._said]
         self._said = set(found)
         return new
 
-    def _checks(self) -> list[tuple[str, str]]:
+    def _checks(self) -> list[tuple[str, bool, str]]:
+        """What is looked for, whether it is so, and what to say then."""
         accuracy = self._all("discriminator_accuracy")
         pixel = self._all("loss_pixel")
         wait = self._all("data_wait_share")
         checks = [
             (
                 "wait",
+                min(wait) > DATA_WAIT_SHARE,
                 f"steps wait {wait[-1]:.0%} of the time for data; give the workers more CPUs (cpus_per_worker), "
-                "or put data.root on a faster disk"
-                if min(wait) > DATA_WAIT_SHARE
-                else "",
+                "or put data.root on a faster disk",
             ),
             (
                 "stuck",
-                f"the pixel loss has not moved for {INTERVALS} intervals ({pixel[-1]:.4g}); raise the learning rate"
-                if max(pixel) - min(pixel) <= STUCK_SPREAD * max(pixel)
-                else "",
+                max(pixel) - min(pixel) <= STUCK_SPREAD * max(pixel),
+                f"the pixel loss has not moved for {INTERVALS} intervals ({pixel[-1]:.4g}); raise the learning rate",
             ),
         ]
         if accuracy:
             checks += [
                 (
                     "wins",
+                    min(accuracy) > WINS,
                     f"the discriminator tells real from fake {accuracy[-1]:.0%} of the time; its gradient fades: "
-                    "lower gan.learning_rate, or train stage 1 longer"
-                    if min(accuracy) > WINS
-                    else "",
+                    "lower gan.learning_rate, or train stage 1 longer",
                 ),
                 (
                     "loses",
+                    max(accuracy) < LOSES,
                     f"the discriminator is right {accuracy[-1]:.0%} of the time, hardly more than by chance; "
-                    "it adds noise rather than detail"
-                    if max(accuracy) < LOSES
-                    else "",
+                    "it adds noise rather than detail",
                 ),
             ]
         return checks

@@ -34,6 +34,12 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     )
 
 
+def require_metric(field: str, name: str) -> None:
+    """Raises UserError, naming `field`, when validation measures no such metric."""
+    if name not in METRICS:
+        raise UserError(f"{field}={name}: not one of {', '.join(METRICS)}")
+
+
 def in_copied_folder() -> bool:
     """Whether this process runs in the folder that Ray unpacked for `ray job submit --working-dir`."""
     return "/runtime_resources/working_dir_files/" in f"{Path.cwd()}/"
@@ -43,8 +49,7 @@ def check_before_start(config: TrainConfig, run: Storage) -> None:
     """Finds mistakes that need neither Ray nor the data. Raises UserError."""
     if config.data.scale == 3:
         raise UserError("data.scale=3: the generator exists for scale 4 and 2; use one of these to train")
-    if config.tracking.metric not in METRICS:
-        raise UserError(f"tracking.metric={config.tracking.metric}: not one of {', '.join(METRICS)}")
+    require_metric("tracking.metric", config.tracking.metric)
     if config.gan.steps and config.gan.perceptual_weight:
         check_layers(config.perceptual.layers)
         find_weights(config.perceptual.weights, config.perceptual.sha256)

@@ -175,8 +175,8 @@ class _FaultLog(UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """One or more workers stopped with an error."""
         run = Storage(self._run)
-        rank, error = min(worker_exceptions.items(), key=lambda item: (_blame(item[1]), item[0]))
-        kind = _KINDS[_blame(error)]
+        rank, error = min(worker_exceptions.items(), key=lambda item: (_BLAME.index(_kind(item[1])), item[0]))
+        kind = _kind(error)
         # Without the worker's number: an error that all of them have is the same whoever reports it first.
         text = str(_cause(error)) if kind == "diverged" else f"a worker stopped: {_last_line(error)}"
         fault = _note(run, kind, text)
@@ -185,14 +185,14 @@ class _FaultLog(UserCallback):
         )
 
 
-_KINDS: tuple[faults.Kind, ...] = ("died", "diverged", "error")
+# The likeliest cause first: when one worker dies, the others fail in their collectives.
+_BLAME: tuple[faults.Kind, ...] = ("died", "diverged", "error")
 
 
-def _blame(error: Exception) -> int:
-    """Lowest for the likeliest cause: when one worker dies, the others fail in their collectives."""
+def _kind(error: Exception) -> faults.Kind:
     if _is_death(error):
-        return 0
-    return 1 if isinstance(_cause(error), faults.Diverged) else 2
+        return "died"
+    return "diverged" if isinstance(_cause(error), faults.Diverged) else "error"
 
 
 def _is_death(error: BaseException) -> bool:

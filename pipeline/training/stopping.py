@@ -9,9 +9,8 @@ from contextlib import contextmanager
 from pipeline.storage import Storage
 
 FILE = "stop"
-RAY_JOB_GRACE_S = (
-    3.0  # `ray job stop` waits so long, unless RAY_JOB_STOP_WAIT_TIME_S is in the job's environment.
-)
+# `ray job stop` waits so long, unless RAY_JOB_STOP_WAIT_TIME_S is in the job's environment.
+RAY_JOB_GRACE_S = 3.0
 USUAL_GRACE_S = 30.0  # What Kubernetes and Slurm give.
 LEAST_GRACE_S = 10.0  # Less is not enough to end an interval and write a checkpoint.
 _LEFT_FOR_THE_END_S = 5.0

@@ -33,10 +33,9 @@ from pipeline.storage import Storage
 from pipeline.tracking import TrackedRun, finish_run, open_parent, require_store
 from pipeline.training import identity as identities
 from pipeline.training import ray_trainer
-from pipeline.training.checks import check_before_start, with_absolute_paths
+from pipeline.training.checks import check_before_start, require_metric, with_absolute_paths
 from pipeline.training.config import TrainConfig
 from pipeline.training.run import run_training
-from pipeline.training.validation import METRICS
 from pipeline.tuning.config import Choice, TuneConfig, Uniform
 from pipeline.tuning.picture import tradeoff_picture
 
@@ -81,8 +80,7 @@ def run_sweep(config: Config) -> SweepResult:
     """
     base = _base(config)
     settings = config.tune
-    if settings.metric not in METRICS:
-        raise UserError(f"tune.metric={settings.metric}: not one of {', '.join(METRICS)}")
+    require_metric("tune.metric", settings.metric)
     if base.worker_range[1] == 0:
         raise UserError("workers=0: a sweep's trials run on Ray Train; give at least 1")
     storage = Storage(base.storage)
