@@ -15,14 +15,13 @@ from pathlib import Path
 
 import pytest
 from ray.cluster_utils import Cluster
-from tiny import fields, flags, write_photos
+from tiny import command, fields, write_photos
 
 from pipeline.storage import Storage
 from pipeline.training import checkpoint as checkpoints
 
 pytestmark = [pytest.mark.cluster, pytest.mark.ray, pytest.mark.slow]
 
-ROOT = Path(__file__).parent.parent
 NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
 
 
@@ -45,8 +44,6 @@ class Run:
     """train_gan.py in a process of its own, whose lines are waited for."""
 
     def __init__(self, folder: Path, address: str, **changes: object) -> None:
-        (folder / "empty.yaml").touch()
-        arguments = flags(fields(folder, **changes))
         environment = {
             **os.environ,
             "RAY_ADDRESS": address,
@@ -54,7 +51,7 @@ class Run:
             "RAY_DEDUP_LOGS": "0",
         }
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "jobs/train_gan.py"), "--config", str(folder / "empty.yaml"), *arguments],
+            command("train_gan", folder, fields(folder, **changes)),
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
         )  # fmt: skip
         self._lines: queue.Queue[str] = queue.Queue()

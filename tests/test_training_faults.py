@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import fields, flags, write_photos
+import tiny
+from tiny import write_sets
 
-from pipeline.config import load_config
 from pipeline.errors import UserError
 from pipeline.storage import Storage
 from pipeline.tracking.records import Event, read_segment, segment_steps
@@ -19,7 +19,7 @@ from pipeline.training import checkpoint as checkpoints
 from pipeline.training import faults, stopping
 from pipeline.training.advice import INTERVALS, Advisor
 from pipeline.training.faults import Fault, verdict
-from pipeline.training.run import TrainingResult, run_training
+from pipeline.training.run import TrainingResult
 
 
 def fault(step: int, text: str = "worker 0: its process ended", kind: faults.Kind = "died") -> Fault:
@@ -65,16 +65,11 @@ def test_faults_are_kept_in_the_runs_folder(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("faults")
-    write_photos(folder / "photos", 3, 96, seed=1)
-    write_photos(folder / "held_out", 2, 64, seed=2)
-    return folder
+    return write_sets(tmp_path_factory.mktemp("faults"))
 
 
 def train(folder: Path, **changes: Any) -> TrainingResult:
-    changes = {"tracking.register_model": False, **changes}
-    config, _ = load_config(flags(fields(folder, **changes)), description="", environment={})
-    return run_training(config)
+    return tiny.train(folder, **{"tracking.register_model": False, **changes})
 
 
 def events(run: Storage) -> list[str]:

@@ -9,30 +9,25 @@ from typing import Any
 
 import psutil
 import pytest
-from tiny import fields, flags, write_photos
+import tiny
+from tiny import write_sets
 
-from pipeline.config import load_config
 from pipeline.errors import UserError
 from pipeline.storage import Storage
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training import faults
-from pipeline.training.run import TrainingResult, run_training
+from pipeline.training.run import TrainingResult
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ray-run")
-    write_photos(folder / "photos", 3, 96, seed=1)
-    write_photos(folder / "held_out", 2, 64, seed=2)
-    return folder
+    return write_sets(tmp_path_factory.mktemp("ray-run"))
 
 
 def train(folder: Path, **changes: Any) -> TrainingResult:
-    changes = {"workers": 2, "tracking.register_model": False, **changes}
-    config, _ = load_config(flags(fields(folder, **changes)), description="", environment={})
-    return run_training(config)
+    return tiny.train(folder, **{"workers": 2, "tracking.register_model": False, **changes})
 
 
 def hurt_at(

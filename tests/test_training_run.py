@@ -4,49 +4,30 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import fields, flags, write_photos
+from tiny import command, fields, train, write_sets
 
-from pipeline.config import load_config
 from pipeline.errors import UserError
 from pipeline.storage import Storage
 from pipeline.tracking.records import Metrics, read_segment, segment_steps
 from pipeline.training import checkpoint as checkpoints
-from pipeline.training.run import TrainingResult, run_training
+from pipeline.training.run import TrainingResult
 
-ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run")
-    write_photos(folder / "photos", 3, 96, seed=1)
-    write_photos(folder / "held_out", 2, 64, seed=2)
-    return folder
-
-
-def train(folder: Path, **changes: Any) -> TrainingResult:
-    config, _ = load_config(flags(fields(folder, **changes)), description="", environment={})
-    return run_training(config)
+    return write_sets(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")
 def undisturbed(folder: Path) -> Iterator[TrainingResult]:
     return train(folder)
-
-
-def command(folder: Path, **changes: Any) -> list[str]:
-    # An empty file instead of the demo's, so that only the flags decide.
-    empty = folder / "empty.yaml"
-    empty.touch()
-    job = [sys.executable, str(ROOT / "jobs/train_gan.py"), "--config", str(empty)]
-    return job + flags(fields(folder, **changes))
 
 
 def environment() -> dict[str, str]:
@@ -97,7 +78,7 @@ def test_killed_anywhere_and_resumed_ends_with_the_same_bits_and_curve(
     folder: Path, undisturbed: TrainingResult, line: str
 ) -> None:
     name = "killed-" + line.replace(" ", "-").replace("/", "-")
-    arguments = command(folder, run_name=name)
+    arguments = command("train_gan", folder, fields(folder, run_name=name))
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment()) as process:
         assert process.stdout is not None
         for printed in process.stdout:
@@ -158,7 +139,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     if "data.patch_px" in changes:
         changes["crop_px"] = 128
     result = subprocess.run(
-        command(folder, **changes),
+        command("train_gan", folder, fields(folder, **changes)),
         capture_output=True,
         text=True,
         env=environment(),

@@ -4,21 +4,20 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from mlflow import MlflowClient
 from PIL import Image
-from tiny import fields, flags, write_photos
+from tiny import fields, flags, write_sets
 
 from pipeline.config import load_config
 from pipeline.errors import UserError
 from pipeline.storage import Storage
 from pipeline.tuning.sweep import Outcome, outcomes, run_sweep
 
-ROOT = Path(__file__).parent.parent
 SPACE = {
     "gan.adversarial_weight": {"low": 1e-4, "high": 5e-2, "log": True},
     "model.residual_scale": {"choice": [0.1, 0.2]},
@@ -27,10 +26,7 @@ SPACE = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sweep")
-    write_photos(folder / "photos", 3, 96, seed=1)
-    write_photos(folder / "held_out", 2, 64, seed=2)
-    return folder
+    return write_sets(tmp_path_factory.mktemp("sweep"))
 
 
 def sweep_fields(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -41,11 +37,7 @@ def sweep_fields(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def command(folder: Path, **changes: Any) -> list[str]:
-    # An empty file instead of the demo's, so that only the flags decide.
-    empty = folder / "empty.yaml"
-    empty.touch()
-    job = [sys.executable, str(ROOT / "jobs/tune_gan.py"), "--config", str(empty)]
-    return job + flags(sweep_fields(folder, **changes))
+    return tiny.command("tune_gan", folder, sweep_fields(folder, **changes))
 
 
 def environment() -> dict[str, str]:

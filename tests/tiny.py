@@ -1,10 +1,16 @@
 """Tiny photographs and a configuration that trains both stages on them in seconds."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from pipeline.config import load_config
+from pipeline.training.run import TrainingResult, run_training
+
+JOBS = Path(__file__).parent.parent / "jobs"
 
 
 def write_photos(folder: Path, count: int, side: int, seed: int) -> Path:
@@ -59,3 +65,23 @@ def flags(values: dict[str, Any]) -> list[str]:
     for name, value in values.items():
         listed += [f"--{name}", json.dumps(value) if isinstance(value, dict | list | tuple) else str(value)]
     return listed
+
+
+def write_sets(folder: Path) -> Path:
+    """Three photographs to train on and two held out, below `folder`; gives it back."""
+    write_photos(folder / "photos", 3, 96, seed=1)
+    write_photos(folder / "held_out", 2, 64, seed=2)
+    return folder
+
+
+def train(folder: Path, **changes: Any) -> TrainingResult:
+    """A run of these fields in this process (its workers elsewhere, if there are some)."""
+    config, _ = load_config(flags(fields(folder, **changes)), description="", environment={})
+    return run_training(config)
+
+
+def command(job: str, folder: Path, values: dict[str, Any]) -> list[str]:
+    """A job with these fields, for a process of its own; an empty file instead of the demo's, so only they decide."""
+    empty = folder / "empty.yaml"
+    empty.touch()
+    return [sys.executable, str(JOBS / f"{job}.py"), "--config", str(empty), *flags(values)]
