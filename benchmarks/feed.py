@@ -28,7 +28,7 @@ from PIL import Image
 from pipeline.data import manifest as manifests
 from pipeline.data.checks import pack_seal, row_checks
 from pipeline.data.feed import Batch, Feed
-from pipeline.data.fetch import as_tensor, fetch, flipped, opened
+from pipeline.data.fetch import as_tensor, fetch, flipped, opened, put_flipped
 from pipeline.data.manifest import Shard, load_manifest
 from pipeline.data.order import Samples
 from pipeline.data.shards import PATCH_SCHEMA, ShardWriter
@@ -140,9 +140,9 @@ def from_memory(patches: list[tuple[np.ndarray, np.ndarray]], samples: Samples, 
         zip(draws.patch.tolist(), draws.y.tolist(), draws.x.tolist(), draws.flips.tolist(), strict=True)
     ):
         large, small = patches[patch]
-        hr[index] = flipped(large[y : y + CROP, x : x + CROP], flips)
+        put_flipped(hr[index], large[y : y + CROP, x : x + CROP], flips)
         y, x = y // SCALE, x // SCALE
-        lr[index] = flipped(small[y : y + CROP // SCALE, x : x + CROP // SCALE], flips)
+        put_flipped(lr[index], small[y : y + CROP // SCALE, x : x + CROP // SCALE], flips)
     return Batch(as_tensor(lr), as_tensor(hr), 0)
 
 

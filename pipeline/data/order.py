@@ -7,6 +7,7 @@ Crops, flips and channel orders are hashes of (seed, n). Batches run across the 
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import permutations
 
 import numpy as np
@@ -19,18 +20,24 @@ _ORDER, _CROP_Y, _CROP_X, _FLIPS, _CHANNELS = 1, 2, 3, 4, 5
 
 
 def mix(values: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser (Steele, Lea, Flood, 2014) on uint64: a fixed, well-spread hash."""
-    with np.errstate(over="ignore"):
-        values = values + _GOLDEN
-        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return values ^ (values >> np.uint64(31))
+    """SplitMix64's finaliser (Steele, Lea, Flood, 2014) on an array of uint64: a fixed, well-spread hash."""
+    values = values + _GOLDEN
+    values ^= values >> np.uint64(30)
+    values *= np.uint64(0xBF58476D1CE4E5B9)
+    values ^= values >> np.uint64(27)
+    values *= np.uint64(0x94D049BB133111EB)
+    values ^= values >> np.uint64(31)
+    return values
 
 
 def keyed(seed: int, stream: int, counters: np.ndarray) -> np.ndarray:
     """uint64 hashes of (seed, stream, counter)."""
-    key = mix(mix(np.array([seed], np.uint64)) ^ np.uint64(stream))
-    return mix(mix(counters.astype(np.uint64)) ^ key)
+    return mix(mix(counters.astype(np.uint64)) ^ _key(seed, stream))
+
+
+@lru_cache(maxsize=64)
+def _key(seed: int, stream: int) -> np.uint64:
+    return mix(mix(np.array([seed], np.uint64)) ^ np.uint64(stream))[0]
 
 
 def permute(index: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
@@ -39,15 +46,15 @@ def permute(index: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
     mask = np.uint64((1 << half) - 1)
     shift = np.uint64(half)
     values = index.astype(np.uint64)
-    outside = np.ones(values.shape, bool)
+    round_keys = mix(keys ^ np.arange(_ROUNDS, dtype=np.uint64)[:, None])
+    outside = np.arange(len(values))
     # The network permutes 4 ** half >= size numbers; who lands outside walks on until inside again.
-    while outside.any():
+    while len(outside):
         left, right = values[outside] >> shift, values[outside] & mask
-        key = keys[outside]
-        for turn in range(_ROUNDS):
-            left, right = right, left ^ (mix(right ^ mix(key ^ np.uint64(turn))) & mask)
+        for key in round_keys[:, outside]:
+            left, right = right, left ^ (mix(right ^ key) & mask)
         values[outside] = (left << shift) | right
-        outside = values >= np.uint64(size)
+        outside = outside[values[outside] >= np.uint64(size)]
     return values.astype(np.int64)
 
 

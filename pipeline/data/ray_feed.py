@@ -24,7 +24,7 @@ from pipeline.data.reader import PatchReader
 from pipeline.errors import UserError
 
 # A block of several steps spreads Ray's cost for a block; few tasks make the first batch come soon at any length.
-STEPS_IN_A_BLOCK = 8
+STEPS_IN_A_BLOCK = 16
 BLOCK_BYTES = 16 * 2**20
 MOST_TASKS = 1500
 # Without a limit Ray Data runs hundreds of steps ahead.
@@ -112,7 +112,7 @@ def ray_batches(feed: Feed, first_step: int, last_step: int) -> Generator[Batch,
         source,
         override_num_blocks=source.tasks,
         # Workers may hold every CPU; a task that waited for one would hang the run without a word.
-        ray_remote_args={"num_cpus": 0},
+        num_cpus=0,
         concurrency=2,
     )
     context = dataset.context
