@@ -214,7 +214,7 @@ def first_batches(folder: Path, rounds: int) -> list[tuple[str, ...]]:
             manifest = load_manifest(str(folder / str(patches)))
             with opened(manifest, 1, BATCH, crop) as (reader, samples):
                 for patch in samples.of_step(0).patch.tolist():
-                    reader._offsets_of(*manifest.layout.locate(patch))
+                    reader._edges_of(*manifest.layout.locate(patch))
                 for index in range(BATCH):
                     reader.crop(index, 0, 0, crop)
             found.setdefault(patches, []).append(time.perf_counter() - began)

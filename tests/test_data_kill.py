@@ -16,7 +16,7 @@ from pipeline.data.config import DataConfig
 from pipeline.data.shards import ShardWriter
 from pipeline.storage import Storage
 
-folder, root, owner, name, count, when = sys.argv[1:]
+folder, root, owner, name, count, when, on_ray = sys.argv[1:]
 build._MIB = 400  # small photographs fill no shard of a MiB
 if owner != "-":
     kind = {"ShardWriter": ShardWriter, "Storage": Storage}[owner]
@@ -36,12 +36,14 @@ if owner != "-":
     setattr(kind, name, deadly)
 data = DataConfig(source=folder + "/photos", held_out=folder + "/held_out", root=folder + "/" + root,
                   patch_px=64, patch_step_px=32)
-prepare(data, progress=False, on_ray=False)
+prepare(data, progress=False, on_ray=on_ray == "ray")
 """
 
 
-def run(folder: Path, root: str, point: tuple[str, str, int, str] = ("-", "", 0, "")) -> int:
-    arguments = [str(folder), root, *map(str, point)]
+def run(
+    folder: Path, root: str, point: tuple[str, str, int, str] = ("-", "", 0, ""), on_ray: bool = False
+) -> int:
+    arguments = [str(folder), root, *map(str, point), "ray" if on_ray else "here"]
     done = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], check=False, timeout=300)
     return done.returncode
 
@@ -71,3 +73,15 @@ def test_a_kill_anywhere_changes_no_byte(tmp_path: Path) -> None:
     assert (tmp_path / "broken" / "manifest.json").exists()
     assert run(tmp_path, "broken") == 0
     assert contents(tmp_path / "broken") == whole
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_kill_of_ingest_on_ray_changes_no_byte(ray_cluster: str, tmp_path: Path) -> None:
+    write_photos(tmp_path / "photos", 4, 100, seed=1)
+    write_photos(tmp_path / "held_out", 1, 64, seed=2)
+    assert run(tmp_path, "whole") == 0
+    for point in (("ShardWriter", "write", 12, "after"), ("ShardWriter", "finish", 2, "after")):
+        assert run(tmp_path, "broken", point, on_ray=True) == -signal.SIGKILL, point
+    assert run(tmp_path, "broken", on_ray=True) == 0
+    assert contents(tmp_path / "broken") == contents(tmp_path / "whole")

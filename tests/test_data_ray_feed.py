@@ -2,14 +2,17 @@
 
 import hashlib
 import json
+import time
 from contextlib import closing
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray.data
 from tiny_patches import write_patches
 
+from pipeline.data import ray_feed
 from pipeline.data.feed import Batch, Feed
 from pipeline.data.ray_feed import MOST_TASKS, FeedDataConfig, StepSource, choose
 from pipeline.errors import UserError
@@ -87,6 +90,20 @@ def test_a_users_error_in_a_task_of_ray_data_is_one_clear_line(ray_cluster: str,
     with pytest.raises(UserError, match="verify") as caught:
         digests(Feed(root, **FIELDS, transport="ray"), 0, 3)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.ray
+def test_training_may_pause_longer_than_ray_data_waits_for_progress(
+    ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long validation takes no batches; Ray Data would end the run after half an hour of it."""
+    monkeypatch.setattr(ray.data.DataContext.get_current(), "execution_no_progress_timeout_s", 1.0)
+    monkeypatch.setattr(ray_feed, "STORE_BYTES", 2**20)
+    feed = Feed(write_patches(tmp_path, 13, rows=5), **FIELDS, transport="ray")
+    with closing(feed.batches(0, 30_000)) as batches:
+        next(batches)
+        time.sleep(4)  # nothing to wait for: the pause itself is what is tested
+        assert sum(1 for _ in islice(batches, 2000)) == 2000
 
 
 @pytest.mark.ray

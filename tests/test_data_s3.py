@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from s3 import s3_bucket
 from tiny import write_photos
+from tiny_patches import write_patches
 
-from pipeline.data import check_source, cutting, load_manifest, prepare, read_held_out
+from pipeline.data import check_source, cutting, load_manifest, prepare, read_held_out, reader
 from pipeline.data.config import DataConfig
 from pipeline.data.feed import Feed
-from pipeline.data.reader import DamagedPatch, PatchReader
+from pipeline.data.reader import DamagedPatch, PatchReader, StoreAway, _RemoteFile
 from pipeline.data.verify import verify
 from pipeline.errors import UserError
 from pipeline.storage import Storage
@@ -84,19 +85,59 @@ def test_damage_on_s3_is_found(bucket: str, tmp_path: Path) -> None:
     manifest = load_manifest(data.root)
     storage, name = Storage(data.root), manifest.shards[0].name
     content = bytearray(storage.read_bytes(name))
-    reader = PatchReader(data.root, manifest.layout)
-    place = bytes(content).index(reader.patch(7)[0].tobytes())
+    patches = PatchReader(data.root, manifest.layout)
+    place = bytes(content).index(patches.patch(7)[0].tobytes())
     content[place + 64 * 3 * 20] ^= 4  # in its row 20
     storage.write_bytes(name, bytes(content))
-    reader = PatchReader(data.root, manifest.layout)
+    patches = PatchReader(data.root, manifest.layout)
     with pytest.raises(DamagedPatch, match="row 7"):
-        reader.crop(7, 0, 0, 32)
-    assert np.array_equal(reader.crop(6, 0, 0, 32)[0].shape, (32, 32, 3))
+        patches.crop(7, 0, 0, 32)
+    assert np.array_equal(patches.crop(6, 0, 0, 32)[0].shape, (32, 32, 3))
     (line,) = verify(manifest, progress=False)
     assert "row 7" in line
     storage.remove(name)
     (line,) = verify(manifest, progress=False)
     assert line == f"s3://photographs/set/{name}: missing"
+
+
+def test_a_store_that_is_away_for_a_while_damages_nothing(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = f"{bucket}/set"
+    upload(Path(write_patches(tmp_path, 13, rows=5)), root)
+    feed = Feed(root, seed=3, batch_size=6, crop_px=16)
+    whole = list(feed.batches(0, 8))
+
+    class Away(_RemoteFile):
+        """A connection that breaks every third time that it is used."""
+
+        uses = 0
+
+        def read(self, offset: int, size: int) -> np.ndarray:
+            Away.uses += 1
+            if Away.uses % 3 == 0:
+                raise OSError("AWS Error NETWORK_CONNECTION during GetObject operation")
+            return super().read(offset, size)
+
+    monkeypatch.setattr(reader, "_RemoteFile", Away)
+    monkeypatch.setattr(reader, "RETRY_AFTER_S", (0.0, 0.0, 0.0))
+    for one, other in zip(whole, feed.batches(0, 8), strict=True):
+        assert (one.hr == other.hr).all()
+        assert other.damaged == 0
+    assert "trying again" in caplog.text
+
+
+def test_a_store_that_stays_away_is_no_damage_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "RETRY_AFTER_S", (0.0, 0.0))
+    with s3_bucket(monkeypatch) as address:
+        upload(Path(write_patches(tmp_path, 5)), f"{address}/set")
+        manifest = load_manifest(f"{address}/set")
+        patches = PatchReader(manifest.root, manifest.layout)
+        patches.crop(0, 0, 0, 16)
+    with pytest.raises(StoreAway, match=r"set/patches-00000\.parquet: the object store does not answer"):
+        patches.crop(1, 0, 0, 16)
+    with pytest.raises(UserError, match=r"does not answer.*verify again"):
+        verify(manifest, progress=False)
 
 
 def test_the_sample_photographs_go_to_s3(bucket: str) -> None:

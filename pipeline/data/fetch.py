@@ -43,6 +43,7 @@ def fetch(reader: PatchReader, samples: Samples, step: int, first: int, last: in
 
     Raises:
         UserError: ATTEMPTS draws in a row were damaged.
+        StoreAway: an object store does not answer.
     """
     count, side, scale = last - first, samples.crop_px, samples.scale
     hr = np.empty((count, side, side, 3), np.uint8)

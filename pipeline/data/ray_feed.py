@@ -121,6 +121,8 @@ def ray_batches(feed: Feed, first_step: int, last_step: int) -> Generator[Batch,
         object_store_memory=STORE_BYTES
     )
     context.enable_progress_bars = False
+    # A long validation takes no batches, which is no fault.
+    context.execution_no_progress_timeout_s = -1
     # A split of one runs the executor in a process of its own; in this one it would fight the training step for the
     # interpreter.
     (split,) = dataset.streaming_split(1)

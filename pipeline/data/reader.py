@@ -5,10 +5,11 @@ against the row checks (pipeline/data/checks.py); other codecs as a whole row gr
 """
 
 import hashlib
+import logging
 import os
+import time
 import zlib
 from collections import OrderedDict
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,10 @@ _COLUMNS = ("patch_id", "source_id", "y", "x", "hr", "lr", "detail", "checks")
 _HR, _LR, _CHECKS = _COLUMNS.index("hr"), _COLUMNS.index("lr"), _COLUMNS.index("checks")
 _OPEN_SHARDS = 256
 _LENGTH = 4  # a plain binary value is preceded by its length
+# A read from an object store that fails is tried again after these seconds, besides what its client does itself.
+RETRY_AFTER_S = (1.0, 3.0, 9.0)
+
+logger = logging.getLogger(__name__)
 
 
 class DamagedPatch(Exception):
@@ -37,12 +42,12 @@ class DamagedPatch(Exception):
         return DamagedPatch, (self.shard, self.row, self.reason)
 
 
-@dataclass(frozen=True)
-class _Offsets:
-    """Where the columns of every row lie in a file."""
+class StoreAway(OSError):
+    """An object store that does not answer; nothing is known of the patch."""
 
-    start: np.ndarray  # int64 (rows, columns): first byte of the column's page
-    size: np.ndarray  # int64 (rows, columns): bytes, page header included
+
+class _Cut(Exception):
+    """A file ends before the bytes that were asked for."""
 
 
 class _LocalFile:
@@ -57,7 +62,7 @@ class _LocalFile:
         while done < size:
             count = os.preadv(self.descriptor, [buffer[done:].data], offset + done)
             if count == 0:
-                raise OSError(f"ends at byte {offset + done}")
+                raise _Cut(f"ends at byte {offset + done}")
             done += count
         return buffer
 
@@ -68,15 +73,13 @@ class _LocalFile:
 class _RemoteFile:
     """Range reads from an object store."""
 
-    def __init__(self, filesystem: Any, path: str, size: int) -> None:
-        # With the size known beforehand, opening asks the server for nothing.
+    def __init__(self, filesystem: Any, path: str) -> None:
         self.file = filesystem.open_input_file(path)
-        self.size = size
 
     def read(self, offset: int, size: int) -> np.ndarray:
         data = self.file.read_at(size, offset)
         if len(data) != size:
-            raise OSError(f"ends at byte {offset + len(data)}")
+            raise _Cut(f"ends at byte {offset + len(data)}")
         return np.frombuffer(data, np.uint8)
 
     def close(self) -> None:
@@ -84,14 +87,14 @@ class _RemoteFile:
 
 
 class PatchReader:
-    """Patches of one data set. Keeps few files open, and a few bytes per row that it has met."""
+    """Patches of one data set. Keeps few files open, and 36 bytes for every row of a shard that it has met."""
 
     def __init__(self, root: str, layout: Layout) -> None:
         self.layout = layout
         self._storage = Storage(root)
         self._filesystem, self._base = self._storage.filesystem()
         self._files: OrderedDict[int, _LocalFile | _RemoteFile] = OrderedDict()
-        self._offsets: dict[int, _Offsets] = {}
+        self._edges: dict[int, np.ndarray] = {}
 
     def crop(self, patch: int, y: int, x: int, crop_px: int) -> tuple[np.ndarray, np.ndarray]:
         """High- and low-resolution crop of a patch: uint8 (crop, crop, 3) and (crop / scale, crop / scale, 3), views.
@@ -100,6 +103,7 @@ class PatchReader:
 
         Raises:
             DamagedPatch: what was read is not what was written.
+            StoreAway: an object store does not answer.
         """
         scale, side = self.layout.scale, self.layout.patch_px
         if self.layout.codec == "raw":
@@ -111,7 +115,7 @@ class PatchReader:
         return hr[:, x : x + crop_px], lr[:, x // scale : (x + crop_px) // scale]
 
     def patch(self, patch: int) -> tuple[np.ndarray, np.ndarray]:
-        """A whole patch: uint8 (patch_px, patch_px, 3) and its low-resolution version. Raises DamagedPatch."""
+        """A whole patch: uint8 (patch_px, patch_px, 3) and its low-resolution version. Raises as `crop`."""
         number, row = self.layout.locate(patch)
         cells = self.row(number, row)
         scale, side, codec = self.layout.scale, self.layout.patch_px, self.layout.codec
@@ -130,16 +134,13 @@ class PatchReader:
         return hr, lr
 
     def row(self, number: int, row: int) -> dict[str, Any]:
-        """All cells of a row of shard `number`, page checksums verified. Raises DamagedPatch."""
-        offsets = self._offsets_of(number, row)
-        begin = int(offsets.start[row, 0])
-        end = int(offsets.start[row, -1] + offsets.size[row, -1])
-        data = self._read(number, row, begin, end - begin)
+        """All cells of a row of shard `number`, page checksums verified. Raises as `crop`."""
+        edges = self._edges_of(number, row)[row].tolist()
+        data = self._read(number, row, edges[0], edges[-1] - edges[0])
         codec = self.layout.codec if self.layout.codec in ("lz4", "zstd") else None
         cells: dict[str, Any] = {}
         for column, name in enumerate(_COLUMNS):
-            start = int(offsets.start[row, column]) - begin
-            chunk = data[start : start + int(offsets.size[row, column])]
+            chunk = data[edges[column] - edges[0] : edges[column + 1] - edges[0]]
             try:
                 value = read_page(chunk.data, codec if name in ("hr", "lr") else None)
             except (ValueError, IndexError, OSError, pa.ArrowException) as error:
@@ -165,14 +166,13 @@ class PatchReader:
     def _raw_rows(self, patch: int, top: int, bottom: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows top..bottom of a raw patch and the low-resolution rows below them, checked."""
         number, row = self.layout.locate(patch)
-        offsets = self._offsets_of(number, row)
+        edges = self._edges_of(number, row)[row].tolist()
         scale, side = self.layout.scale, self.layout.patch_px
         small, width, small_width = side // scale, 3 * side, 3 * (side // scale)
-        start, size = offsets.start[row], offsets.size[row]
-        hr_data = int(start[_HR] + size[_HR]) - side * width
-        lr_data = int(start[_LR] + size[_LR]) - small * small_width
+        hr_data = edges[_HR + 1] - side * width
+        lr_data = edges[_LR + 1] - small * small_width
         checks_bytes = 8 * (side + small + 1)
-        end = int(start[_CHECKS] + size[_CHECKS])
+        end = edges[_CHECKS + 1]
         low, high = top // scale, bottom // scale
         if self._storage.remote:  # one request costs more than the bytes that it brings
             everything = self._read(number, row, hr_data + top * width, end - hr_data - top * width)
@@ -197,17 +197,36 @@ class PatchReader:
         return DamagedPatch(self._storage.path(self.layout.shards[number].name), row, reason)
 
     def _read(self, number: int, row: int, offset: int, size: int) -> np.ndarray:
-        try:
-            return self._file(number).read(offset, size)
-        except (OSError, pa.ArrowException) as error:
-            raise self._damaged(number, row, f"cannot be read: {str(error).splitlines()[0]}") from None
+        waits = iter(RETRY_AFTER_S)
+        while True:
+            try:
+                return self._file(number).read(offset, size)
+            except (FileNotFoundError, _Cut) as error:
+                raise self._damaged(number, row, f"cannot be read: {str(error).splitlines()[0]}") from None
+            except (OSError, pa.ArrowException) as error:
+                reason = str(error).splitlines()[0]
+                if not self._storage.remote:  # a disk that cannot read it now will not later
+                    raise self._damaged(number, row, f"cannot be read: {reason}") from None
+            wait_s = next(waits, None)
+            where = self._storage.path(self.layout.shards[number].name)
+            if wait_s is None:
+                raise StoreAway(f"{where}: the object store does not answer ({reason})")
+            logger.warning("%s: trying again in %g s (%s)", where, wait_s, reason)
+            self._forget(number)
+            time.sleep(wait_s)
+
+    def _forget(self, number: int) -> None:
+        """Opens a shard anew at its next use."""
+        file = self._files.pop(number, None)
+        if file is not None:
+            file.close()
 
     def _file(self, number: int) -> _LocalFile | _RemoteFile:
         file = self._files.get(number)
         if file is None:
             shard = self.layout.shards[number]
             if self._storage.remote:
-                file = _RemoteFile(self._filesystem, join(self._base, shard.name), shard.bytes)
+                file = _RemoteFile(self._filesystem, join(self._base, shard.name))
             else:
                 file = _LocalFile(self._storage.path(shard.name))
             self._files[number] = file
@@ -217,8 +236,8 @@ class PatchReader:
             self._files.move_to_end(number)
         return file
 
-    def _offsets_of(self, number: int, row: int) -> _Offsets:
-        found = self._offsets.get(number)
+    def _edges_of(self, number: int, row: int) -> np.ndarray:
+        found = self._edges.get(number)
         if found is None:
             shard = self.layout.shards[number]
             footer = self._read(number, row, shard.bytes - shard.footer_bytes, shard.footer_bytes).tobytes()
@@ -226,23 +245,29 @@ class PatchReader:
                 found = _parse_footer(footer, shard)
             except (ValueError, pa.ArrowException) as error:
                 raise self._damaged(number, row, str(error)) from None
-            self._offsets[number] = found
+            self._edges[number] = found
         return found
 
 
-def _parse_footer(footer: bytes, shard: Shard) -> _Offsets:
+def _parse_footer(footer: bytes, shard: Shard) -> np.ndarray:
+    """Where the columns of every row begin in the file, and the last one ends: (rows, columns + 1)."""
     if hashlib.sha256(footer).hexdigest() != shard.footer_sha256:
         raise ValueError("the footer is not the one in the manifest")
     metadata = pq.read_metadata(pa.BufferReader(b"PAR1" + footer))
-    start = np.empty((metadata.num_row_groups, len(_COLUMNS)), np.int64)
-    size = np.empty_like(start)
+    # A data set of a million rows is read at random, so all of its edges stay in memory.
+    kind = np.uint32 if shard.bytes < 2**32 else np.int64
+    edges = np.empty((metadata.num_row_groups, len(_COLUMNS) + 1), kind)
     for index in range(metadata.num_row_groups):
         group = metadata.row_group(index)
+        end = group.column(0).data_page_offset
         for column in range(len(_COLUMNS)):
             chunk = group.column(column)
-            start[index, column] = chunk.data_page_offset
-            size[index, column] = chunk.total_compressed_size
-    return _Offsets(start, size)
+            if chunk.data_page_offset != end:
+                raise ValueError("the columns of a row do not follow one another")
+            edges[index, column] = end
+            end += chunk.total_compressed_size
+        edges[index, -1] = end
+    return edges
 
 
 def read_page(chunk: memoryview, codec: str | None) -> memoryview:

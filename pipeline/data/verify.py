@@ -8,7 +8,8 @@ import pyarrow
 from tqdm import tqdm
 
 from pipeline.data.manifest import Manifest, Shard
-from pipeline.data.reader import DamagedPatch, PatchReader
+from pipeline.data.reader import DamagedPatch, PatchReader, StoreAway
+from pipeline.errors import UserError
 from pipeline.storage import Storage, join
 
 _CHUNK_BYTES = 8 << 20
@@ -22,6 +23,9 @@ def verify(manifest: Manifest, progress: bool = True) -> list[str]:
 
     A shard whose sha256 is the manifest's is right in every byte. In any other, every patch is read and checked, and
     the damaged ones are named with the photograph that they come from.
+
+    Raises:
+        UserError: an object store does not answer, so nothing can be said of what lies there.
     """
     storage = Storage(manifest.root)
     shards = [*manifest.shards, *manifest.held_out]
@@ -74,6 +78,8 @@ def _damaged_rows(manifest: Manifest, number: int) -> list[str]:
             reader.patch(first + row)
         except DamagedPatch as damage:
             damaged.append(damage)
+        except StoreAway as error:
+            raise UserError(f"data.root={manifest.root}: {error}; verify again when it does") from None
     reader.close()
     if len(damaged) == manifest.shards[number].rows > 1 and len({damage.reason for damage in damaged}) == 1:
         return [f"{damaged[0].shard}, all {len(damaged)} rows: {damaged[0].reason}"]
