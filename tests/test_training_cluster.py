@@ -103,11 +103,11 @@ def test_a_run_saves_at_notice_shrinks_grows_and_saves_when_stopped(cluster: Clu
             run.wait_for("step ")
         at_notice = checkpoints.listed(saved)[-1].step
         cluster.remove_node(nodes[1], allow_graceful=False)
-        line = run.wait_for("going on at step", "with 1 workers")
+        line = run.wait_for("going on at step", "with 1 workers after a fault (")
         assert int(line.split("going on at step ")[1].split()[0]) >= at_notice
         # Another one comes.
         cluster.add_node(**NODE)
-        run.wait_for("going on at step", "with 2 workers")
+        run.wait_for("going on at step", "with 2 workers in place of 1")
         run.wait_for("] step ")
         run.process.send_signal(signal.SIGTERM)
         run.wait_for("SIGTERM: saving")

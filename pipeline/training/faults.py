@@ -3,12 +3,14 @@
 import json
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Literal
 
 from pipeline.storage import Storage
 
 FILE = "faults.json"
+GROUP_FILE = "group.json"
 SAME_ERROR_TRIES = 3
 
 Kind = Literal["died", "error", "diverged"]
@@ -49,6 +51,25 @@ def load(run: Storage) -> list[Fault]:
 def clear(run: Storage) -> None:
     """Forgets them: a new submission has all its tries again."""
     run.remove(FILE)
+    run.remove(GROUP_FILE)
+
+
+def why_again(run: Storage, workers: int) -> str:
+    """Why a group of workers follows another one since the run was submitted; empty for the first.
+
+    One worker of every group calls it once: it also notes the group for the next one's question.
+    """
+    noted = load(run)
+    try:
+        before = json.loads(run.read_bytes(GROUP_FILE))
+        known, fewer_or_more = int(before["faults"]), int(before["workers"])
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        known, fewer_or_more = 0, workers
+    with suppress(OSError):  # a full disk is for the checkpoints to deal with
+        run.write_bytes(GROUP_FILE, json.dumps({"faults": len(noted), "workers": workers}).encode())
+    if len(noted) > known:
+        return f"after a fault ({noted[-1].text})"
+    return f"in place of {fewer_or_more}" if fewer_or_more != workers else ""
 
 
 def verdict(faults: Sequence[Fault], max_restarts: int) -> str | None:

@@ -28,7 +28,7 @@ class Worker:
     stopping: Callable[[], bool] = _never
     """Whether somebody asked the run to save and end; one worker that says so is enough."""
     reason: str = ""
-    """Why this group of workers follows another one."""
+    """Why this group of workers follows another one ("after a fault (...)"); worker 0 knows it."""
 
     @property
     def leads(self) -> bool:
