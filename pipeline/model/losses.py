@@ -40,7 +40,10 @@ def perceptual_loss(
 
 
 def relativistic_losses(
-    real_logits: Tensor, fake_logits: Tensor, mean: Mean = torch.mean
+    real_logits: Tensor,
+    fake_logits: Tensor,
+    mean: Mean = torch.mean,
+    averages: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Relativistic average losses (ESRGAN, eq. 1 and 2), each the mean of its two terms.
 
@@ -51,15 +54,17 @@ def relativistic_losses(
         real_logits: the discriminator's output on photographs, any shape.
         fake_logits: its output on the generator's images.
         mean: see the module.
+        averages: means of all real and of all fake logits, over the global batch and with gradients; by default
+            `mean` of each.
 
     Returns:
         (generator's loss, discriminator's loss).
     """
     real, fake = _full(real_logits), _full(fake_logits)
     constant = real.detach()
-    mean_fake = mean(fake)
-    generator_loss = (mean(_surprise(mean_fake - constant)) + mean(_surprise(fake - mean(constant)))) / 2
-    discriminator_loss = (mean(_surprise(real - mean_fake)) + mean(_surprise(mean(real) - fake))) / 2
+    mean_real, mean_fake = averages or (mean(real), mean(fake))
+    generator_loss = (mean(_surprise(mean_fake - constant)) + mean(_surprise(fake - mean_real.detach()))) / 2
+    discriminator_loss = (mean(_surprise(real - mean_fake)) + mean(_surprise(mean_real - fake))) / 2
     return generator_loss, discriminator_loss
 
 

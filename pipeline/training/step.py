@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.model.losses import perceptual_loss, pixel_loss, relativistic_losses
-from pipeline.training.distributed import bare, global_mean, share_mean
+from pipeline.training.distributed import bare, global_means, share_mean
 from pipeline.training.state import TrainState
 
 
@@ -110,7 +110,8 @@ def gan_step(
         real_logits = discriminator(batch.hr)
         fake_logits = discriminator(cut)
     real_logits, fake_logits = _at_least_float32(real_logits), _at_least_float32(fake_logits)
-    generator_loss, discriminator_loss = relativistic_losses(real_logits, fake_logits, global_mean)
+    averages = global_means(real_logits, fake_logits)
+    generator_loss, discriminator_loss = relativistic_losses(real_logits, fake_logits, mean, averages)
     (adversarial_gradient,) = torch.autograd.grad(generator_loss, cut, retain_graph=True)
     discriminator_loss.backward(inputs=list(discriminator.parameters()))
     sr.backward(gradient.add_(adversarial_gradient, alpha=weights.adversarial).to(sr.dtype))
@@ -126,6 +127,7 @@ def gan_step(
 
     with torch.no_grad():
         real, fake = real_logits.detach(), fake_logits.detach()
+        mean_real, mean_fake = averages
         return {
             "loss_pixel": pixel.detach(),
             "loss_perceptual": perceptual.detach(),
@@ -135,7 +137,7 @@ def gan_step(
             "discriminator_fake": mean(fake),
             # How often the discriminator ranks an image on the right side of the other kind's average.
             "discriminator_accuracy": 0.5
-            * (mean((real > fake.mean()).float()) + mean((fake < real.mean()).float())),
+            * (mean((real > mean_fake).to(real.dtype)) + mean((fake < mean_real).to(real.dtype))),
             "gradient_norm_generator": generator_norm,
             "gradient_norm_discriminator": discriminator_norm,
         }
