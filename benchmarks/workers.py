@@ -6,9 +6,12 @@ Every worker has one core and the same batch, so two workers do twice the work i
 stay. Ways, in turns:
 
     one      one process
-    two      two processes joined by gloo, as torchrun starts them
+    two      two processes joined by gloo
     apart    two processes that know nothing of each other: what sharing caches and memory costs by itself
+    torchrun two processes that torchrun starts
     ray      two workers of Ray Train
+
+The first three are pinned to a core each. Ray Train pins nothing, and neither does torchrun, so these two are compared.
 
 Rates are those of the loop's own records (train/steps_per_s), the median over intervals after the first. The seconds of
 starting count from the call to the beginning of the first step; for Ray, with a Ray that runs already.
@@ -18,6 +21,7 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -40,7 +44,7 @@ from pipeline.training.config import TrainConfig
 from pipeline.training.loop import train
 from pipeline.training.worker import Worker
 
-WORKERS = {"one": 1, "two": 2, "apart": 1, "ray": 2}
+WORKERS = {"one": 1, "two": 2, "apart": 1, "torchrun": 2, "ray": 2}
 
 
 def make_config(folder: str, name: str, workers: int, options: argparse.Namespace) -> TrainConfig:
@@ -63,9 +67,9 @@ def make_config(folder: str, name: str, workers: int, options: argparse.Namespac
             },
             "model": {
                 "num_block": options.blocks,
-                "num_feat": 32,
-                "num_grow_ch": 16,
-                "discriminator_num_feat": 16,
+                "num_feat": options.features,
+                "num_grow_ch": options.features // 2,
+                "discriminator_num_feat": options.features,
             },
             "psnr": {"steps": 0 if gan else steps},
             "gan": {"steps": steps if gan else 0},
@@ -79,14 +83,26 @@ def make_config(folder: str, name: str, workers: int, options: argparse.Namespac
 
 def plain_worker(rank: int, config: TrainConfig, world_size: int, meeting: str, apart: bool) -> None:
     """One process of `one`, `two` or `apart`."""
-    torch.set_num_threads(1)
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank % len(os.sched_getaffinity(0))]})
     run = Storage(config.storage) / config.run_name
     if apart:
         run, rank, world_size = run / str(rank), 0, 1
-    Path(run.path()).mkdir(parents=True, exist_ok=True)
     if world_size > 1:
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
+    train_here(config, run, rank, world_size)
+
+
+def torchrun_worker(config_file: str) -> None:
+    """One process that torchrun has started."""
+    config = TrainConfig.model_validate_json(Path(config_file).read_text())
+    dist.init_process_group("gloo")
+    train_here(config, Storage(config.storage) / config.run_name, dist.get_rank(), dist.get_world_size())
+
+
+def train_here(config: TrainConfig, run: Storage, rank: int, world_size: int) -> None:
+    """The loop in this process, as one worker of a group that is there."""
+    torch.set_num_threads(1)
+    Path(run.path()).mkdir(parents=True, exist_ok=True)
     try:
         feed = Feed(config.data.root, config.seed, config.batch_size, config.crop_px, rank, world_size)
         train(config, Worker(rank=rank, world_size=world_size), run, feed, [])
@@ -105,6 +121,17 @@ def run_once(way: str, folder: str, number: int, options: argparse.Namespace) ->
 
         Path(run.path()).mkdir(parents=True)
         ray_trainer.fit(config, run)
+    elif way == "torchrun":
+        config_file = Path(folder) / f"torchrun-{number}.json"
+        config_file.write_text(config.model_dump_json())
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={WORKERS[way]}",
+        ]
+        subprocess.run([*command, __file__, "--torchrun-worker", str(config_file)], check=True)
     else:
         processes = 1 if way == "one" else 2
         meeting = f"{folder}/meeting-{way}-{number}"
@@ -129,14 +156,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--stage", choices=["psnr", "gan"], default="gan")
-    parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--blocks", type=int, default=4)
+    parser.add_argument("--features", type=int, default=64)
     parser.add_argument("--batch", type=int, default=4, help="patches of a worker")
     parser.add_argument("--interval", type=int, default=10, help="steps of an interval")
     parser.add_argument("--intervals", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ways", nargs="+", choices=list(WORKERS), default=list(WORKERS))
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--torchrun-worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.torchrun_worker:
+        torchrun_worker(options.torchrun_worker)
+        return
     facts = machine()
     seen: dict[str, list[dict[str, float]]] = {way: [] for way in options.ways}
     with tempfile.TemporaryDirectory() as folder:
@@ -166,7 +198,7 @@ def main() -> None:
     ratio("two", "one")
     ratio("apart", "one")
     ratio("two", "apart")
-    ratio("ray", "two")
+    ratio("ray", "torchrun")
     for way, values in results.items():
         if "start_s" in values:
             print(f"{way}: {as_text(values['steps_per_s'])} steps/s, start {as_text(values['start_s'], 1)} s")
