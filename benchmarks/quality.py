@@ -1,20 +1,21 @@
 """Stage 1 by our step and by BasicSR's sequence: equal data, steps, seed and schedule; PSNR on held-out photographs.
 
 The demo's network and sample photographs. Both see the same batches in the same order and begin with the same weights;
-what is left between them is rounding, which training amplifies. `--again` trains ours a third time from weights that
-differ in the last bit, as a measure of just that.
+what is left between them is rounding, which training amplifies. `--again` trains ours once more from weights that
+differ in the last bit, as a measure of just that. With several seeds the mean difference is given with its standard
+error.
 
-    python benchmarks/quality.py --steps 300 --again
+    python benchmarks/quality.py --steps 800 --seeds 1 2 3 4 --bf16
 """
 
 import argparse
 import json
+import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from basicsr_step import BasicSR
@@ -83,39 +84,53 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of ours")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--bf16", action="store_true", help="ours in bf16 as well")
     parser.add_argument("--again", action="store_true", help="ours once more, from disturbed weights")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     facts = machine()
-    results: dict[str, Any] = {}
+    results: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        config = demo_config(f"{folder}/data", options.steps, options.seed)
-        prepare(config.data, on_ray=False)
-        held_out = read_held_out(config.data.root)
-        own = config.model_copy(update={"precision": options.precision})
-        ways: dict[str, Callable[[], nn.Module]] = {
-            f"ours, {options.precision}": lambda: ours(own),
-            "BasicSR's sequence, fp32": lambda: basicsr(config),
-        }
-        if options.again:
-            ways["ours, disturbed in the last bit"] = lambda: ours(own, disturbed=True)
-        for name, way in ways.items():
-            began = time.perf_counter()
-            network = way()
-            assert isinstance(network, RRDBNet)
-            seconds = time.perf_counter() - began
-            metrics = validate(network, held_out, config.data.scale, CPU)
-            results[name] = {"seconds": seconds, **metrics}
+        prepare(demo_config(f"{folder}/data", options.steps, options.seeds[0]).data, on_ray=False)
+        held_out = read_held_out(f"{folder}/data")
+        for seed in options.seeds:
+            config = demo_config(f"{folder}/data", options.steps, seed)
+            for name, way in ways_of(config, options).items():
+                began = time.perf_counter()
+                network = way()
+                assert isinstance(network, RRDBNet)
+                seconds = time.perf_counter() - began
+                metrics = validate(network, held_out, config.data.scale, CPU)
+                results.setdefault(name, []).append({"seed": seed, "seconds": seconds, **metrics})
+                found = f"{metrics['psnr_y']:.3f} dB (Y), {metrics['psnr_rgb']:.3f} dB (RGB)"
+                print(f"seed {seed}, {name}: {found}, {seconds:.0f} s", flush=True)
+    ours_first, *others = results
+    for name in others if len(options.seeds) > 1 else []:
+        for metric in ("psnr_y", "psnr_rgb"):
+            pairs = zip(results[ours_first], results[name], strict=True)
+            differences = [one[metric] - other[metric] for one, other in pairs]
+            error = statistics.stdev(differences) / len(differences) ** 0.5
             print(
-                f"{name}: {metrics['psnr_y']:.3f} dB (Y), {metrics['psnr_rgb']:.3f} dB (RGB), {seconds:.0f} s",
-                flush=True,
+                f"{ours_first} - {name}, {metric}: {statistics.mean(differences):+.3f} dB, standard error {error:.3f}"
             )
     text = json.dumps({"machine": facts, "arguments": sys.argv[1:], "results": results}, indent=2)
     if options.out:
         options.out.write_text(text + "\n")
+
+
+def ways_of(config: TrainConfig, options: argparse.Namespace) -> dict[str, Callable[[], nn.Module]]:
+    """What is trained for one seed."""
+    ways: dict[str, Callable[[], nn.Module]] = {
+        "ours, fp32": lambda: ours(config),
+        "BasicSR's sequence, fp32": lambda: basicsr(config),
+    }
+    if options.bf16:
+        ways["ours, bf16"] = lambda: ours(config.model_copy(update={"precision": "bf16"}))
+    if options.again:
+        ways["ours, disturbed in the last bit"] = lambda: ours(config, disturbed=True)
+    return ways
 
 
 if __name__ == "__main__":
