@@ -1,6 +1,7 @@
 """How fast patches reach training: `python benchmarks/feed.py` prints a table of ratios, measured in one run.
 
-Everything lies in a temporary folder and in the page cache. Ray is a private one with as many CPUs as the machine.
+Everything lies in a temporary folder and in the page cache. Ray is a private one with as many CPUs as the machine. The
+object store is moto's server, in a process of its own on this machine.
 """
 
 import argparse
@@ -8,7 +9,10 @@ import io
 import os
 import platform
 import resource
+import shutil
+import socket
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -44,7 +48,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="repetitions of every measurement")
     parser.add_argument("--without-ray", action="store_true", help="leave out what needs Ray")
+    parser.add_argument("--memory-of", metavar="ROOT", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.memory_of:
+        print(grown_mib(arguments.memory_of))
+        return
     torch.set_num_threads(1)
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="feed") as folder:
@@ -53,6 +61,9 @@ def main() -> None:
         feed = Feed(root, seed=1, batch_size=BATCH, crop_px=CROP)
         table = [("figure", "median", "lowest to highest", "asked for")]
         table += rates(feed, patches, arguments.rounds, not arguments.without_ray)
+        # moto reads a whole object for each range of it, so these are small.
+        table += from_s3(Path(write_data(Path(folder) / "small", patches, 8)), arguments.rounds)
+        table += memory(Path(folder), patches)
         table += first_batches(Path(folder), arguments.rounds)
     print(
         f"\n{platform.machine()}, {os.cpu_count()} cores, load {load:.1f} before; Python {platform.python_version()}, "
@@ -188,6 +199,106 @@ def constant(steps: int) -> Iterator[Batch]:
     batch = Batch(images[:, :, ::SCALE, ::SCALE], images, 0)
     for _ in range(steps):
         yield batch
+
+
+def from_s3(root: Path, rounds: int) -> list[tuple[str, ...]]:
+    """The thread feed from an object store: its rate, and how long a device of 20 steps/s waits for it."""
+    found: dict[str, list[float]] = {"rate": [], "cost": [], "idle": []}
+    with s3_server() as address:
+        store = Storage(address)
+        for path in root.iterdir():
+            store.write_bytes(path.name, path.read_bytes())
+        feed = Feed(store.uri, seed=1, batch_size=BATCH, crop_px=CROP)
+        for _ in range(rounds):
+            own = time.process_time()
+            rate, _ = from_feed(feed, 60)
+            found["rate"].append(rate)
+            found["cost"].append(1000 * (time.process_time() - own) / (60 * BATCH))
+            found["idle"].append(idle_share(feed, 100, 0.05))
+    return [
+        ("thread feed from s3, patches/s", *spread(found["rate"], 0), "reported"),
+        (
+            "CPU seconds per 1000 patches, thread feed from s3, without the server",
+            *spread(found["cost"]),
+            "reported",
+        ),
+        (
+            "share of waiting, s3 feed at 20 steps/s of 16 (step: a pause)",
+            *spread(found["idle"], 3),
+            "at most 0.05",
+        ),
+    ]
+
+
+def idle_share(feed: Feed, steps: int, step_s: float) -> float:
+    """The share of time that steps of `step_s` on a device wait for batches, after the first five."""
+    waited = 0.0
+    with closing(feed.batches(0, steps)) as batches:
+        for step in range(steps):
+            asked = time.perf_counter()
+            next(batches)
+            if step >= 5:
+                waited += time.perf_counter() - asked
+            time.sleep(step_s)
+    return waited / (waited + (steps - 5) * step_s)
+
+
+@contextmanager
+def s3_server() -> Iterator[str]:
+    """moto's server in another process, and the environment to reach it; gives an empty bucket."""
+    import boto3
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    names = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    os.environ.update(names)
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            while True:
+                try:
+                    socket.create_connection(("127.0.0.1", port)).close()
+                    break
+                except ConnectionRefusedError:
+                    time.sleep(0.1)
+            boto3.client("s3").create_bucket(Bucket="patches")
+            yield "s3://patches/set"
+        finally:
+            server.terminate()
+            for name in names:
+                os.environ.pop(name)
+
+
+def memory(folder: Path, patches: list[tuple[np.ndarray, np.ndarray]]) -> list[tuple[str, ...]]:
+    """MiB by which a process grows that reads 300 batches, from a data set and from one of ten times its size."""
+    grown = []
+    for times in (1, 10):
+        root = write_data(folder / f"times{times}", patches * times, ROWS)
+        command = [sys.executable, __file__, "--memory-of", root]
+        grown.append(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+        shutil.rmtree(root)
+    small, large = grown
+    return [
+        ("memory of the thread feed, MiB", f"{small:.0f}", f"10x the data: {large:.0f}", ""),
+        ("memory of the thread feed, 10x the data to 1x", f"{large / small:.2f}", "", "flat"),
+    ]
+
+
+def grown_mib(root: str) -> float:
+    """How much this process grows while it reads 300 batches."""
+    torch.zeros(1)
+    process = psutil.Process()
+    before = peak = process.memory_info().rss
+    with closing(Feed(root, seed=1, batch_size=BATCH, crop_px=CROP).batches(0, 300)) as batches:
+        for _ in batches:
+            peak = max(peak, process.memory_info().rss)
+    return (peak - before) / 2**20
 
 
 def first_batches(folder: Path, rounds: int) -> list[tuple[str, ...]]:

@@ -1,5 +1,7 @@
 """Data sets and photographs on an object store: the same bytes as in a folder."""
 
+import itertools
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from tiny_patches import write_patches
 from pipeline.data import check_source, cutting, load_manifest, prepare, read_held_out, reader
 from pipeline.data.config import DataConfig
 from pipeline.data.feed import Feed
+from pipeline.data.fetch import REQUESTS
 from pipeline.data.reader import DamagedPatch, PatchReader, StoreAway, _RemoteFile
 from pipeline.data.verify import verify
 from pipeline.errors import UserError
@@ -108,14 +111,14 @@ def test_a_store_that_is_away_for_a_while_damages_nothing(
     feed = Feed(root, seed=3, batch_size=6, crop_px=16)
     whole = list(feed.batches(0, 8))
 
-    class Away(_RemoteFile):
-        """A connection that breaks every third time that it is used."""
+    tried: set[int] = set()
 
-        uses = 0
+    class Away(_RemoteFile):
+        """A connection that breaks at the first attempt to read a place."""
 
         def read(self, offset: int, size: int) -> np.ndarray:
-            Away.uses += 1
-            if Away.uses % 3 == 0:
+            if offset not in tried:
+                tried.add(offset)
                 raise OSError("AWS Error NETWORK_CONNECTION during GetObject operation")
             return super().read(offset, size)
 
@@ -125,6 +128,32 @@ def test_a_store_that_is_away_for_a_while_damages_nothing(
         assert (one.hr == other.hr).all()
         assert other.damaged == 0
     assert "trying again" in caplog.text
+
+
+def test_requests_to_a_store_are_under_way_together(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One after another they would take a batch times the store's latency."""
+    root = f"{bucket}/set"
+    local = write_patches(tmp_path, 40)
+    upload(Path(local), root)
+    asked = itertools.count(1)
+    enough = threading.Event()
+
+    class Meeting(_RemoteFile):
+        """Answers nothing until half as many requests as may be under way are."""
+
+        def read(self, offset: int, size: int) -> np.ndarray:
+            if next(asked) == REQUESTS // 2:
+                enough.set()
+            assert enough.wait(timeout=60)
+            return super().read(offset, size)
+
+    monkeypatch.setattr(reader, "_RemoteFile", Meeting)
+    feeds = [Feed(address, seed=3, batch_size=REQUESTS // 2, crop_px=16) for address in (local, root)]
+    for one, other in zip(*(feed.batches(0, 6) for feed in feeds), strict=True):
+        assert (one.hr == other.hr).all()
+    assert enough.is_set()
 
 
 def test_a_store_that_stays_away_is_no_damage_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Literal, TypeVar
 
-from pipeline.data.fetch import Batch, fetch, opened
+from pipeline.data.fetch import Batch, fetch_steps, opened
 from pipeline.data.manifest import load_manifest
 from pipeline.data.order import rank_share
 
@@ -49,8 +49,7 @@ class Feed:
         manifest = load_manifest(self.root)
         share = rank_share(self.batch_size, self.rank, self.world_size)
         with opened(manifest, self.seed, self.batch_size, self.crop_px) as (reader, samples):
-            for step in range(first_step, last_step):
-                yield fetch(reader, samples, step, *share)
+            yield from fetch_steps(reader, samples, range(first_step, last_step), *share)
 
 
 def ahead(items: Generator[_T, None, None], depth: int) -> Generator[_T, None, None]:

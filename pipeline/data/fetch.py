@@ -1,7 +1,9 @@
 """One worker's part of one training step: read, verified, cropped, flipped and put together."""
 
 import logging
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -17,6 +19,9 @@ from pipeline.errors import UserError
 
 # A damaged patch is replaced by another draw; this many in a row are damaged only where nearly all are.
 ATTEMPTS = 16
+# An object store answers in tens of milliseconds: so many requests and steps at once hide that at 20 steps/s.
+REQUESTS = 24
+STEPS_AT_ONCE = 3
 # Replacements come from seeds that are far from those which people choose.
 _ATTEMPT_STRIDE = 2**40
 
@@ -35,11 +40,49 @@ class Batch:
     """Damaged patches that were drawn and replaced."""
 
 
-def fetch(reader: PatchReader, samples: Samples, step: int, first: int, last: int) -> Batch:
+def fetch_steps(
+    reader: PatchReader, samples: Samples, steps: Sequence[int], first: int, last: int
+) -> Generator[Batch, None, None]:
+    """What `fetch` gives for each of `steps`, in their order; from an object store, several are under way at once.
+
+    Raises:
+        UserError, StoreAway: as `fetch`.
+    """
+    if not reader.remote:
+        for step in steps:
+            yield fetch(reader, samples, step, first, last)
+        return
+    requests, makers = ThreadPoolExecutor(REQUESTS), ThreadPoolExecutor(STEPS_AT_ONCE)
+    under_way: deque[Future[Batch]] = deque()
+    try:
+        for step in steps:
+            under_way.append(makers.submit(fetch, reader, samples, step, first, last, requests.map))
+            if len(under_way) == STEPS_AT_ONCE:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    finally:
+        for future in under_way:
+            future.cancel()
+        makers.shutdown()
+        requests.shutdown()
+
+
+def fetch(
+    reader: PatchReader,
+    samples: Samples,
+    step: int,
+    first: int,
+    last: int,
+    for_each: Callable[[Callable[[int], int], Iterable[int]], Iterable[int]] = map,
+) -> Batch:
     """Samples at positions first..last of the global batch of `step`.
 
     A damaged patch is logged once, counted, and replaced by a draw that (seed, step, position, attempt) decide, so
     whichever rank meets it replaces it alike.
+
+    Args:
+        for_each: `map`, or that of an executor whose threads share the samples.
 
     Raises:
         UserError: ATTEMPTS draws in a row were damaged.
@@ -49,26 +92,31 @@ def fetch(reader: PatchReader, samples: Samples, step: int, first: int, last: in
     hr = np.empty((count, side, side, 3), np.uint8)
     lr = np.empty((count, side // scale, side // scale, 3), np.uint8)
     draws = samples.of_step(step, first, last)
-    places = zip(draws.patch.tolist(), draws.y.tolist(), draws.x.tolist(), draws.flips.tolist(), strict=True)
-    damaged = 0
-    for index, (patch, y, x, flips) in enumerate(places):
-        attempt = 0
+    places = list(
+        zip(draws.patch.tolist(), draws.y.tolist(), draws.x.tolist(), draws.flips.tolist(), strict=True)
+    )
+
+    def put(index: int) -> int:
+        """Fills one sample in; how many damaged patches were drawn for it."""
+        (patch, y, x, flips), damaged = places[index], 0
         while True:
             try:
                 crops = reader.crop(patch, y, x, side)
                 break
             except DamagedPatch as error:
                 damaged += 1
-                attempt += 1
                 _name_once(error.shard, error.row, error.reason)
-                if attempt == ATTEMPTS:
+                if damaged == ATTEMPTS:
                     raise UserError(
-                        f"{error}; {attempt} patches in a row are damaged: check with prepare_data.py --verify, "
+                        f"{error}; {damaged} patches in a row are damaged: check with prepare_data.py --verify, "
                         "and prepare the data set again"
                     ) from None
-            patch, y, x, flips = _another(samples, step, first + index, attempt)
+            patch, y, x, flips = _another(samples, step, first + index, damaged)
         for out, crop in zip((hr[index], lr[index]), crops, strict=True):
             put_flipped(out, crop, flips)
+        return damaged
+
+    damaged = sum(for_each(put, range(count)))
     return Batch(as_tensor(lr), as_tensor(hr), damaged)
 
 

@@ -17,7 +17,7 @@ from ray.data.block import BlockMetadata
 from ray.exceptions import GetTimeoutError, RayTaskError
 
 from pipeline.data.feed import Feed
-from pipeline.data.fetch import Batch, as_tensor, fetch, reader_and_samples
+from pipeline.data.fetch import Batch, as_tensor, fetch_steps, reader_and_samples
 from pipeline.data.manifest import load_manifest
 from pipeline.data.order import Samples, rank_share
 from pipeline.data.reader import PatchReader
@@ -192,9 +192,11 @@ class _Reading:
             feed.root, self.manifest_sha256, feed.seed, feed.batch_size, feed.crop_px
         )
         share = rank_share(feed.batch_size, feed.rank, feed.world_size)
-        for start in range(self.first, self.last, self.block_steps):
-            steps = range(start, min(start + self.block_steps, self.last))
-            yield _packed(steps, [fetch(reader, samples, step, *share) for step in steps])
+        steps = range(self.first, self.last)
+        with closing(fetch_steps(reader, samples, steps, *share)) as batches:
+            for start in range(0, len(steps), self.block_steps):
+                block = steps[start : start + self.block_steps]
+                yield _packed(block, [next(batches) for _ in block])
 
 
 @lru_cache(maxsize=4)

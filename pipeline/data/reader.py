@@ -7,6 +7,7 @@ against the row checks (pipeline/data/checks.py); other codecs as a whole row gr
 import hashlib
 import logging
 import os
+import threading
 import time
 import zlib
 from collections import OrderedDict
@@ -71,7 +72,7 @@ class _LocalFile:
 
 
 class _RemoteFile:
-    """Range reads from an object store."""
+    """Range reads from an object store; several threads may share it."""
 
     def __init__(self, filesystem: Any, path: str) -> None:
         self.file = filesystem.open_input_file(path)
@@ -83,11 +84,14 @@ class _RemoteFile:
         return np.frombuffer(data, np.uint8)
 
     def close(self) -> None:
-        self.file.close()
+        """Does nothing: another thread may be reading, and the file closes when the last one has let go of it."""
 
 
 class PatchReader:
-    """Patches of one data set. Keeps few files open, and 36 bytes for every row of a shard that it has met."""
+    """Patches of one data set. Keeps few files open, and 36 bytes for every row of a shard that it has met.
+
+    Where the data set is in an object store, threads may share it.
+    """
 
     def __init__(self, root: str, layout: Layout) -> None:
         self.layout = layout
@@ -95,6 +99,12 @@ class PatchReader:
         self._filesystem, self._base = self._storage.filesystem()
         self._files: OrderedDict[int, _LocalFile | _RemoteFile] = OrderedDict()
         self._edges: dict[int, np.ndarray] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def remote(self) -> bool:
+        """Whether every read asks an object store."""
+        return self._storage.remote
 
     def crop(self, patch: int, y: int, x: int, crop_px: int) -> tuple[np.ndarray, np.ndarray]:
         """High- and low-resolution crop of a patch: uint8 (crop, crop, 3) and (crop / scale, crop / scale, 3), views.
@@ -217,23 +227,27 @@ class PatchReader:
 
     def _forget(self, number: int) -> None:
         """Opens a shard anew at its next use."""
-        file = self._files.pop(number, None)
+        with self._lock:
+            file = self._files.pop(number, None)
         if file is not None:
             file.close()
 
     def _file(self, number: int) -> _LocalFile | _RemoteFile:
-        file = self._files.get(number)
-        if file is None:
-            shard = self.layout.shards[number]
-            if self._storage.remote:
-                file = _RemoteFile(self._filesystem, join(self._base, shard.name))
-            else:
-                file = _LocalFile(self._storage.path(shard.name))
+        with self._lock:
+            file = self._files.get(number)
+            if file is not None:
+                self._files.move_to_end(number)
+                return file
+        # Opening may wait for a server. Two threads may open the same file; either will do.
+        shard = self.layout.shards[number]
+        if self._storage.remote:
+            file = _RemoteFile(self._filesystem, join(self._base, shard.name))
+        else:
+            file = _LocalFile(self._storage.path(shard.name))
+        with self._lock:
             self._files[number] = file
             if len(self._files) > _OPEN_SHARDS:
                 self._files.popitem(last=False)[1].close()
-        else:
-            self._files.move_to_end(number)
         return file
 
     def _edges_of(self, number: int, row: int) -> np.ndarray:
