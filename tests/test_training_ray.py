@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+import subprocess
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -75,6 +76,25 @@ def test_a_process_that_is_killed_or_hangs_changes_no_bit_of_the_result(
     assert (disturbed.stage, disturbed.step) == ("gan", 12)
     assert disturbed.generator_sha256 == undisturbed.generator_sha256
     assert disturbed.metrics == undisturbed.metrics
+
+
+def test_a_driver_that_is_killed_is_started_again_and_changes_no_bit(
+    undisturbed: TrainingResult, folder: Path
+) -> None:
+    changes = {"run_name": "driver", "workers": 2, "tracking.register_model": False}
+    arguments = tiny.command("train_gan", folder, tiny.fields(folder, **changes))
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "step 8/12" in line:
+                process.kill()
+                break
+        else:
+            pytest.fail("the run never came to step 8")
+    assert not (folder / "runs" / "driver" / "result.json").exists()
+    again = train(folder, run_name="driver")
+    assert again.generator_sha256 == undisturbed.generator_sha256
+    assert again.metrics == undisturbed.metrics
 
 
 def test_ray_trains_own_processes_know_which_ray_is_theirs(ray_cluster: str, folder: Path) -> None:
