@@ -266,6 +266,8 @@ def s3_server() -> Iterator[str]:
                     socket.create_connection(("127.0.0.1", port)).close()
                     break
                 except ConnectionRefusedError:
+                    if server.poll() is not None:
+                        raise
                     time.sleep(0.1)
             boto3.client("s3").create_bucket(Bucket="patches")
             yield "s3://patches/set"

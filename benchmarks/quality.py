@@ -43,7 +43,7 @@ def demo_config(root: str, steps: int, seed: int) -> TrainConfig:
     flags = ["--data.root", root, "--psnr.steps", str(steps), "--seed", str(seed), "--workers", "0"]
     flags += ["--psnr.schedule.warmup_steps", str(steps // 10), "--shuffle_channels", "false"]
     config, _ = load_config(flags, description="", default_file=DEMO, environment={})
-    return TrainConfig.model_validate(config.model_dump(include=set(TrainConfig.model_fields)))
+    return config.alone()
 
 
 def train(config: TrainConfig, update: Callable[[Batch, float], object]) -> None:

@@ -55,14 +55,14 @@ def test_divergence_is_tried_once_more() -> None:
 
 def test_a_group_knows_why_it_follows_another(tmp_path: Path) -> None:
     run = Storage(str(tmp_path))
-    assert faults.why_again(run, 2) == ""
+    assert faults.why_again(run, faults.load(run), 2) == ""
     faults.note(run, 3, "died", "its process ended")
-    assert faults.why_again(run, 1) == "after a fault (its process ended)"
+    assert faults.why_again(run, faults.load(run), 1) == "after a fault (its process ended)"
     # A node has come back: the fault of then is not why.
-    assert faults.why_again(run, 2) == "in place of 1"
-    assert faults.why_again(run, 2) == ""
+    assert faults.why_again(run, faults.load(run), 2) == "in place of 1"
+    assert faults.why_again(run, faults.load(run), 2) == ""
     faults.clear(run)
-    assert faults.why_again(run, 1) == ""
+    assert faults.why_again(run, faults.load(run), 1) == ""
     assert list(tmp_path.iterdir()) == [tmp_path / faults.GROUP_FILE]
 
 

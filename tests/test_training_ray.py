@@ -2,7 +2,6 @@
 
 import shutil
 import signal
-import subprocess
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -83,14 +82,7 @@ def test_a_driver_that_is_killed_is_started_again_and_changes_no_bit(
 ) -> None:
     changes = {"run_name": "driver", "workers": 2, "tracking.register_model": False}
     arguments = tiny.command("train_gan", folder, tiny.fields(folder, **changes))
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if "step 8/12" in line:
-                process.kill()
-                break
-        else:
-            pytest.fail("the run never came to step 8")
+    tiny.run_until(arguments, "step 8/12")
     assert not (folder / "runs" / "driver" / "result.json").exists()
     again = train(folder, run_name="driver")
     assert again.generator_sha256 == undisturbed.generator_sha256

@@ -2,14 +2,13 @@
 
 import json
 import os
-import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import command, fields, train, write_sets
+from tiny import command, fields, run_until, train, write_sets
 
 from pipeline.errors import UserError
 from pipeline.storage import Storage
@@ -79,14 +78,7 @@ def test_killed_anywhere_and_resumed_ends_with_the_same_bits_and_curve(
 ) -> None:
     name = "killed-" + line.replace(" ", "-").replace("/", "-")
     arguments = command("train_gan", folder, fields(folder, run_name=name))
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment()) as process:
-        assert process.stdout is not None
-        for printed in process.stdout:
-            if line in printed:
-                process.send_signal(signal.SIGKILL)
-                break
-        else:
-            pytest.fail(f"the run never printed {line!r}")
+    run_until(arguments, line, environment())
     run = Storage(str(folder / "runs" / name))
     assert not run.exists("result.json")
     result = train(folder, run_name=name)

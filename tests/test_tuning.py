@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -57,23 +56,7 @@ def children(folder: Path, parent: str) -> dict[str, Any]:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_sweep_that_was_killed_goes_on_and_names_the_best(folder: Path) -> None:
-    with subprocess.Popen(
-        command(folder),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment(),
-        start_new_session=True,
-    ) as process:
-        assert process.stdout is not None
-        log = []
-        for line in process.stdout:
-            log.append(line)
-            if "(1/3)" in line:
-                os.killpg(process.pid, signal.SIGKILL)
-                break
-        else:
-            pytest.fail("".join(log))
+    tiny.run_until(command(folder), "(1/3)", environment())
     sweep = Storage(str(folder / "runs" / "sweep"))
     first = outcomes(sweep)
     assert len(first) == 1

@@ -62,9 +62,7 @@ def fetch_steps(
         while under_way:
             yield under_way.popleft().result()
     finally:
-        for future in under_way:
-            future.cancel()
-        makers.shutdown()
+        makers.shutdown(cancel_futures=True)
         requests.shutdown()
 
 

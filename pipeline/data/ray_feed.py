@@ -4,7 +4,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -196,7 +196,7 @@ class _Reading:
         with closing(fetch_steps(reader, samples, steps, *share)) as batches:
             for start in range(0, len(steps), self.block_steps):
                 block = steps[start : start + self.block_steps]
-                yield _packed(block, [next(batches) for _ in block])
+                yield _packed(block, list(islice(batches, len(block))))
 
 
 @lru_cache(maxsize=4)

@@ -47,10 +47,6 @@ class StoreAway(OSError):
     """An object store that does not answer; nothing is known of the patch."""
 
 
-class _Cut(Exception):
-    """A file ends before the bytes that were asked for."""
-
-
 class _LocalFile:
     """Positional reads from a file; several threads may share it."""
 
@@ -63,7 +59,7 @@ class _LocalFile:
         while done < size:
             count = os.preadv(self.descriptor, [buffer[done:].data], offset + done)
             if count == 0:
-                raise _Cut(f"ends at byte {offset + done}")
+                raise EOFError(f"ends at byte {offset + done}")
             done += count
         return buffer
 
@@ -80,7 +76,7 @@ class _RemoteFile:
     def read(self, offset: int, size: int) -> np.ndarray:
         data = self.file.read_at(size, offset)
         if len(data) != size:
-            raise _Cut(f"ends at byte {offset + len(data)}")
+            raise EOFError(f"ends at byte {offset + len(data)}")
         return np.frombuffer(data, np.uint8)
 
     def close(self) -> None:
@@ -184,7 +180,7 @@ class PatchReader:
         checks_bytes = 8 * (side + small + 1)
         end = edges[_CHECKS + 1]
         low, high = top // scale, bottom // scale
-        if self._storage.remote:  # one request costs more than the bytes that it brings
+        if self.remote:  # one request costs more than the bytes that it brings
             everything = self._read(number, row, hr_data + top * width, end - hr_data - top * width)
             hr = everything[: (bottom - top) * width]
             tail = everything[lr_data + low * small_width - hr_data - top * width :]
@@ -211,26 +207,19 @@ class PatchReader:
         while True:
             try:
                 return self._file(number).read(offset, size)
-            except (FileNotFoundError, _Cut) as error:
-                raise self._damaged(number, row, f"cannot be read: {str(error).splitlines()[0]}") from None
-            except (OSError, pa.ArrowException) as error:
+            except (OSError, EOFError, pa.ArrowException) as error:
                 reason = str(error).splitlines()[0]
-                if not self._storage.remote:  # a disk that cannot read it now will not later
+                # What is gone or cut stays so, and a disk that cannot read it now will not later.
+                if not self.remote or isinstance(error, FileNotFoundError | EOFError):
                     raise self._damaged(number, row, f"cannot be read: {reason}") from None
             wait_s = next(waits, None)
             where = self._storage.path(self.layout.shards[number].name)
             if wait_s is None:
                 raise StoreAway(f"{where}: the object store does not answer ({reason})")
             logger.warning("%s: trying again in %g s (%s)", where, wait_s, reason)
-            self._forget(number)
+            with self._lock:
+                self._files.pop(number, None)  # opened anew for the next try
             time.sleep(wait_s)
-
-    def _forget(self, number: int) -> None:
-        """Opens a shard anew at its next use."""
-        with self._lock:
-            file = self._files.pop(number, None)
-        if file is not None:
-            file.close()
 
     def _file(self, number: int) -> _LocalFile | _RemoteFile:
         with self._lock:
@@ -240,7 +229,7 @@ class PatchReader:
                 return file
         # Opening may wait for a server. Two threads may open the same file; either will do.
         shard = self.layout.shards[number]
-        if self._storage.remote:
+        if self.remote:
             file = _RemoteFile(self._filesystem, join(self._base, shard.name))
         else:
             file = _LocalFile(self._storage.path(shard.name))

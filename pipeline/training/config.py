@@ -194,6 +194,10 @@ class TrainConfig(Section):
             raise ValueError("psnr.steps=0 and gan.steps=0: there is nothing to train")
         return self
 
+    def alone(self) -> "TrainConfig":
+        """These fields without what a larger configuration (a sweep's) adds to them."""
+        return TrainConfig.model_validate(self.model_dump(include=set(TrainConfig.model_fields)))
+
     @property
     def worker_range(self) -> tuple[int, int]:
         """Fewest and most workers."""

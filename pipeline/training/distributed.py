@@ -41,11 +41,6 @@ class _SumOverWorkers(torch.autograd.Function):
         return total
 
 
-def sum_over_workers(value: Tensor) -> Tensor:
-    """Sum of `value` over all workers, differentiable."""
-    return _SumOverWorkers.apply(value) if world_size() > 1 else value
-
-
 def global_means(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """Mean of each over all workers' elements, differentiable, whatever the shares; in one all-reduce.
 
@@ -55,7 +50,7 @@ def global_means(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     if world_size() == 1:
         return one.mean(), other.mean()
     counts = one.new_tensor([one.numel(), other.numel()])
-    sums, totals = sum_over_workers(torch.stack([torch.stack([one.sum(), other.sum()]), counts]))
+    sums, totals = _SumOverWorkers.apply(torch.stack([torch.stack([one.sum(), other.sum()]), counts]))
     mean, other_mean = sums / totals.detach()
     return mean, other_mean
 

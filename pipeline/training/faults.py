@@ -54,22 +54,22 @@ def clear(run: Storage) -> None:
     run.remove(GROUP_FILE)
 
 
-def why_again(run: Storage, workers: int) -> str:
+def why_again(run: Storage, noted: Sequence[Fault], workers: int) -> str:
     """Why a group of workers follows another one since the run was submitted; empty for the first.
 
-    One worker of every group calls it once: it also notes the group for the next one's question.
+    One worker of every group calls it once, with the faults so far: it also notes the group for the next one's
+    question.
     """
-    noted = load(run)
     try:
         before = json.loads(run.read_bytes(GROUP_FILE))
-        known, fewer_or_more = int(before["faults"]), int(before["workers"])
+        faults_before, workers_before = int(before["faults"]), int(before["workers"])
     except (FileNotFoundError, ValueError, TypeError, KeyError):
-        known, fewer_or_more = 0, workers
+        faults_before, workers_before = 0, workers
     with suppress(OSError):  # a full disk is for the checkpoints to deal with
         run.write_bytes(GROUP_FILE, json.dumps({"faults": len(noted), "workers": workers}).encode())
-    if len(noted) > known:
+    if len(noted) > faults_before:
         return f"after a fault ({noted[-1].text})"
-    return f"in place of {fewer_or_more}" if fewer_or_more != workers else ""
+    return f"in place of {workers_before}" if workers_before != workers else ""
 
 
 def verdict(faults: Sequence[Fault], max_restarts: int) -> str | None:

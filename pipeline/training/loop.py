@@ -197,8 +197,8 @@ class _Recorder:
         if not self.worker.leads:
             return
         state, workers = self.state, self.worker.world_size
-        text = f"going on at step {state.step} of stage {state.stage} with {workers} workers {self.worker.reason}"
-        self._event(text.rstrip())
+        why = f" {self.worker.reason}" if self.worker.reason else ""
+        self._event(f"going on at step {state.step} of stage {state.stage} with {workers} workers{why}")
 
     def interval(self, values: dict[str, float]) -> None:
         """Prints and records an interval's means and rates."""

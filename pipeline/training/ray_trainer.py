@@ -137,7 +137,8 @@ def _worker_loop(loop_config: Mapping[str, Any]) -> None:
     """What runs on every worker: builds its surroundings and enters the loop."""
     config = TrainConfig.model_validate(loop_config["config"])
     run = Storage(loop_config["run"])
-    if run.exists(REFUSAL) or faults.verdict(faults.load(run), config.faults.max_restarts):
+    earlier = faults.load(run)
+    if run.exists(REFUSAL) or faults.verdict(earlier, config.faults.max_restarts):
         return  # The driver raises it.
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
@@ -150,7 +151,9 @@ def _worker_loop(loop_config: Mapping[str, Any]) -> None:
         report=lambda metrics: ray.train.report(dict(metrics)),
         preempted=lambda: ray.train.get_preemption_info() is not None,
         stopping=lambda: context.get_world_rank() == 0 and stop_requested(run),
-        reason=faults.why_again(run, context.get_world_size()) if context.get_world_rank() == 0 else "",
+        reason=faults.why_again(run, earlier, context.get_world_size())
+        if context.get_world_rank() == 0
+        else "",
     )
     try:
         feed = ray.train.get_dataset_shard("train")

@@ -68,8 +68,7 @@ def run_training(
         UserError: anything that the user can mend; found before Ray starts wherever it can be.
     """
     # The job hands over all fields; what is not training's (a sweep's) does not travel on.
-    config = TrainConfig.model_validate(config.model_dump(include=set(TrainConfig.model_fields)))
-    config = with_absolute_paths(config)
+    config = with_absolute_paths(config.alone())
     run = Storage(config.storage) / config.run_name
     there = identities.load(run)
     if there is not None:

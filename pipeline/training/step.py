@@ -110,8 +110,10 @@ def gan_step(
         real_logits = discriminator(batch.hr)
         fake_logits = discriminator(cut)
     real_logits, fake_logits = _at_least_float32(real_logits), _at_least_float32(fake_logits)
-    averages = global_means(real_logits, fake_logits)
-    generator_loss, discriminator_loss = relativistic_losses(real_logits, fake_logits, mean, averages)
+    mean_real, mean_fake = global_means(real_logits, fake_logits)
+    generator_loss, discriminator_loss = relativistic_losses(
+        real_logits, fake_logits, mean, (mean_real, mean_fake)
+    )
     (adversarial_gradient,) = torch.autograd.grad(generator_loss, cut, retain_graph=True)
     discriminator_loss.backward(inputs=list(discriminator.parameters()))
     sr.backward(gradient.add_(adversarial_gradient, alpha=weights.adversarial).to(sr.dtype))
@@ -127,7 +129,6 @@ def gan_step(
 
     with torch.no_grad():
         real, fake = real_logits.detach(), fake_logits.detach()
-        mean_real, mean_fake = averages
         return {
             "loss_pixel": pixel.detach(),
             "loss_perceptual": perceptual.detach(),

@@ -127,8 +127,7 @@ def outcomes(sweep: Storage) -> list[Outcome]:
 
 
 def _base(config: Config) -> TrainConfig:
-    plain = TrainConfig.model_validate(config.model_dump(exclude={"tune"}))
-    absolute = with_absolute_paths(plain)
+    absolute = with_absolute_paths(config.alone())
     tracking = absolute.tracking.model_copy(
         # A trial is a trial: only a run of its own should hand out models.
         update={
@@ -268,7 +267,7 @@ def _trial_config(base: TrainConfig, values: Mapping[str, Any], sweep: Storage |
         changed = with_fields(Config.model_validate(base.model_dump()), changes)
     except UserError as error:
         raise UserError(f"tune.space: {error}") from None
-    return TrainConfig.model_validate(changed.model_dump(exclude={"tune"}))
+    return changed.alone()
 
 
 def _extremes(settings: TuneConfig) -> list[Values]:
