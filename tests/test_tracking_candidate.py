@@ -117,7 +117,6 @@ def test_a_store_that_was_always_away_gets_the_model_by_a_command(
     )
     finish_run(None, "FINISHED", run)
 
-    time.sleep(0.01)
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     out = tmp_path / "out.json"
     send_metrics.main(["--run", run.uri, "--tracking.uri", uri, "--json", str(out)])
