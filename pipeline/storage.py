@@ -159,23 +159,26 @@ class Storage:
 
     def free_bytes(self) -> int | None:
         """Free space where this folder lies or will lie; None for an object store."""
-        if self.remote:
-            return None
-        folder = Path(self.uri)
+        return None if self.remote else shutil.disk_usage(self.nearest_folder()).free
+
+    def nearest_folder(self) -> str:
+        """This folder, or the nearest above it that exists; `/` for an object store."""
+        folder = Path("/" if self.remote else self.uri)
         while not folder.exists():
             folder = folder.parent
-        return shutil.disk_usage(folder).free
+        return str(folder)
 
     def require_writable(self, field: str) -> None:
-        """Checks that files can be made here, and leaves none.
+        """Checks that files can be made here, and leaves neither file nor folder.
 
         Raises:
             UserError: naming `field`, when they cannot.
         """
         probe = f".write-test-{uuid.uuid4().hex[:8]}"
         try:
-            self.write_bytes(probe, b"")
-            self.remove(probe)
+            place = self if self.remote else Storage(self.nearest_folder())
+            place.write_bytes(probe, b"")
+            place.remove(probe)
         except (OSError, pyarrow.ArrowException) as error:
             reason = str(error).splitlines()[0]
             raise UserError(

@@ -294,3 +294,4 @@ def test_mistakes_are_found_before_anything_starts(
             config(folder, **changes) if "root" not in changes else config(folder, str(changes["root"]))
         )
     assert message in str(caught.value)
+    assert not (folder / "data").exists()

@@ -216,7 +216,7 @@ class _Recorder:
             name if name.startswith("loss_") else f"train/{name}": value for name, value in values.items()
         }
         named = {name.replace("loss_", "loss/"): value for name, value in named.items()}
-        named |= system_metrics("/" if self.run.remote else self.run.path())
+        named |= system_metrics(self.run.nearest_folder())
         self._records.append(Metrics(state.step, _now_ms(), named))
 
     def validate(self) -> None:
