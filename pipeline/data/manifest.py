@@ -14,6 +14,8 @@ from pipeline.storage import Storage
 
 NAME = "manifest.json"
 SCHEMA_VERSION = 1
+# How `encode` writes its last field, and its end. No JSON string holds a newline, so these are found there only.
+_SOURCES, _END = b',\n "sources": ', b"\n}\n"
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,26 @@ class Manifest:
     layout: Layout
     held_out: tuple[Shard, ...]
     settings: dict[str, Any]
-    sources: tuple[
-        dict[str, Any], ...
-    ]  # path, set, bytes, sha256, pixels_sha256, height, width, first_patch, patches
     rejected: tuple[dict[str, str], ...]  # path, reason
     degradation: dict[str, Any]
+    content: bytes  # of manifest.json
+
+    @cached_property
+    def sources(self) -> tuple[dict[str, Any], ...]:
+        """Of each photograph: path, set, bytes, sha256, pixels_sha256, height, width, first_patch, patches.
+
+        Decoded when it is asked for: nine tenths of a manifest, of which training needs nothing.
+
+        Raises:
+            UserError: it is not a list of objects.
+        """
+        try:
+            sources = json.loads(self.content)["sources"]
+            if not isinstance(sources, list) or not all(isinstance(entry, dict) for entry in sources):
+                raise TypeError("sources is not a list of objects")
+        except (TypeError, ValueError) as error:
+            raise _not_valid(self.root, error) from None
+        return tuple(sources)
 
     @property
     def scale(self) -> int:
@@ -122,13 +139,13 @@ def load_manifest(root: str) -> Manifest:
 
 def decode(content: bytes, root: str) -> Manifest:
     """The inverse of `encode`. Raises UserError."""
-    where = f"{root}/{NAME}"
     try:
-        raw = json.loads(content)
+        end = content.find(_SOURCES)
+        raw = json.loads(content[:end] + b"}" if end > 0 else content)
         version = raw["schema_version"]
         if version != SCHEMA_VERSION:
             raise UserError(
-                f"{where}: schema version {version}, but this release reads {SCHEMA_VERSION}; prepare it again"
+                f"{root}/{NAME}: schema version {version}, but this release reads {SCHEMA_VERSION}; prepare it again"
             )
         settings = raw["settings"]
         layout = Layout(
@@ -139,17 +156,23 @@ def decode(content: bytes, root: str) -> Manifest:
         )
         if layout.patches != raw["patches"]:
             raise ValueError(f"patches={raw['patches']}, but the shards hold {layout.patches}")
+        if end < 0 or not content.endswith(_END):
+            raise ValueError("it does not end with its sources")
         return Manifest(
             root=root,
             sha256=hashlib.sha256(content).hexdigest(),
             layout=layout,
             held_out=tuple(Shard(**entry) for entry in raw["held_out"]),
             settings=settings,
-            sources=tuple(raw["sources"]),
             rejected=tuple(raw["rejected"]),
             degradation=raw["degradation"],
+            content=content,
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{where}: not a valid manifest ({type(error).__name__}: {error}); prepare it again"
-        ) from None
+        raise _not_valid(root, error) from None
+
+
+def _not_valid(root: str, error: Exception) -> UserError:
+    return UserError(
+        f"{root}/{NAME}: not a valid manifest ({type(error).__name__}: {error}); prepare it again"
+    )

@@ -1,0 +1,73 @@
+"""A manifest is read as it was written, or refused in one line that says what is wrong with it."""
+
+import json
+from typing import Any
+
+import pytest
+
+from pipeline.data.manifest import Shard, decode, encode
+from pipeline.errors import UserError
+
+SHARD = {
+    "name": "patches-00000.parquet",
+    "rows": 2,
+    "bytes": 100,
+    "sha256": "a" * 64,
+    "footer_sha256": "b" * 64,
+    "footer_bytes": 30,
+}
+CONTENT: dict[str, Any] = {
+    "patches": 2,
+    "settings": {"scale": 4, "patch_px": 48, "codec": "raw", "edge": "replicate"},
+    "degradation": {"kind": "matlab_uint8", "edge": "replicate"},
+    "sources": [{"path": 'ein Bild\u00e4\udcff,\n "sources": .png', "set": "train", "patches": 2}],
+    "rejected": [{"path": "b.png", "reason": "empty"}],
+    "shards": [SHARD],
+    "held_out": [],
+    "licences": {},
+    "libraries": {"numpy": "2.0"},
+}
+
+
+def test_a_manifest_is_read_as_it_was_written() -> None:
+    manifest = decode(encode(CONTENT), "data")
+    assert manifest.shards == (Shard(**SHARD),)
+    assert (manifest.patches, manifest.scale, manifest.patch_px, manifest.codec) == (2, 4, 48, "raw")
+    assert list(manifest.sources) == CONTENT["sources"]
+    assert list(manifest.rejected) == CONTENT["rejected"]
+    assert (manifest.settings, manifest.degradation) == (CONTENT["settings"], CONTENT["degradation"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "JSONDecodeError"),
+        (encode(CONTENT)[:-40], "does not end with its sources"),
+        (encode(CONTENT)[:200], "JSONDecodeError"),
+        (b"\xff" + encode(CONTENT), "UnicodeDecodeError"),
+        (encode(CONTENT).replace(b'"set":', b'"set"'), "JSONDecodeError"),
+        (b"[]", "TypeError"),
+        (encode({**CONTENT, "schema_version": 7}), "schema version 7, but this release reads 1"),
+        (encode({"schema_version": 7}), "schema version 7, but this release reads 1"),
+        (encode({name: value for name, value in CONTENT.items() if name != "shards"}), "KeyError: 'shards'"),
+        (
+            encode({name: value for name, value in CONTENT.items() if name != "sources"}),
+            "end with its sources",
+        ),
+        (encode({**CONTENT, "shards": [{**SHARD, "lines": 2}]}), "unexpected keyword argument 'lines'"),
+        (encode({**CONTENT, "settings": {}}), "KeyError: 'scale'"),
+        (encode({**CONTENT, "patches": 3}), "patches=3, but the shards hold 2"),
+        (encode({**CONTENT, "sources": {"path": "a.png"}}), "not a list of objects"),
+    ],
+)
+def test_what_is_wrong_with_a_manifest_is_said_in_one_line(content: bytes, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        _ = decode(content, "data").sources
+    assert str(caught.value).startswith("data/manifest.json: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_equal_content_gives_equal_bytes() -> None:
+    shuffled = dict(reversed(CONTENT.items()))
+    assert encode(shuffled) == encode(CONTENT)
+    assert json.loads(encode(CONTENT)) == {"schema_version": 1, **CONTENT}
