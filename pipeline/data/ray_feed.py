@@ -23,12 +23,14 @@ from pipeline.data.order import Samples, rank_share
 from pipeline.data.reader import PatchReader
 from pipeline.errors import UserError
 
-# A block of several steps spreads Ray's cost for a block; few tasks make the first batch come soon at any length.
+# A block of several steps spreads Ray's cost for a block, and a task of several blocks that for a task; few tasks make
+# the first batch come soon at any length.
 STEPS_IN_A_BLOCK = 16
 BLOCK_BYTES = 16 * 2**20
+BLOCKS_IN_A_TASK = 4
 MOST_TASKS = 1500
-# Without a limit Ray Data runs hundreds of steps ahead.
-STORE_BYTES = 128 * 2**20
+# Without a limit Ray Data runs hundreds of steps ahead; with less, only one of the two tasks has room to run.
+STORE_BYTES = 384 * 2**20
 START_TIMEOUT_S = 120.0
 # Ray Data's executor takes about a core for each worker while it waits for room.
 CORES_FOR_RAY = 4.0
@@ -153,7 +155,8 @@ class StepSource(Datasource):
         first, last = rank_share(feed.batch_size, feed.rank, feed.world_size)
         self._step_bytes = 3 * (last - first) * (feed.crop_px**2 + (feed.crop_px // manifest.scale) ** 2)
         self._block_steps = max(1, min(STEPS_IN_A_BLOCK, BLOCK_BYTES // max(1, self._step_bytes)))
-        self.tasks = min(MOST_TASKS, -(-(last_step - first_step) // self._block_steps))
+        task_steps = BLOCKS_IN_A_TASK * self._block_steps
+        self.tasks = min(MOST_TASKS, -(-(last_step - first_step) // task_steps))
 
     def estimate_inmemory_data_size(self) -> int:
         """Bytes of all steps."""
