@@ -94,7 +94,7 @@ def rates(
     with opened(load_manifest(feed.root), feed.seed, BATCH, CROP) as (reader, order), ray_or_not(with_ray):
         ways["fetch"] = lambda: timed(fetch(reader, order, step, 0, BATCH) for step in range(60))
         if with_ray:
-            ways["ray"] = lambda: from_feed(replace(feed, transport="ray"), 600)
+            ways["ray"] = lambda: from_feed(replace(feed, transport="ray"), 2400, cpu_seconds_of_all)
         feeds = {"thread": feed} | ({"ray": replace(feed, transport="ray")} if with_ray else {})
         for _ in range(rounds):
             for name, way in ways.items():
@@ -128,18 +128,22 @@ def rates(
     return [*rows, ("CPU seconds per 1000 patches, fetch", *spread(cost["fetch"]), "reported")]
 
 
-def timed(batches: Iterator[Batch]) -> tuple[float, float]:
-    """(patches per second, CPU seconds of all processes per 1000 patches); the first batch does not count."""
+def timed(
+    batches: Iterator[Batch], cpu_seconds: Callable[[], float] = time.process_time
+) -> tuple[float, float]:
+    """(patches per second, CPU seconds per 1000 patches); the first batch does not count."""
     next(batches)
     began, cpu = time.perf_counter(), cpu_seconds()
     count = sum(1 for _ in batches) * BATCH
     return count / (time.perf_counter() - began), 1000 * (cpu_seconds() - cpu) / count
 
 
-def from_feed(feed: Feed, steps: int) -> tuple[float, float]:
+def from_feed(
+    feed: Feed, steps: int, cpu_seconds: Callable[[], float] = time.process_time
+) -> tuple[float, float]:
     """The same, through a feed."""
     with closing(feed.batches(0, steps)) as batches:
-        return timed(batches)
+        return timed(batches, cpu_seconds)
 
 
 def from_memory(patches: list[tuple[np.ndarray, np.ndarray]], samples: Samples, step: int) -> Batch:
@@ -210,10 +214,9 @@ def from_s3(root: Path, rounds: int) -> list[tuple[str, ...]]:
             store.write_bytes(path.name, path.read_bytes())
         feed = Feed(store.uri, seed=1, batch_size=BATCH, crop_px=CROP)
         for _ in range(rounds):
-            own = time.process_time()
-            rate, _ = from_feed(feed, 60)
+            rate, seconds = from_feed(feed, 60)
             found["rate"].append(rate)
-            found["cost"].append(1000 * (time.process_time() - own) / (60 * BATCH))
+            found["cost"].append(seconds)
             found["idle"].append(idle_share(feed, 100, 0.05))
     return [
         ("thread feed from s3, patches/s", *spread(found["rate"], 0), "reported"),
@@ -415,7 +418,7 @@ def ray_or_not(with_ray: bool) -> Iterator[None]:
             ray.shutdown()
 
 
-def cpu_seconds() -> float:
+def cpu_seconds_of_all() -> float:
     """CPU time of this process and of the processes that it started, Ray's included."""
     total = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
     for child in psutil.Process().children(recursive=True):
