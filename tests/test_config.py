@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from pipeline.config import json_schema, load_config, with_fields
 from pipeline.errors import UserError
@@ -32,6 +34,30 @@ def test_flag_beats_environment_beats_file_beats_default(file: Path) -> None:
     assert (config.gan.steps, config.gan.pixel_weight, config.precision, config.seed) == (9, 0.5, "bf16", 0)
 
 
+def every_field(section: BaseModel, prefix: str = "") -> dict[str, Any]:
+    """Dotted names of all fields that have a value, with their defaults."""
+    found: dict[str, Any] = {}
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            found |= every_field(value, f"{prefix}{name}.")
+        elif value is not None:
+            found[prefix + name] = value
+    return found
+
+
+@pytest.mark.parametrize("name", every_field(load([])))
+def test_every_field_can_be_set_by_flag_and_by_environment(name: str) -> None:
+    value = every_field(load([]))[name]
+    section, _, field = f".{name}".rpartition(".")
+    plain = load([]).model_dump(mode="json")
+    for part in section.split(".")[1:]:
+        plain = plain[part]
+    text = plain[field] if isinstance(plain[field], str) else json.dumps(plain[field])
+    assert every_field(load([f"--{name}={text}"]))[name] == value
+    assert every_field(load([], {f"ESRGAN_{name.upper().replace('.', '__')}": text}))[name] == value
+
+
 @pytest.mark.parametrize(
     ("text", "range_"), [("2", (2, 2)), ("[1,4]", (1, 4)), ("1,4", (1, 4)), ("0", (0, 0))]
 )
@@ -57,6 +83,11 @@ def test_workers_come_from_the_environment_alike(text: str, range_: tuple[int, i
         (["--workers", "4", "--batch_size", "3"], {}, "batch_size=3 is smaller than workers=4"),
         (["--psnr.steps", "0", "--gan.steps", "0"], {}, "nothing to train"),
         (["--run_name", "a/b"], {}, "run_name='a/b'"),
+        (["--data.scale", "5"], {}, "data.scale=5: should be 2, 3 or 4"),
+        (["--psnr.learning_rate", "inf"], {}, "psnr.learning_rate='inf': should be a finite number"),
+        (["--perceptual.layers", '{"conv1_2": NaN}'], {}, "perceptual.layers=nan: should be a finite number"),
+        (["--perceptual.layers", '{"conv1_2": -1}'], {}, "perceptual.layers=-1"),
+        (["--gan.schedule.milestones", "[-5]"], {}, "gan.schedule.milestones=-5"),
         (["--config", "/no/such/file.yaml"], {}, "there is no such file"),
         (["--gan.steps"], {}, "expected one argument"),
         (

@@ -1,10 +1,15 @@
 """Where photographs come from, how they become patches, and how patches reach training."""
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from pipeline.section import Section
+
+
+def _number(value: Any) -> Any:
+    """Flags and the environment give text, which a choice of numbers does not take."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 class DataConfig(Section):
@@ -39,7 +44,7 @@ class DataConfig(Section):
         None,
         description="Licence of the photographs, for the manifest; else a LICENSE file beside them is recorded.",
     )
-    scale: Literal[2, 3, 4] = Field(
+    scale: Annotated[Literal[2, 3, 4], BeforeValidator(_number)] = Field(
         4, description="High-resolution pixels per low-resolution pixel, on a side."
     )
     edge: Literal["replicate", "symmetric"] = Field(

@@ -17,7 +17,9 @@ class Schedule(Section):
         "constant", description="Shape after the warm-up."
     )
     warmup_steps: int = Field(0, ge=0, description="Steps of linear rise from zero.")
-    milestones: tuple[int, ...] = Field((), description="halving: steps at which the rate is halved.")
+    milestones: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (), description="halving: steps at which the rate is halved."
+    )
     period_steps: int | None = Field(
         None,
         ge=1,
@@ -64,7 +66,7 @@ class PerceptualConfig(Section):
     sha256: str | None = Field(
         None, pattern="^[0-9a-f]{64}$", description="Expected sha256 of the file in perceptual.weights."
     )
-    layers: dict[str, float] = Field(
+    layers: dict[str, Annotated[float, Field(ge=0)]] = Field(
         {"conv5_4": 1.0},
         min_length=1,
         description="VGG19 convolutions whose output is compared, with their weights.",
@@ -161,7 +163,10 @@ class TrainConfig(Section):
     checkpoint_every_steps: int = Field(5000, ge=1, description="Steps between two checkpoints.")
     validate_every_steps: int = Field(5000, ge=1, description="Steps between two validations.")
     keep_checkpoints: int = Field(
-        2, ge=1, description="Newest checkpoints to keep; the best is kept besides."
+        2, ge=1, description="Newest checkpoints to keep; the best are kept besides."
+    )
+    keep_best_checkpoints: int = Field(
+        1, ge=1, description="Best checkpoints of a stage to keep, by tracking.metric."
     )
     tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow.")
     faults: FaultConfig = Field(FaultConfig(), description="Time-outs and restarts.")
