@@ -1,5 +1,6 @@
 """Trains ESRGAN: stage 1 on pixels, then stage 2 against a discriminator. Run again, it resumes."""
 
+import argparse
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,18 +11,23 @@ from pipeline.training.run import run_training
 DEMO = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What belongs to the command and not to the configuration."""
+    parser.add_argument("--json", metavar="FILE", help="Also write the result there.")
+    parser.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="Go on with a run although its configuration, its data set or package versions have changed.",
+    )
+
+
 def main(argv: list[str]) -> None:
     """Loads the configuration, trains, prints the result."""
     config, options = load_config(
-        argv,
-        description=__doc__ or "",
-        default_file=DEMO,
-        add_arguments=lambda parser: parser.add_argument(
-            "--json", metavar="FILE", help="Also write the result there."
-        ),
+        argv, description=__doc__ or "", default_file=DEMO, add_arguments=add_arguments
     )
     command.require_writable_file(options.json, "--json")
-    result = run_training(config)
+    result = run_training(config, accept_changes=options.accept_changes)
     command.write_json(options.json, asdict(result))
     metrics = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
     print(f"run {result.run_name}: step {result.step} of stage {result.stage}")

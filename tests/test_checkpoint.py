@@ -12,7 +12,7 @@ from pipeline.storage import Storage
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training.checkpoint import Checkpoint, Checkpointer, CheckpointName
 from pipeline.training.config import TrainConfig
-from pipeline.training.state import Best, TrainState, begin_gan, new_state
+from pipeline.training.state import Best, TrainState, begin_gan, best_of, new_state
 from pipeline.training.step import Batch, StepSettings, psnr_step
 
 CPU = torch.device("cpu")
@@ -63,7 +63,7 @@ def run(tmp_path: Path) -> Storage:
 @pytest.mark.parametrize("stage", ["psnr", "gan"])
 def test_a_state_comes_back_bit_for_bit(run: Storage, stage: str) -> None:
     state = trained_state()
-    state.best, state.damaged = Best(1, 27.5), 3
+    state.best, state.damaged = (Best(1, 27.5), Best(3, 26.0, "psnr_y")), 3
     if stage == "gan":
         begin_gan(state, CONFIG, CPU)
     name = written(run, state, 1)
@@ -124,6 +124,14 @@ def test_only_damaged_checkpoints_are_an_error(run: Storage) -> None:
         checkpoints.newest(run)
 
 
+def test_checkpoints_that_lost_their_manifests_are_an_error(run: Storage) -> None:
+    state = trained_state()
+    for step in (1, 2):
+        run.remove(f"{written(run, state, step).folder}/manifest.json")
+    with pytest.raises(UserError, match=r"none of 2 checkpoints has its manifest\.json"):
+        checkpoints.newest(run)
+
+
 def test_non_finite_weights_are_never_written(run: Storage) -> None:
     state = trained_state()
     with torch.no_grad():
@@ -146,6 +154,35 @@ def test_old_checkpoints_go_and_the_kept_ones_stay(run: Storage) -> None:
     # What must be durable first was called before its checkpoint appeared.
     assert order[0] == (1, 0)
     assert [step for step, _ in order] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_damaged_checkpoint_does_not_count_among_those_kept(run: Storage) -> None:
+    state = trained_state()
+    for step in (1, 2, 3):
+        written(run, state, step)
+    (run / CheckpointName(3, "psnr").folder).write_bytes("state.json", b"{}")
+    with Checkpointer(run, keep=2, metadata=SIZES, first_step=2) as checkpointer:
+        for step, expected in ((4, [2, 3, 4]), (3, [3, 4])):
+            checkpointer.save(
+                CheckpointName(step, "psnr"), state.ema.state_dict(), state.tensors(), state.scalars(),
+                before=lambda: None, keep=frozenset(),
+            )  # fmt: skip
+            checkpointer.wait()
+            assert [name.step for name in checkpoints.listed(run)] == expected
+
+
+def test_the_best_stay_in_order_and_of_equal_ones_the_earlier() -> None:
+    state = new_state(CONFIG, "psnr", CPU)
+    for step, value in enumerate((1.0, 3.0, 2.0, 3.0, 0.5), start=1):
+        state.rank(Best(step, value), keep=3)
+    assert [best.step for best in state.best] == [2, 4, 3]
+
+
+@pytest.mark.parametrize(
+    ("saved", "expected"), [(None, ()), ({"step": 3, "value": 26.5}, (Best(3, 26.5, "psnr_y"),))]
+)
+def test_the_best_of_an_older_run_is_understood(saved: object, expected: tuple[Best, ...]) -> None:
+    assert best_of({"best": saved}) == expected
 
 
 def test_training_may_go_on_while_a_checkpoint_is_written(run: Storage) -> None:
@@ -181,6 +218,26 @@ def test_a_failed_write_reaches_training_with_its_reason(run: Storage) -> None:
     assert checkpoints.listed(run) == []
 
 
+def test_a_failed_write_leaves_no_parts(run: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = trained_state()
+    write_bytes = Storage.write_bytes
+
+    def small_disk(storage: Storage, name: str, content: bytes) -> None:
+        if name == "training.safetensors":
+            raise OSError(28, "No space left on device")
+        write_bytes(storage, name, content)
+
+    monkeypatch.setattr(Storage, "write_bytes", small_disk)
+    with Checkpointer(run, keep=2, metadata=SIZES) as checkpointer:
+        checkpointer.save(
+            CheckpointName(1, "psnr"), state.ema.state_dict(), state.tensors(), state.scalars(),
+            before=lambda: None, keep=frozenset(),
+        )  # fmt: skip
+        with pytest.raises(OSError, match="No space left"):
+            checkpointer.wait()
+        assert run.names("checkpoints") == []
+
+
 def test_another_architecture_is_refused(run: Storage) -> None:
     name = written(run, trained_state(), 1)
     loaded = checkpoints.read(run, name)
@@ -188,6 +245,15 @@ def test_another_architecture_is_refused(run: Storage) -> None:
     tensors["generator.extra.weight"] = torch.zeros(1)
     with pytest.raises(UserError, match=r"generator\.extra\.weight"):
         new_state(CONFIG, "psnr", CPU).load(loaded.ema, tensors, loaded.scalars)
+
+
+def test_other_sizes_are_refused(run: Storage) -> None:
+    loaded = checkpoints.read(run, written(run, trained_state(), 1))
+    larger = CONFIG.model_copy(update={"model": CONFIG.model.model_copy(update={"num_feat": 16})})
+    with pytest.raises(
+        UserError, match=r"conv_first\.weight has the shape \[8, 3, 3, 3\], but \[16, 3, 3, 3\]"
+    ):
+        new_state(larger, "psnr", CPU).load(loaded.ema, loaded.tensors, loaded.scalars)
 
 
 def test_the_manifest_names_every_file_with_its_checksum(run: Storage) -> None:

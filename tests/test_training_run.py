@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import command, fields, run_until, train, write_sets
 
 from pipeline.errors import UserError
@@ -105,6 +107,114 @@ def test_another_configuration_under_the_same_name_is_refused(
     assert "run_name=tiny is in use with another configuration (gan.pixel_weight was 0.01, now 0.5)" in str(
         caught.value
     )
+
+
+def unfinished(folder: Path, name: str, *without: str) -> Storage:
+    """A copy of the undisturbed run as it was before its end, and without these checkpoints."""
+    run = folder / "runs" / name
+    shutil.copytree(folder / "runs" / "tiny", run)
+    (run / "result.json").unlink()
+    for checkpoint in without:
+        shutil.rmtree(run / "checkpoints" / checkpoint)
+    return Storage(str(run))
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "gone"])
+def test_stage_two_goes_on_without_the_checkpoint_of_stage_one(
+    folder: Path, undisturbed: TrainingResult, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    run = unfinished(folder, f"one-{damage}", "gan-00000012")
+    first = Path(run.path("checkpoints/psnr-00000006"))
+    shutil.rmtree(first) if damage == "gone" else flip_a_bit(first / "training.safetensors")
+    assert train(folder, run_name=f"one-{damage}").generator_sha256 == undisturbed.generator_sha256
+    assert "pictures go without the result of stage 1" in capsys.readouterr().out
+
+
+def test_a_last_checkpoint_that_is_damaged_before_the_end_is_made_again(
+    folder: Path, undisturbed: TrainingResult
+) -> None:
+    run = unfinished(folder, "last")
+    flip_a_bit(Path(run.path("checkpoints/gan-00000012/training.safetensors")))
+    assert train(folder, run_name="last").generator_sha256 == undisturbed.generator_sha256
+
+
+def test_the_best_by_another_metric_does_not_count(folder: Path, undisturbed: TrainingResult) -> None:
+    run = unfinished(folder, "metric", "gan-00000012")
+    train(folder, run_name="metric", **{"tracking.metric": "ssim_y"})
+    final = checkpoints.newest(run)
+    assert final is not None
+    assert [best["metric"] for best in final.scalars["best"]] == ["ssim_y"]
+
+
+def test_as_many_of_the_best_are_kept_as_asked_for(folder: Path, undisturbed: TrainingResult) -> None:
+    changes = {"psnr.steps": 12, "gan.steps": 0, "validate_every_steps": 2}
+    train(folder, run_name="bests", keep_checkpoints=1, keep_best_checkpoints=3, **changes)
+    run = Storage(str(folder / "runs" / "bests"))
+    final = checkpoints.newest(run)
+    assert final is not None
+    bests = [best["step"] for best in final.scalars["best"]]
+    assert len(bests) == 3
+    assert {name.step for name in checkpoints.listed(run)} == {*bests, 12}
+
+
+def test_a_change_may_be_accepted_and_is_then_the_rule(
+    folder: Path, undisturbed: TrainingResult, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = unfinished(folder, "longer")
+    changes = {"run_name": "longer", "gan.steps": 8, "gan.learning_rate": 5e-5}
+    with pytest.raises(UserError, match=r"gan\.steps was 6, now 8.*--accept-changes"):
+        train(folder, **changes)
+    assert train(folder, accept_changes=True, **changes).step == 14
+    assert (
+        "going on with changes: gan.learning_rate was 0.0001, now 5e-05; gan.steps" in capsys.readouterr().out
+    )
+    assert train(folder, **changes).step == 14
+    with pytest.raises(UserError, match="at step 14 already"):
+        train(folder, accept_changes=True, **{**changes, "gan.steps": 2})
+    with pytest.raises(UserError, match="stage 2 of run_name=longer has begun after 6 steps"):
+        train(folder, accept_changes=True, **{**changes, "psnr.steps": 8})
+    identity = json.loads(run.read_bytes("run.json"))
+    run.write_bytes("run.json", json.dumps({**identity, "versions": {"torch": "1.0"}}).encode())
+    with pytest.raises(UserError, match=r"torch was '1\.0', now"):
+        train(folder, **changes)
+
+
+def test_a_run_that_has_learned_nothing_may_be_changed(folder: Path, undisturbed: TrainingResult) -> None:
+    run = Storage(str(folder / "runs" / "fresh"))
+    identity = json.loads((folder / "runs" / "tiny" / "run.json").read_bytes())
+    run.write_bytes(
+        "run.json", json.dumps({**identity, "fields": {**identity["fields"], "seed": 99}}).encode()
+    )
+    assert train(folder, run_name="fresh").generator_sha256 == undisturbed.generator_sha256
+    assert json.loads(run.read_bytes("run.json"))["key"] != identity["key"]
+
+
+def test_steps_that_are_left_out_are_said(
+    folder: Path, undisturbed: TrainingResult, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"gan.perceptual_weight": 1e38, "faults.max_skipped_steps": 100, "log_every_steps": 2}
+    train(folder, run_name="skips", **changes)
+    assert "warning: left out for gradients that were not finite: 2 steps" in capsys.readouterr().out
+
+
+def test_weights_that_are_not_finite_end_the_run_with_advice(
+    folder: Path, undisturbed: TrainingResult
+) -> None:
+    with pytest.raises(UserError, match=r"holds a non-finite value; not written; lower psnr\.learning_rate"):
+        train(folder, run_name="huge", **{"psnr.learning_rate": 1e39})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_a_gpu_that_is_not_there_is_missed_before_anything_starts(folder: Path) -> None:
+    with pytest.raises(UserError, match="use_gpu=true: this machine has no GPU"):
+        train(folder, run_name="gpu", use_gpu=True)
+    assert not (folder / "runs" / "gpu").exists()
 
 
 @pytest.mark.parametrize(

@@ -78,10 +78,10 @@ def write_sets(folder: Path) -> Path:
     return folder
 
 
-def train(folder: Path, **changes: Any) -> TrainingResult:
+def train(folder: Path, *, accept_changes: bool = False, **changes: Any) -> TrainingResult:
     """A run of these fields in this process (its workers elsewhere, if there are some)."""
     config, _ = load_config(flags(fields(folder, **changes)), description="", environment={})
-    return run_training(config)
+    return run_training(config, accept_changes=accept_changes)
 
 
 def command(job: str, folder: Path, values: dict[str, Any]) -> list[str]:

@@ -140,7 +140,8 @@ def newest(run: Storage) -> Checkpoint | None:
     A damaged one is named in the log and passed over.
 
     Raises:
-        UserError: there are checkpoints, and all are damaged: starting from zero would hide it.
+        UserError: there are checkpoints, and all are damaged or have lost their manifests: starting from zero would
+            hide it. (A process that is killed while it writes its first leaves one without a manifest.)
     """
     names = listed(run)
     for name in reversed(names):
@@ -153,7 +154,17 @@ def newest(run: Storage) -> Checkpoint | None:
             f"{run.path(FOLDER)}: all {len(names)} checkpoints are damaged; restore one, "
             "or remove the run's folder to start again"
         )
+    if len(folders := run.names(FOLDER)) > 1:
+        raise UserError(
+            f"{run.path(FOLDER)}: none of {len(folders)} checkpoints has its manifest.json; restore one, "
+            "or remove the run's folder to start again"
+        )
     return None
+
+
+def any_there(run: Storage) -> bool:
+    """Whether a checkpoint was begun: then there is something to lose."""
+    return bool(run.names(FOLDER))
 
 
 class Checkpointer:
@@ -162,14 +173,17 @@ class Checkpointer:
     Use as a context manager: leaving it waits for the last write.
     """
 
-    def __init__(self, run: Storage, keep: int, metadata: dict[str, str]) -> None:
+    def __init__(self, run: Storage, keep: int, metadata: dict[str, str], first_step: int = 0) -> None:
         """
         Args:
             run: the run's folder.
-            keep: newest checkpoints to keep; the best one and the last of stage 1 are kept besides.
+            keep: newest checkpoints to keep; the best ones and the last of stage 1 are kept besides.
             metadata: architecture of the generator, kept in its file.
+            first_step: where training goes on. Later checkpoints that are there were passed over as damaged; they stay
+                until they are written anew, and do not count as kept.
         """
         self._run, self._keep, self._metadata = run, keep, metadata
+        self._passed_over = {name for name in listed(run) if name.step > first_step}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -213,7 +227,12 @@ class Checkpointer:
 
         def work() -> None:
             before()
-            write(self._run, checkpoint, self._metadata)
+            try:
+                write(self._run, checkpoint, self._metadata)
+            except BaseException:
+                self._run.remove(name.folder)  # on a full disk its parts would be in the way of the next try
+                raise
+            self._passed_over.discard(name)
             self._remove_old(keep | {name.step})
 
         self._pending = self._thread.submit(work)
@@ -232,7 +251,8 @@ class Checkpointer:
                 self._run.remove(f"{FOLDER}/{name}")
 
     def _remove_old(self, keep: frozenset[int]) -> None:
-        for name in listed(self._run)[: -self._keep]:
+        sound = [name for name in listed(self._run) if name not in self._passed_over]
+        for name in sound[: -self._keep]:
             if name.step not in keep:
                 # The manifest goes first: a folder half removed must not look like a damaged checkpoint.
                 self._run.remove(f"{name.folder}/manifest.json")

@@ -3,6 +3,8 @@
 import shutil
 from pathlib import Path
 
+import torch
+
 from pipeline.errors import UserError
 from pipeline.model import check_layers, find_weights
 from pipeline.storage import Storage, absolute, is_remote
@@ -49,6 +51,10 @@ def check_before_start(config: TrainConfig, run: Storage) -> None:
     """Finds mistakes that need neither Ray nor the data. Raises UserError."""
     if config.data.scale == 3:
         raise UserError("data.scale=3: the generator exists for scale 4 and 2; use one of these to train")
+    if config.use_gpu and config.workers == 0 and not torch.cuda.is_available():
+        raise UserError(
+            "use_gpu=true: this machine has no GPU that torch can use; use_gpu=false trains on the CPU"
+        )
     require_metric("tracking.metric", config.tracking.metric)
     if config.gan.steps and config.gan.perceptual_weight:
         check_layers(config.perceptual.layers)
@@ -60,9 +66,8 @@ def check_before_start(config: TrainConfig, run: Storage) -> None:
 def _require_space(config: TrainConfig, run: Storage) -> None:
     """Raises UserError when the checkpoints that will be kept do not fit on the disk."""
     free = run.free_bytes()
-    needed = checkpoint_bytes(config) * (
-        config.keep_checkpoints + 3
-    )  # the best, stage 1's, and one being written
+    # Besides: stage 1's, and one being written.
+    needed = checkpoint_bytes(config) * (config.keep_checkpoints + config.keep_best_checkpoints + 2)
     if free is not None and free < needed:
         raise UserError(
             f"storage={config.storage}: {free / 2**20:.0f} MiB free, and checkpoints take about "

@@ -1,15 +1,19 @@
-"""What makes a run this run: fields that must not change when it is resumed."""
+"""What makes a run this run: what must not change when it is resumed, unless the user says so."""
 
 import json
 import uuid
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from importlib import metadata
 from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.storage import Storage
+from pipeline.training import checkpoint as checkpoints
 from pipeline.training.config import TrainConfig
 
 FILE = "run.json"
+# Packages whose other versions may compute other bits.
+PACKAGES = ("esrgan-ray", "torch")
 
 # Fields that decide what is learned. The rest (where, how many workers, how often to log) may differ from try to try.
 LEARNING_FIELDS = (
@@ -30,42 +34,89 @@ class RunIdentity:
     """Digest of the data set's manifest."""
     tracking_run_id: str | None = None
     """MLflow's id, once the run is open there."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Of PACKAGES; runs from before it was kept have none."""
 
 
-def claim(run: Storage, config: TrainConfig, manifest_sha256: str) -> RunIdentity:
+def claim(
+    run: Storage, config: TrainConfig, manifest_sha256: str, accept_changes: bool = False
+) -> RunIdentity:
     """The run's identity, new or as it was.
 
+    A run that has no checkpoint yet has nothing to lose, and becomes a new one when it is changed.
+
     Raises:
-        UserError: the folder holds a run with other learning fields or other data.
+        UserError: the folder holds a run with other learning fields, other data or of other package versions, and
+            `accept_changes` does not allow it, or cannot.
     """
-    mine = RunIdentity(uuid.uuid4().hex, _fields(config), manifest_sha256)
+    mine = RunIdentity(uuid.uuid4().hex, _fields(config), manifest_sha256, versions=_versions())
     there = load(run)
-    if there is None:
-        save(run, mine)
-        return mine
-    require_same_fields(there, config)
-    if there.manifest_sha256 != manifest_sha256:
+    if there is not None:
+        different = _different(there, mine)
+        if not different:
+            return there
+        if checkpoints.any_there(run):
+            require_same(run, there, config, manifest_sha256, accept_changes)
+            print(f"going on with changes: {'; '.join(different)}", flush=True)
+            mine = replace(mine, key=there.key, tracking_run_id=there.tracking_run_id)
+    save(run, mine)
+    return mine
+
+
+def require_same(
+    run: Storage,
+    there: RunIdentity,
+    config: TrainConfig,
+    manifest_sha256: str | None = None,
+    accept_changes: bool = False,
+) -> None:
+    """Raises UserError, naming what differs, when `config` would not continue the run that is there.
+
+    Args:
+        run: the run's folder.
+        there: its identity.
+        config: what it is to go on with.
+        manifest_sha256: digest of the data set's manifest, where it is known already.
+        accept_changes: let everything differ but what the checkpoints cannot go on from.
+    """
+    if not checkpoints.any_there(run):
+        return
+    mine = RunIdentity(
+        there.key, _fields(config), manifest_sha256 or there.manifest_sha256, versions=_versions()
+    )
+    different = _different(there, mine)
+    if different and not accept_changes:
         raise UserError(
-            f"run_name={config.run_name}: {run.uri} was trained on another data set (manifest "
-            f"{there.manifest_sha256[:12]}, now {manifest_sha256[:12]}); choose another run_name or the former data"
+            f"run_name={config.run_name} is in use with another configuration ({'; '.join(different)}); "
+            "choose another run_name, restore these, or go on with the change: --accept-changes"
         )
-    return there
+    names = checkpoints.listed(run)
+    step, in_stage_two = (names[-1].step, names[-1].stage == "gan") if names else (0, False)
+    if in_stage_two and there.fields["psnr"]["steps"] != config.psnr.steps:
+        raise UserError(
+            f"psnr.steps={config.psnr.steps}: stage 2 of run_name={config.run_name} has begun after "
+            f"{there.fields['psnr']['steps']} steps of stage 1; restore that"
+        )
+    if step > config.psnr.steps + config.gan.steps:
+        raise UserError(
+            f"psnr.steps={config.psnr.steps}, gan.steps={config.gan.steps}: run_name={config.run_name} is at step "
+            f"{step} already; use more steps"
+        )
 
 
-def require_same_fields(there: RunIdentity, config: TrainConfig) -> None:
-    """Raises UserError, naming the fields, when `config` would not continue the run that is there."""
+def _different(there: RunIdentity, mine: RunIdentity) -> list[str]:
+    """What differs, each as `name was A, now B`."""
     # A run from before a field existed has its default.
-    before, now = _flat(_fields(TrainConfig()) | there.fields), _flat(_fields(config))
-    different = [
+    before = _flat(_fields(TrainConfig()) | there.fields) | there.versions
+    now = _flat(mine.fields) | {name: mine.versions[name] for name in there.versions if name in mine.versions}
+    if there.manifest_sha256 != mine.manifest_sha256:
+        before["data set (its manifest)"] = there.manifest_sha256[:12]
+        now["data set (its manifest)"] = mine.manifest_sha256[:12]
+    return [
         f"{name} was {before.get(name)!r}, now {now.get(name)!r}"
         for name in sorted(before | now)
         if before.get(name) != now.get(name)
     ]
-    if different:
-        raise UserError(
-            f"run_name={config.run_name} is in use with another configuration ({'; '.join(different)}); "
-            "choose another run_name, or restore these fields"
-        )
 
 
 def load(run: Storage) -> RunIdentity | None:
@@ -92,6 +143,10 @@ def with_tracking(run: Storage, identity: RunIdentity, tracking_run_id: str) -> 
     identity = replace(identity, tracking_run_id=tracking_run_id)
     save(run, identity)
     return identity
+
+
+def _versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in PACKAGES}
 
 
 def _fields(config: TrainConfig) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from pipeline.training.advice import Advisor
 from pipeline.training.batches import on_device
 from pipeline.training.checkpoint import Checkpointer, CheckpointName
 from pipeline.training.config import TrainConfig
-from pipeline.training.distributed import bare, world_size
+from pipeline.training.distributed import world_size
 from pipeline.training.faults import Diverged
 from pipeline.training.meter import Meter, progress_line
 from pipeline.training.schedule import learning_rate
@@ -72,6 +72,7 @@ def train(
             recorder.validate()
         while state.step < last:
             if state.stage == "psnr" and state.step >= config.psnr.steps:
+                recorder.stage_one_ends()
                 begin_gan(state, config, device)
             if state.stage == "gan" and features is None:
                 features = VGGFeatures(
@@ -143,6 +144,8 @@ def _resume_or_begin(config: TrainConfig, worker: Worker, run: Storage) -> Train
                     "storage must be shared by all nodes"
                 ) from None
         state.load(chosen.ema, chosen.tensors, chosen.scalars)
+        # Values of another metric cannot be compared with.
+        state.best = tuple(best for best in state.best if best.metric == config.tracking.metric)
     return state
 
 
@@ -190,15 +193,34 @@ class _Recorder:
     """Records that the checkpointer has, until it has written them."""
     _failed_saves: int = 0
     _advisor: Advisor = field(default_factory=Advisor)
+    _skipped: float = 0.0
+    """Steps left out up to the last interval."""
     _stage_one: RRDBNet | None = None
+    """What stage 2 started from, for its pictures."""
 
     def resumed(self) -> None:
-        """Says where training goes on, and why it had stopped."""
+        """Takes up the thread: says where training goes on, and why it had stopped."""
         if not self.worker.leads:
             return
         state, workers = self.state, self.worker.world_size
+        self._skipped = float(state.skipped[1])
         why = f" {self.worker.reason}" if self.worker.reason else ""
         self._event(f"going on at step {state.step} of stage {state.stage} with {workers} workers{why}")
+        if state.stage == "gan" and self.config.psnr.steps and self.held_out:
+            try:
+                weights = checkpoints.read(self.run, CheckpointName(self.config.psnr.steps, "psnr")).ema
+            except checkpoints.DamagedCheckpoint as error:
+                self._event(
+                    f"warning: pictures go without the result of stage 1, which cannot be read: {error}"
+                )
+                return
+            self._stage_one = copy.deepcopy(state.ema)
+            self._stage_one.load_state_dict(weights)
+
+    def stage_one_ends(self) -> None:
+        """Keeps stage 1's result for the pictures of stage 2."""
+        if self.worker.leads and self.config.psnr.steps and self.held_out:
+            self._stage_one = copy.deepcopy(self.state.ema)
 
     def interval(self, values: dict[str, float]) -> None:
         """Prints and records an interval's means and rates."""
@@ -209,6 +231,10 @@ class _Recorder:
         print(progress_line(state.stage, state.step, last, values), flush=True)
         for warning in self._advisor.look(values):
             self._event(f"warning: {warning}")
+        skipped = values["skipped_steps"] - self._skipped
+        if skipped:
+            self._event(f"warning: left out for gradients that were not finite: {skipped:.0f} steps")
+        self._skipped = values["skipped_steps"]
         if values["damaged_patches"]:
             self._event(f"{values['damaged_patches']:.0f} damaged patches were left out")
         values["learning_rate"] = _settings(config, state).learning_rate
@@ -227,8 +253,10 @@ class _Recorder:
         self.latest = validate(state.ema, self.held_out, scale, self.worker.device)
         value = self.latest[self.config.tracking.metric]
         # Before the first step nothing is saved that could be the best.
-        if state.step and (state.best is None or value > state.best.value):
-            state.best = Best(state.step, value)
+        if state.step:
+            state.rank(
+                Best(state.step, value, self.config.tracking.metric), self.config.keep_best_checkpoints
+            )
         if not self.worker.leads:
             return
         means = ", ".join(f"{name} {mean:.4f}" for name, mean in self.latest.items())
@@ -239,13 +267,14 @@ class _Recorder:
         self._records.append(
             Metrics(state.step, _now_ms(), {f"validation/{name}": mean for name, mean in self.latest.items()})
         )
-        shown = [state.ema] if state.stage == "psnr" else [self._result_of_stage_one(), state.ema]
+        shown = [state.ema] if self._stage_one is None else [self._stage_one, state.ema]
         for name, strip in pictures(shown, self.held_out[:PICTURES], scale, self.worker.device).items():
             self._records.append(Picture(state.step, _now_ms(), f"validation/{name}", strip))
 
     def checkpointer(self) -> Checkpointer:
         """Where checkpoints go, with the generator's architecture in their metadata."""
-        return Checkpointer(self.run, self.config.keep_checkpoints, sizes_as_text(self.state.ema))
+        metadata = sizes_as_text(self.state.ema)
+        return Checkpointer(self.run, self.config.keep_checkpoints, metadata, self.state.step)
 
     def save(self, checkpointer: Checkpointer) -> None:
         """Hands the state and the records since the last checkpoint to the checkpointer's thread.
@@ -260,7 +289,7 @@ class _Recorder:
         records, self._records = self._records, []
         self._handed_over = records
         name = CheckpointName(state.step, state.stage)
-        keep = {self.config.psnr.steps} | ({state.best.step} if state.best else set())
+        keep = {self.config.psnr.steps} | {best.step for best in state.best}
         checkpointer.save(
             name,
             state.ema.state_dict(),
@@ -275,10 +304,17 @@ class _Recorder:
         self._written(checkpointer, faults=0)
 
     def _written(self, checkpointer: Checkpointer, faults: int) -> None:
-        """Waits for the write under way; up to `faults` failures in a row are only said. Raises UserError."""
+        """Waits for the write under way; up to `faults` failures in a row are only said.
+
+        Raises:
+            UserError: one failure more.
+            Diverged: the weights are not finite.
+        """
         try:
             checkpointer.wait()
             self._failed_saves = 0
+        except FloatingPointError as error:
+            raise Diverged(f"{error}; lower {self.state.stage}.learning_rate") from None
         except OSError as error:
             self._failed_saves += 1
             # Points that were written before it failed are the same points again, which tracking keeps once.
@@ -292,19 +328,6 @@ class _Recorder:
     def _event(self, text: str) -> None:
         print(text, flush=True)
         self._records.append(Event(self.state.step, _now_ms(), text))
-
-    def _result_of_stage_one(self) -> RRDBNet:
-        """The generator that stage 2 started from."""
-        if self._stage_one is None:
-            state = self.state
-            network = copy.deepcopy(state.ema)
-            name = CheckpointName(self.config.psnr.steps, "psnr")
-            if self.config.psnr.steps:
-                network.load_state_dict(checkpoints.read(self.run, name).ema)
-            else:
-                network.load_state_dict(bare(state.generator).state_dict())
-            self._stage_one = network.eval()
-        return self._stage_one
 
 
 def _now_ms() -> int:

@@ -26,7 +26,9 @@ from pipeline.training import identity as identities
 from pipeline.training.checks import check_before_start, with_absolute_paths
 from pipeline.training.config import TrainConfig
 from pipeline.training.faults import Diverged
+from pipeline.training.identity import RunIdentity
 from pipeline.training.loop import train
+from pipeline.training.state import best_of
 from pipeline.training.stopping import saving_on_sigterm, stop_requested
 from pipeline.training.worker import Worker
 
@@ -52,7 +54,11 @@ class TrainingResult:
 
 
 def run_training(
-    config: TrainConfig, *, callbacks: Sequence[Any] = (), parent_run_id: str | None = None
+    config: TrainConfig,
+    *,
+    callbacks: Sequence[Any] = (),
+    parent_run_id: str | None = None,
+    accept_changes: bool = False,
 ) -> TrainingResult:
     """Trains both stages, or goes on where an earlier try stopped, and registers the best generator.
 
@@ -60,6 +66,7 @@ def run_training(
         config: the validated configuration. `workers: 0` trains in this process, without Ray Train.
         callbacks: Ray Train callbacks (a trial's link to Ray Tune).
         parent_run_id: MLflow run that this one belongs to (a sweep).
+        accept_changes: go on although the configuration, the data set or package versions are others than before.
 
     Returns:
         The result; for a run that had ended before, what it left, and nothing is changed.
@@ -72,9 +79,9 @@ def run_training(
     run = Storage(config.storage) / config.run_name
     there = identities.load(run)
     if there is not None:
-        identities.require_same_fields(there, config)
+        identities.require_same(run, there, config, accept_changes=accept_changes)
     finished = _finished(run)
-    if finished is not None:
+    if finished is not None and finished.step == config.psnr.steps + config.gan.steps:
         print(
             f"run {config.run_name} has ended at step {finished.step}; nothing to do ({run.path(RESULT)})",
             flush=True,
@@ -94,14 +101,18 @@ def run_training(
         if not has_data:
             prepare(config.data, on_ray=config.worker_range[1] > 0)
         _require_fitting_data(config)
-        return _tracked_training(config, run, callbacks, parent_run_id)
+        identity = identities.claim(run, config, load_manifest(config.data.root).sha256, accept_changes)
+        return _tracked_training(config, run, identity, callbacks, parent_run_id)
 
 
 def _tracked_training(
-    config: TrainConfig, run: Storage, callbacks: Sequence[Any], parent_run_id: str | None
+    config: TrainConfig,
+    run: Storage,
+    identity: RunIdentity,
+    callbacks: Sequence[Any],
+    parent_run_id: str | None,
 ) -> TrainingResult:
     manifest = load_manifest(config.data.root)
-    identity = identities.claim(run, config, manifest.sha256)
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     run.write_bytes("config.yaml", text.encode())
     tracked = open_run(
@@ -140,8 +151,8 @@ def _tracked_training(
 
 
 def _train(config: TrainConfig, run: Storage, callbacks: Sequence[Any]) -> None:
-    last = config.psnr.steps + config.gan.steps
-    if _published_step(run) >= last:
+    newest = checkpoints.newest(run)
+    if newest is not None and newest.name.step >= config.psnr.steps + config.gan.steps:
         return
     if config.worker_range[1] == 0:
         feed = Feed(config.data.root, config.seed, config.batch_size, config.crop_px, rank=0, world_size=1)
@@ -165,15 +176,7 @@ def _conclude(
     last = config.psnr.steps + config.gan.steps
     if final is None or final.name.step != last:
         raise RuntimeError(f"{run.uri}: training ended, but the last checkpoint is not that of step {last}")
-    chosen, best = final, final.scalars["best"]
-    if best is not None and best["step"] != last:
-        try:
-            chosen = checkpoints.read(run, checkpoints.CheckpointName(best["step"], final.name.stage))
-        except checkpoints.DamagedCheckpoint as error:
-            print(
-                f"the best generator, of step {best['step']}, cannot be read ({error}); taking the last",
-                flush=True,
-            )
+    chosen = _best(config, run, final)
     version = None
     if config.tracking.register_model:
         candidate = _candidate(config, run, chosen, text, manifest)
@@ -200,6 +203,23 @@ def _conclude(
     if version is not None:
         Candidate.discard(run)
     return result
+
+
+def _best(config: TrainConfig, run: Storage, final: checkpoints.Checkpoint) -> checkpoints.Checkpoint:
+    """The best checkpoint of the last stage that can be read; the last one where validation chose none."""
+    for best in best_of(final.scalars):
+        if best.metric != config.tracking.metric:
+            continue
+        if best.step == final.name.step:
+            return final
+        try:
+            return checkpoints.read(run, checkpoints.CheckpointName(best.step, final.name.stage))
+        except checkpoints.DamagedCheckpoint as error:
+            print(
+                f"the best generator, of step {best.step}, cannot be read ({error}); taking the next",
+                flush=True,
+            )
+    return final
 
 
 def _candidate(

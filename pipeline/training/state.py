@@ -1,6 +1,6 @@
 """All that a run knows between two steps, as one value that is saved and loaded in one place."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -17,10 +17,12 @@ Stage = Literal["psnr", "gan"]
 
 @dataclass(frozen=True)
 class Best:
-    """The best validation so far within a stage."""
+    """One of the best validations so far within a stage."""
 
     step: int
     value: float
+    metric: str = "psnr_y"
+    """Name of what `value` measures; older runs have the default."""
 
 
 @dataclass
@@ -39,7 +41,8 @@ class TrainState:
     generator_optimizer: torch.optim.Adam
     discriminator: nn.Module | None = None
     discriminator_optimizer: torch.optim.Adam | None = None
-    best: Best | None = None
+    best: tuple[Best, ...] = ()
+    """The best first."""
     damaged: int = 0
     """Damaged patches met so far, over all workers."""
     skipped: Tensor = field(default_factory=lambda: torch.zeros(2))
@@ -51,6 +54,10 @@ class TrainState:
         bad = (~finite).to(self.skipped.dtype)
         self.skipped[0] = (self.skipped[0] + 1) * bad
         self.skipped[1] += bad
+
+    def rank(self, one: Best, keep: int) -> None:
+        """Puts a validation in its place among the best `keep`; of equal ones the earlier counts for more."""
+        self.best = tuple(sorted([*self.best, one], key=lambda best: -best.value)[:keep])
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything but the averaged weights, by name; the tensors are the live ones."""
@@ -64,7 +71,7 @@ class TrainState:
 
     def scalars(self) -> dict[str, Any]:
         """The counters, as JSON values."""
-        best = None if self.best is None else {"step": self.best.step, "value": self.best.value}
+        best = [asdict(one) for one in self.best]
         return {"stage": self.stage, "step": self.step, "best": best, "damaged": self.damaged}
 
     @torch.no_grad()
@@ -79,6 +86,12 @@ class TrainState:
         if set(mine) - {n for n in mine if "_optimizer." in n} != set(tensors) - optimizer_names:
             odd = sorted(set(mine) ^ set(tensors))[0]
             raise UserError(f"checkpoint: its tensors are not this configuration's (for one: {odd})")
+        for name, value in mine.items():
+            if "_optimizer." not in name and value.shape != tensors[name].shape:
+                raise UserError(
+                    f"checkpoint: {name} has the shape {list(tensors[name].shape)}, but {list(value.shape)} in this "
+                    "configuration"
+                )
         self.ema.load_state_dict(ema)
         bare(self.generator).load_state_dict(_below("generator.", tensors))
         _load_optimizer(
@@ -92,7 +105,13 @@ class TrainState:
             )
         self.skipped.copy_(tensors["skipped"])
         self.stage, self.step, self.damaged = scalars["stage"], scalars["step"], scalars["damaged"]
-        self.best = Best(**scalars["best"]) if scalars["best"] else None
+        self.best = best_of(scalars)
+
+
+def best_of(scalars: dict[str, Any]) -> tuple[Best, ...]:
+    """The best validations that a checkpoint's counters name, the best first; older runs named one or none."""
+    named = scalars["best"] or []
+    return tuple(Best(**one) for one in ([named] if isinstance(named, dict) else named))
 
 
 def new_state(config: TrainConfig, stage: Stage, device: torch.device) -> TrainState:
@@ -131,7 +150,7 @@ def begin_gan(state: TrainState, config: TrainConfig, device: torch.device) -> N
     generator = bare(state.generator)
     generator.load_state_dict(state.ema.state_dict())
     state.generator_optimizer = _adam(generator, config.adam)
-    state.stage, state.best = "gan", None
+    state.stage, state.best = "gan", ()
     _add_discriminator(state, config, device)
 
 
