@@ -34,6 +34,13 @@ def test_the_default_store_lies_beside_the_runs(tmp_path) -> None:
     assert artifact_root(uri, str(tmp_path)) == f"{tmp_path}/mlartifacts"
 
 
+def test_a_database_may_be_in_the_storage_that_the_first_run_makes(tmp_path) -> None:
+    storage, uri = str(tmp_path / "runs"), f"sqlite:///{tmp_path}/runs/mlflow.db"
+    assert resolve_uri(TrackingConfig(uri=uri), storage) == uri
+    with pytest.raises(UserError, match="not a file in an existing folder"):
+        resolve_uri(TrackingConfig(uri=uri), str(tmp_path / "others"))
+
+
 def test_a_relative_file_becomes_absolute(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert absolute_uri("sqlite:///my.db") == f"sqlite:///{tmp_path}/my.db"

@@ -37,11 +37,19 @@ def resolve_uri(config: TrackingConfig, storage: str) -> str:
                 "give the address of an MLflow server, such as http://host:5000"
             )
         return f"sqlite:///{absolute(storage)}/mlflow.db"
-    return absolute_uri(config.uri)
+    return absolute_uri(config.uri, None if is_remote(storage) else absolute(storage))
 
 
-def absolute_uri(uri: str) -> str:
-    """`uri` with a relative SQLite path made absolute. Raises UserError for what is no tracking store."""
+def absolute_uri(uri: str, storage: str | None = None) -> str:
+    """`uri` with a relative SQLite path made absolute.
+
+    Args:
+        uri: as the user gave it.
+        storage: the folder of the run folders, which the first run makes; a database may be in it before that.
+
+    Raises:
+        UserError: no tracking store.
+    """
     scheme, colon, rest = uri.partition("://")
     dialect = scheme.split("+")[0]
     shown = without_secrets(uri)
@@ -55,7 +63,7 @@ def absolute_uri(uri: str) -> str:
         if path in ("", ":memory:"):
             raise UserError(f"tracking.uri={shown}: name a file, such as sqlite:////absolute/path/mlflow.db")
         file = Path(path).expanduser().resolve()
-        if file.is_dir() or not file.parent.is_dir():
+        if file.is_dir() or not (file.parent.is_dir() or str(file.parent) == storage):
             raise UserError(
                 f"tracking.uri={shown}: not a file in an existing folder; create {file.parent} first"
             )
