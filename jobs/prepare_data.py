@@ -5,14 +5,14 @@ from dataclasses import asdict
 
 from pipeline import command
 from pipeline.config import load_config
-from pipeline.data import check_source, load_manifest, prepare
+from pipeline.data import check_source, has_manifest, load_manifest, prepare
 from pipeline.data.config import DataConfig
 from pipeline.data.manifest import NAME
 from pipeline.data.prepare import describe
 from pipeline.data.show import contact_sheet
 from pipeline.data.verify import verify
 from pipeline.errors import UserError
-from pipeline.storage import Storage, absolute
+from pipeline.storage import absolute
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,8 +37,10 @@ def main(argv: list[str]) -> None:
     data = config.data.model_copy(update={"root": absolute(config.data.root)})
     if options.verify:
         _verify(data, options.json)
-    elif not (options.show and Storage(data.root).exists(NAME)):
+    elif not (options.show and has_manifest(data.root)):
         _prepare(data, options)
+    else:
+        command.write_json(options.json, asdict(describe(load_manifest(data.root))))
     if options.show:
         contact_sheet(load_manifest(data.root)).save(options.show, "PNG")
         print(f"picture: {options.show}")
@@ -70,7 +72,9 @@ def _verify(data: DataConfig, json_file: str | None) -> None:
         raise UserError(
             f"data.root={data.root}: damaged in {len(damaged)} place(s), named above; remove it and prepare it again"
         )
-    print(f"every byte is as it was written: {manifest.patches} patches in {data.root}")
+    print(
+        f"every patch is as it was written: {manifest.patches} in {data.root} (sha256 of {NAME}: {manifest.sha256})"
+    )
 
 
 if __name__ == "__main__":

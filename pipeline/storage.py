@@ -4,10 +4,13 @@ Credentials come from the environment or the instance's role, never from a URI o
 points to another S3 server than Amazon's.
 """
 
+import errno
+import fcntl
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
@@ -16,6 +19,8 @@ import pyarrow
 from pyarrow import fs
 
 from pipeline.errors import UserError
+
+LOCK = ".lock"
 
 
 def is_remote(uri: str) -> bool:
@@ -176,6 +181,10 @@ class Storage:
         """
         probe = f".write-test-{uuid.uuid4().hex[:8]}"
         try:
+            if not self.remote:
+                longest = max(Path(self.uri).parts, key=lambda part: len(os.fsencode(part)))
+                if len(os.fsencode(longest)) > os.pathconf(self.nearest_folder(), "PC_NAME_MAX"):
+                    raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
             place = self if self.remote else Storage(self.nearest_folder())
             place.write_bytes(probe, b"")
             place.remove(probe)
@@ -184,6 +193,26 @@ class Storage:
             raise UserError(
                 f"{field}={self.uri}: cannot write there ({reason}); choose another place"
             ) from None
+
+
+@contextmanager
+def only_writer(storage: Storage, refusal: str) -> Iterator[None]:
+    """Keeps a second process on this machine out of a folder; the system frees the lock on any end.
+
+    Raises:
+        UserError: `refusal`, when another process is in it. An object store is not locked.
+    """
+    if storage.remote:
+        yield
+        return
+    folder = Path(storage.uri)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(refusal) from None
+        yield
 
 
 def sync_folder(folder: Path) -> None:

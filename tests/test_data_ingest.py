@@ -18,6 +18,7 @@ from pipeline.data.photos import PhotoRefused, read_photo
 from pipeline.data.reader import DamagedPatch, PatchReader
 from pipeline.errors import UserError
 from pipeline.imaging import matlab_bicubic_downscale
+from pipeline.storage import Storage, only_writer
 
 
 def config(folder: Path, root: str = "data", **changes: object) -> DataConfig:
@@ -256,6 +257,48 @@ def test_too_many_refusals_or_strict_end_the_ingest(folder: Path) -> None:
         quietly(config(folder, max_rejected_share=0.0))
     with pytest.raises(UserError, match=r"bad\.png.*--strict"):
         quietly(config(folder, "strict", max_rejected_share=0.5), strict=True)
+
+
+def test_a_data_set_that_is_there_is_held_to_the_same_limits(folder: Path) -> None:
+    bad = folder / "photos" / "bad.png"
+    bad.write_bytes(b"hello there")
+    quietly(config(folder, max_rejected_share=0.5))
+    with pytest.raises(UserError, match=r"made without bad\.png: .*--strict"):
+        quietly(config(folder, max_rejected_share=0.5), strict=True)
+    with pytest.raises(UserError, match=r"made without 1 of 6 photographs"):
+        quietly(config(folder, max_rejected_share=0.1))
+    bad.write_bytes((folder / "photos" / "picture0.png").read_bytes())
+    with pytest.raises(UserError, match=r"bad\.png is new or changed"):
+        quietly(config(folder, max_rejected_share=0.5))
+
+
+def test_a_held_out_set_of_which_nothing_is_left_is_an_error(folder: Path) -> None:
+    for photo in (folder / "held_out").iterdir():
+        photo.write_bytes(b"hello there")
+    with pytest.raises(UserError, match=r"data\.held_out=.*none of 2 photographs is usable.*not an image"):
+        quietly(config(folder, max_rejected_share=0.5))
+
+
+def test_files_that_are_somebodys_own_stay(folder: Path) -> None:
+    own = folder / "data"
+    (own / "patches-dir.parquet").mkdir(parents=True)
+    for name in ("patches-of-mine.parquet", ".notes.partial"):
+        (own / name).write_bytes(b"precious")
+    (own / "patches-00000.parquet").write_bytes(b"of another ingest")
+    quietly(config(folder))
+    names = {path.name for path in own.iterdir()}
+    assert names >= {"patches-dir.parquet", "patches-of-mine.parquet", ".notes.partial"}
+    load_manifest(str(own))
+
+
+def test_a_second_ingest_into_the_same_place_is_refused(folder: Path) -> None:
+    with (
+        only_writer(Storage(str(folder / "data")), "another"),
+        pytest.raises(UserError, match=r"data\.root=.*another process is preparing this data set"),
+    ):
+        quietly(config(folder))
+    quietly(config(folder))
+    assert not (folder / "data" / ".lock").exists()
 
 
 def test_the_same_picture_in_both_sets_is_an_error(folder: Path) -> None:

@@ -11,11 +11,12 @@ from s3 import s3_bucket
 from tiny import write_photos
 from tiny_patches import write_patches
 
-from pipeline.data import check_source, cutting, load_manifest, prepare, read_held_out, reader
+from pipeline.data import check_source, cutting, has_manifest, load_manifest, prepare, read_held_out, reader
 from pipeline.data.config import DataConfig
 from pipeline.data.feed import Feed
 from pipeline.data.fetch import REQUESTS
 from pipeline.data.reader import DamagedPatch, PatchReader, StoreAway, _RemoteFile
+from pipeline.data.sources import list_photos
 from pipeline.data.verify import verify
 from pipeline.errors import UserError
 from pipeline.storage import Storage
@@ -174,6 +175,17 @@ def test_the_sample_photographs_go_to_s3(bucket: str) -> None:
     check_source(data)
     assert prepare(data, progress=False, on_ray=False).sources == 6
     assert len(read_held_out(data.root)) == 2
+
+
+def test_a_store_that_is_away_is_one_line(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    for ask in (
+        lambda: has_manifest(f"{bucket}/x"),
+        lambda: list_photos(f"{bucket}/photos", "data.held_out"),
+    ):
+        with pytest.raises(UserError, match=r"^data\.(root|held_out)=s3://.*cannot be") as caught:
+            ask()
+        assert "\n" not in str(caught.value)
 
 
 def test_mistakes_on_s3_are_one_line(bucket: str, tmp_path: Path) -> None:

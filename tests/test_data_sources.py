@@ -3,7 +3,9 @@
 import io
 import json
 import os
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from pipeline.data.config import DataConfig
 from pipeline.data.pairs import match_degradation, pair_by_name
 from pipeline.data.photos import PhotoRefused, read_photo
 from pipeline.data.reader import PatchReader
-from pipeline.data.sources import PhotoFile, list_photos
+from pipeline.data.sources import PhotoFile, find_licence, list_photos
 from pipeline.errors import UserError
 from pipeline.imaging import matlab_bicubic_downscale
 
@@ -98,15 +100,59 @@ def test_a_zip_and_a_glob_give_what_the_folder_gives(tmp_path: Path) -> None:
     assert shards[0] == shards[1]
 
 
-def test_a_damaged_member_of_a_zip_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
+def test_a_damaged_member_of_a_zip_is_refused(tmp_path: Path, method: int) -> None:
     archive = tmp_path / "photos.zip"
-    with zipfile.ZipFile(archive, "w") as file:
+    with zipfile.ZipFile(archive, "w", method) as file:
         file.writestr("a.png", encoded(picture(0)))
         file.writestr("b.png", encoded(picture(1)))
     content = bytearray(archive.read_bytes())
-    content[200] ^= 1
+    content[35:200] = b"\x07" * 165  # from the first byte of the first member on
     archive.write_bytes(bytes(content))
     assert list(made(archive, tmp_path / "data", max_rejected_share=0.5)) == ["b.png"]
+
+
+def test_a_png_with_too_few_rows_is_refused_and_a_black_border_is_not() -> None:
+    pixels = picture(0).copy()
+    pixels[-20:] = 0
+    for interlaced in (0, 1):
+        whole = png_of(pixels, interlaced)
+        assert np.array_equal(read_photo(whole).pixels, pixels)
+    with pytest.raises(PhotoRefused, match=r"truncated PNG: .* bytes of pixel data"):
+        read_photo(png_of(pixels, 0, rows=len(pixels) - 20))
+
+
+def png_of(pixels: np.ndarray, interlaced: int, rows: int | None = None) -> bytes:
+    """A PNG with sound chunks, of all rows or only the first ones."""
+    height, width = pixels.shape[:2]
+    adam7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
+    lines = b""
+    for y, x, step_y, step_x in adam7 if interlaced else ((0, 0, 1, 1),):
+        part = pixels[:rows][y::step_y, x::step_x]
+        if part.size:
+            lines += b"".join(b"\0" + row.tobytes() for row in part)
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, interlaced)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+
+
+def test_a_jpeg_inside_a_tiff_is_lossy() -> None:
+    file = io.BytesIO()
+    Image.fromarray(picture(0)).save(file, "TIFF", compression="jpeg")
+    assert read_photo(file.getvalue()).lossy
+
+
+@pytest.mark.parametrize("kind", ["folder", "glob", "zip"])
+def test_a_licence_is_found_beside_the_photographs(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "LICENSE.txt").write_text("CC0")
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        archive.write(tmp_path / "photos" / "LICENSE.txt", "photos/LICENSE.txt")
+    sources = {"folder": "photos", "glob": "photos/*.png", "zip": "photos.zip"}
+    assert find_licence(str(tmp_path / sources[kind])) == "CC0"
 
 
 def test_accepted_forms_are_noted(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ def test_the_check_for_writing_leaves_neither_file_nor_folder(tmp_path: Path, na
     assert storage.read_bytes("sub/file") == b"content"
 
 
-@pytest.mark.parametrize("name", ["file", "file/below", "x" * 300])
+@pytest.mark.parametrize("name", ["file", "file/below", "x" * 300, "new/" + "x" * 300])
 def test_a_place_where_no_folder_can_be_is_named_with_its_field(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UserError, match=r"data\.root=.*cannot write there") as caught:

@@ -4,7 +4,7 @@
 """
 
 from pipeline.data.held_out import HeldOutPhoto, read_held_out
-from pipeline.data.manifest import Manifest, load_manifest
+from pipeline.data.manifest import Manifest, has_manifest, load_manifest
 from pipeline.data.prepare import PrepareResult, check_source, prepare
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Manifest",
     "PrepareResult",
     "check_source",
+    "has_manifest",
     "load_manifest",
     "prepare",
     "read_held_out",

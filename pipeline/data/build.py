@@ -6,6 +6,7 @@ interrupted. Notes of progress lie in .ingest/ until the manifest is written.
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -25,6 +26,9 @@ from pipeline.storage import Storage
 NOTES = ".ingest"
 _PLAN = f"{NOTES}/plan.json"
 _MIB = 1 << 20
+# What an ingest makes in its folder; anything else there is somebody's own.
+_SHARD = re.compile(r"(patches|held_out)-\d{5,}\.parquet")
+_PARTIAL = re.compile(rf"\.({_SHARD.pattern}|{re.escape(manifests.NAME)})\.[0-9a-f]{{8}}\.partial")
 
 
 def plan_fingerprint(jobs: Iterable[PhotoJob], settings: dict[str, Any]) -> str:
@@ -47,7 +51,7 @@ class _Progress:
     shards: list[Shard] = field(default_factory=list)
     held_out: list[Shard] = field(default_factory=list)
     sources: list[dict[str, Any]] = field(default_factory=list)
-    rejected: list[dict[str, str]] = field(default_factory=list)
+    rejected: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Builder:
@@ -75,7 +79,7 @@ class Builder:
         self._skip = False  # its patches are dropped: refused after it was cut
         self._rows = 0  # its rows seen so far
         self._fresh_sources: list[dict[str, Any]] = []
-        self._fresh_rejected: list[dict[str, str]] = []
+        self._fresh_rejected: list[dict[str, Any]] = []
 
     @property
     def first_index(self) -> int:
@@ -117,6 +121,12 @@ class Builder:
             first = f"; the first: {rejected[0]['path']}: {rejected[0]['reason']}" if rejected else ""
             raise UserError(
                 f"data.source={self._config.source}: no usable photograph ({len(rejected)} refused{first})"
+            )
+        held_out = sum(job.held_out for job in self._jobs)
+        if held_out and not any(entry["set"] == "held_out" for entry in sources):
+            raise UserError(
+                f"data.held_out={self._config.held_out}: none of {held_out} photographs is usable; "
+                f"the first: {rejected[0]['path']}: {rejected[0]['reason']}"
             )
         if not self._next_patch:
             raise UserError(
@@ -160,7 +170,7 @@ class Builder:
             reason = f"the same pixels as {twin['path']}"
         if reason is not None:
             self._skip = True
-            self._fresh_rejected.append({"path": path, "reason": reason})
+            self._fresh_rejected.append({"path": path, "reason": reason, "bytes": job.photo.size})
             if self._strict:
                 raise UserError(f"{path}: {reason} (--strict)")
             self._check_share(self._done.rejected + self._fresh_rejected)
@@ -265,7 +275,7 @@ class Builder:
         """Progress of an earlier ingest of the same plan; otherwise clears what is left of another one."""
         done = _Progress()
         for name in self._storage.names():
-            if name.startswith(".") and name.endswith(".partial"):  # of a process that was killed
+            if _PARTIAL.fullmatch(name):  # of a process that was killed
                 self._storage.remove(name)
         plan: dict[str, Any] | None
         try:
@@ -275,7 +285,7 @@ class Builder:
         if plan is None or plan.get("fingerprint") != self._fingerprint:
             self._storage.remove(NOTES)
             for name in self._storage.names():
-                if name.startswith(("patches-", "held_out-")) and name.endswith(".parquet"):
+                if _SHARD.fullmatch(name):
                     self._storage.remove(name)
             self._storage.write_bytes(_PLAN, json.dumps({"fingerprint": self._fingerprint}).encode())
             return done
@@ -296,7 +306,7 @@ class Builder:
             done.sources += note["sources"]
             done.rejected += note["rejected"]
 
-    def _check_share(self, rejected: list[dict[str, str]]) -> None:
+    def _check_share(self, rejected: list[dict[str, Any]]) -> None:
         limit = self._config.max_rejected_share * len(self._jobs)
         if len(rejected) > limit:
             last = rejected[-1]

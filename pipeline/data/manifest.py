@@ -64,7 +64,7 @@ class Manifest:
     layout: Layout
     held_out: tuple[Shard, ...]
     settings: dict[str, Any]
-    rejected: tuple[dict[str, str], ...]  # path, reason
+    rejected: tuple[dict[str, Any], ...]  # path, reason, bytes
     degradation: dict[str, Any]
     content: bytes  # of manifest.json
 
@@ -137,6 +137,14 @@ def load_manifest(root: str) -> Manifest:
     return decode(content, storage.uri)
 
 
+def has_manifest(root: str) -> bool:
+    """Whether there is a data set. Raises UserError: the object store does not answer."""
+    try:
+        return Storage(root).exists(NAME)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"data.root={root}: cannot be reached ({str(error).splitlines()[0]})") from None
+
+
 def decode(content: bytes, root: str) -> Manifest:
     """The inverse of `encode`. Raises UserError."""
     try:
@@ -145,7 +153,8 @@ def decode(content: bytes, root: str) -> Manifest:
         version = raw["schema_version"]
         if version != SCHEMA_VERSION:
             raise UserError(
-                f"{root}/{NAME}: schema version {version}, but this release reads {SCHEMA_VERSION}; prepare it again"
+                f"{root}/{NAME}: schema version {version}, but this release reads {SCHEMA_VERSION}; remove it and "
+                "prepare the data set again"
             )
         settings = raw["settings"]
         layout = Layout(
@@ -174,5 +183,6 @@ def decode(content: bytes, root: str) -> Manifest:
 
 def _not_valid(root: str, error: Exception) -> UserError:
     return UserError(
-        f"{root}/{NAME}: not a valid manifest ({type(error).__name__}: {error}); prepare it again"
+        f"{root}/{NAME}: not a valid manifest ({type(error).__name__}: {error}); remove it and "
+        "prepare the data set again"
     )

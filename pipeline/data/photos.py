@@ -36,7 +36,10 @@ EXTENSIONS = frozenset(
     )
 )
 _LOSSY = frozenset(("JPEG", "MPO", "AVIF", "JPEG2000"))
+_LOSSY_IN_TIFF = frozenset(("jpeg", "tiff_jpeg", "webp"))
 _MOST_BYTES_PER_PIXEL = 16
+# Adam7's passes: first row, first column, and the distances to the next ones.
+_ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _MAGIC = (_PNG_SIGNATURE, b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"BM", b"GIF8", b"P5", b"P6", b"\0\0\0\x0cjP")
 
@@ -93,12 +96,18 @@ def read_photo(data: bytes, max_megapixels: float = 200.0) -> Photo:
         raise
     except Exception as error:  # noqa: BLE001 - Pillow's decoders raise anything on damaged data
         raise PhotoRefused(_damage(error)) from None
+    if image.format == "PNG" and not pixels[-1].any():  # also what rows look like that were never there
+        _require_all_rows(data)
     if image.format in ("JPEG", "MPO") and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
         raise PhotoRefused("truncated: no end-of-image marker")
     if orientation in _UPRIGHT:
         notes = (*notes, "rotated")
         pixels = np.ascontiguousarray(_UPRIGHT[orientation](pixels))
-    lossy = image.format in _LOSSY or (image.format == "WEBP" and b"VP8L" not in data[:64])
+    lossy = (
+        image.format in _LOSSY
+        or (image.format == "WEBP" and b"VP8L" not in data[:64])
+        or image.info.get("compression") in _LOSSY_IN_TIFF
+    )
     return Photo(pixels, str(image.format), lossy, notes)
 
 
@@ -192,6 +201,31 @@ def _check_png(data: bytes) -> None:
             return
         position = end + 4
     raise PhotoRefused("truncated PNG")
+
+
+def _require_all_rows(data: bytes) -> None:
+    """Refuses a PNG whose pixel data end early, although every chunk is sound; Pillow leaves the rest black."""
+    width, height, depth, colour, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
+    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    passes = _ADAM7 if interlaced else ((0, 0, 1, 1),)
+    expected = 0
+    for y, x, step_y, step_x in passes:
+        rows, columns = -(-(height - y) // step_y), -(-(width - x) // step_x)
+        if rows > 0 and columns > 0:
+            expected += rows * (1 + -(-columns * bits // 8))
+    inflater, position, found = zlib.decompressobj(), len(_PNG_SIGNATURE), 0
+    while found < expected and position + 12 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, position)
+        if kind == b"IDAT":
+            try:
+                found += len(
+                    inflater.decompress(data[position + 8 : position + 8 + length], expected - found)
+                )
+            except zlib.error as error:
+                raise PhotoRefused(f"damaged PNG: {error}") from None
+        position += 12 + length
+    if found < expected:
+        raise PhotoRefused(f"truncated PNG: {found} of {expected} bytes of pixel data")
 
 
 def _what_else(data: bytes) -> str:

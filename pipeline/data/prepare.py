@@ -14,9 +14,9 @@ from pipeline.data.config import DataConfig
 from pipeline.data.cutting import PhotoJob, cut_photos
 from pipeline.data.geometry import check_geometry
 from pipeline.data.manifest import NAME, Manifest, load_manifest
-from pipeline.data.plan import download_folder, is_div2k, make_plan, needed_bytes
+from pipeline.data.plan import Plan, download_folder, is_div2k, make_plan, needed_bytes
 from pipeline.errors import UserError
-from pipeline.storage import Storage
+from pipeline.storage import LOCK, Storage, only_writer
 
 # What decides the bytes of a data set, besides the photographs.
 SETTINGS = (
@@ -88,16 +88,46 @@ def prepare(
     storage = Storage(config.root)
     settings = {name: getattr(config, name) for name in SETTINGS}
     if storage.exists(NAME):
-        manifest = load_manifest(config.root)
-        _require_same_settings(manifest, settings, config.lr_dir)
-        # Its archives may be gone by now, and nobody wants to fetch them again for this.
-        if config.source != "div2k" or not is_div2k(manifest):
-            _require_same_photographs(manifest, make_plan(config, progress).jobs)
-        storage.remove(NOTES)  # where an ingest was killed right after its last step
-        print(f"{storage.path(NAME)}: complete, nothing to do", flush=True)
-        return describe(manifest)
-
+        return _found(config, storage, settings, strict, progress)
     plan = make_plan(config, progress)
+    refusal = (
+        f"data.root={config.root}: another process is preparing this data set; wait for it or stop it first"
+    )
+    with only_writer(storage, refusal):
+        if storage.exists(NAME):  # by now
+            return _found(config, storage, settings, strict, progress)
+        _make(plan, config, storage, settings, strict, progress, on_ray)
+        storage.remove(LOCK)
+    manifest = load_manifest(config.root)
+    _warn_of_other_degradations(manifest)
+    return describe(manifest)
+
+
+def _found(
+    config: DataConfig, storage: Storage, settings: dict[str, Any], strict: bool, progress: bool
+) -> PrepareResult:
+    """What is there, if it is what is asked for. Raises UserError."""
+    manifest = load_manifest(config.root)
+    _require_same_settings(manifest, settings, config.lr_dir)
+    # Its archives may be gone by now, and nobody wants to fetch them again for this.
+    if config.source != "div2k" or not is_div2k(manifest):
+        _require_same_photographs(manifest, make_plan(config, progress).jobs)
+    _require_few_rejected(manifest, config, strict)
+    for name in (NOTES, LOCK):  # where an ingest was killed right after its last step
+        storage.remove(name)
+    print(f"{storage.path(NAME)}: complete, nothing to do", flush=True)
+    return describe(manifest)
+
+
+def _make(
+    plan: Plan,
+    config: DataConfig,
+    storage: Storage,
+    settings: dict[str, Any],
+    strict: bool,
+    progress: bool,
+    on_ray: bool,
+) -> None:
     builder = Builder(storage, plan.jobs, config, settings, strict)
     paired = config.lr_dir is not None
     left = plan.jobs[builder.first_index :]
@@ -113,9 +143,6 @@ def prepare(
         bar.update(len(plan.jobs) - bar.n)
     libraries = {name: metadata.version(name) for name in ("numpy", "pillow", "pyarrow")}
     builder.finish(plan.licences, libraries)
-    manifest = load_manifest(config.root)
-    _warn_of_other_degradations(manifest)
-    return describe(manifest)
 
 
 def _tables(jobs: list[PhotoJob], config: DataConfig, paired: bool, on_ray: bool) -> Iterable[pa.Table]:
@@ -145,11 +172,14 @@ def _require_same_settings(manifest: Manifest, settings: dict[str, Any], lr_dir:
 
 def _require_same_photographs(manifest: Manifest, jobs: list[PhotoJob]) -> None:
     there = {(entry["set"] == "held_out", entry["path"]) for entry in manifest.sources}
-    refused = {entry["path"] for entry in manifest.rejected}
+    refused = {
+        entry["path"]: entry.get("bytes", -1) for entry in manifest.rejected
+    }  # older ones without sizes
     sizes = {(entry["set"] == "held_out", entry["path"]): entry["bytes"] for entry in manifest.sources}
     for job in jobs:
         key = (job.held_out, job.photo.name)
-        changed = job.photo.size >= 0 and sizes.get(key, job.photo.size) != job.photo.size
+        size = sizes.get(key, refused.get(job.photo.name, -1))
+        changed = min(size, job.photo.size) >= 0 and size != job.photo.size
         if (key not in there and job.photo.name not in refused) or changed:
             raise UserError(
                 f"data.root={manifest.root} was made from other photographs ({job.photo.name} is new or changed); "
@@ -159,6 +189,20 @@ def _require_same_photographs(manifest: Manifest, jobs: list[PhotoJob]) -> None:
         raise UserError(
             f"data.root={manifest.root} was made from more photographs than there are now; "
             "choose another data.root, or remove it"
+        )
+
+
+def _require_few_rejected(manifest: Manifest, config: DataConfig, strict: bool) -> None:
+    """A data set that is there is held to the same limits as one that is made now. Raises UserError."""
+    for entry in manifest.rejected[: 1 if strict else 0]:
+        raise UserError(
+            f"data.root={manifest.root}: made without {entry['path']}: {entry['reason']} (--strict)"
+        )
+    rejected, photographs = len(manifest.rejected), len(manifest.rejected) + len(manifest.sources)
+    if rejected > config.max_rejected_share * photographs:
+        raise UserError(
+            f"data.root={manifest.root}: made without {rejected} of {photographs} photographs, more than "
+            f"data.max_rejected_share={config.max_rejected_share:g}; prepare_data.py names them"
         )
 
 

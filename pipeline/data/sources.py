@@ -1,14 +1,19 @@
 """Finds photographs: a folder, a glob, a zip archive, or an s3:// prefix, in an order that depends on names alone."""
 
 import glob
+import lzma
 import os
 import stat
 import zipfile
+import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Literal
+
+import pyarrow
 
 from pipeline.data.photos import EXTENSIONS, PhotoRefused
 from pipeline.errors import UserError
@@ -16,6 +21,10 @@ from pipeline.storage import Storage, is_remote
 
 LICENCE_NAMES = ("attribution", "license", "licence", "copying")
 _LICENCE_BYTES = 16384
+# What reading a damaged or locked file or archive raises; zipfile lets the decompressors' own errors through.
+_UNREADABLE = (
+    OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError, zlib.error, lzma.LZMAError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,7 @@ class PhotoFile:
                 return remote.read(limit)
         except FileNotFoundError:
             raise PhotoRefused("cannot be read: it is gone") from None
-        except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError) as error:
+        except _UNREADABLE as error:
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())
             raise PhotoRefused(f"cannot be read: {reason}") from None
 
@@ -77,7 +86,7 @@ def list_photos(source: str, field: str = "data.source") -> list[PhotoFile]:
         UserError: nothing there, naming `field`.
     """
     if is_remote(source):
-        found = list(_in_s3(source))
+        found = list(_in_s3(source, field))
     elif Path(source).is_dir():
         found = list(_in_folder(Path(source).absolute()))
     elif Path(source).is_file():
@@ -95,16 +104,19 @@ def list_photos(source: str, field: str = "data.source") -> list[PhotoFile]:
 
 
 def find_licence(source: str) -> str | None:
-    """Text of an ATTRIBUTION, LICENSE or COPYING file directly in a folder, if there is one."""
-    if is_remote(source) or not Path(source).is_dir():
+    """Text of an ATTRIBUTION, LICENSE or COPYING file directly in a folder, a pattern's folder or an archive."""
+    if is_remote(source):
         return None
-    for path in sorted(Path(source).iterdir()):
-        if (
-            path.stem.lower() in LICENCE_NAMES
-            and path.is_file()
-            and path.suffix.lower() in ("", ".txt", ".md")
-        ):
-            return path.read_bytes()[:_LICENCE_BYTES].decode("utf-8", "replace")
+    if Path(source).is_file():
+        beside = [photo for photo in _in_zip(Path(source).absolute()) if photo.name.count("/") <= 1]
+    else:
+        folder = Path(source) if Path(source).is_dir() else _fixed_part(source)
+        beside = [_local(folder, path) for path in folder.iterdir() if path.is_file()]
+    for file in sorted(beside, key=lambda file: file.name):
+        path = PurePosixPath(file.name)
+        if path.stem.lower() in LICENCE_NAMES and path.suffix.lower() in ("", ".txt", ".md"):
+            with suppress(PhotoRefused):
+                return file.read(_LICENCE_BYTES).decode("utf-8", "replace")
     return None
 
 
@@ -137,13 +149,18 @@ def _in_folder(root: Path) -> Iterator[PhotoFile]:
         yield PhotoFile(f"{name}/", "file", str(root), -1, 0, f"folder cannot be listed: {failure.strerror}")
 
 
-def _in_glob(pattern: str) -> Iterator[PhotoFile]:
+def _fixed_part(pattern: str) -> Path:
+    """The folder of a pattern, up to its first wildcard."""
     fixed = []
     for part in Path(pattern).absolute().parts:
         if glob.has_magic(part):
             break
         fixed.append(part)
-    root = Path(*fixed)
+    return Path(*fixed)
+
+
+def _in_glob(pattern: str) -> Iterator[PhotoFile]:
+    root = _fixed_part(pattern)
     for match in glob.iglob(str(Path(pattern).absolute()), recursive=True):  # noqa: PTH207 - Path.glob misses absolute ones
         path = Path(match)
         if path.is_dir() and not path.is_symlink():
@@ -175,12 +192,16 @@ def _in_zip(path: Path) -> Iterator[PhotoFile]:
             yield PhotoFile(member.filename, "zip", str(path), member.file_size, 0)
 
 
-def _in_s3(prefix: str) -> Iterator[PhotoFile]:
+def _in_s3(prefix: str, field: str) -> Iterator[PhotoFile]:
     from pyarrow import fs
 
     storage = Storage(prefix)
     filesystem, base = storage.filesystem()
-    for info in filesystem.get_file_info(fs.FileSelector(base, allow_not_found=True, recursive=True)):
+    try:
+        infos = filesystem.get_file_info(fs.FileSelector(base, allow_not_found=True, recursive=True))
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{field}={prefix}: cannot be listed ({str(error).splitlines()[0]})") from None
+    for info in infos:
         name = info.path.removeprefix(base).lstrip("/")
         if info.type == fs.FileType.File and not PurePosixPath(name).name.startswith("."):
             yield PhotoFile(name, "s3", storage.uri, info.size, info.mtime_ns or 0)

@@ -1,22 +1,20 @@
 """The one door to training: for the job, for every trial of a sweep, and for tests."""
 
-import fcntl
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from pipeline.data import Manifest, check_source, load_manifest, prepare, read_held_out
+from pipeline.data import Manifest, check_source, has_manifest, load_manifest, prepare, read_held_out
 from pipeline.data.feed import Feed
 from pipeline.errors import UserError
 from pipeline.model.weights import generator_sha256
-from pipeline.storage import Storage
+from pipeline.storage import Storage, only_writer
 from pipeline.tracking import Sender, TrackedRun, finish_run, open_run, require_store
 from pipeline.tracking.candidate import Candidate, register_candidate, trained_generator
 from pipeline.tracking.model_files import ModelCard, example_from, licence_note
@@ -88,12 +86,15 @@ def run_training(
         )
         return finished
     check_before_start(config, run)
-    has_data = Storage(config.data.root).exists("manifest.json")
+    has_data = has_manifest(config.data.root)
     if not has_data:
         check_source(config.data)
     require_store(config.tracking, config.storage)
 
-    with _only_writer(run, config.run_name):
+    refusal = (
+        f"run_name={config.run_name}: another process is training {run.uri}; wait for it or stop it first"
+    )
+    with only_writer(run, refusal):
         if config.worker_range[1] > 0:
             from pipeline.training import ray_trainer
 
@@ -283,24 +284,6 @@ def _require_fitting_data(config: TrainConfig) -> None:
             f"crop_px={config.crop_px}: the patches in {config.data.root} have {manifest.patch_px} pixels; "
             "lower crop_px or prepare larger patches"
         )
-
-
-@contextmanager
-def _only_writer(run: Storage, run_name: str) -> Iterator[None]:
-    """Keeps a second process from training the same run on this machine; the system frees the lock on any end."""
-    if run.remote:
-        yield
-        return
-    folder = Path(run.uri)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"run_name={run_name}: another process is training {run.uri}; wait for it or stop it first"
-            ) from None
-        yield
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

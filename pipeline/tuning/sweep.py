@@ -27,7 +27,7 @@ from ray.tune.search import ConcurrencyLimiter
 from ray.tune.search.optuna import OptunaSearch
 
 from pipeline.config import Config, with_fields
-from pipeline.data import check_source, load_manifest, prepare
+from pipeline.data import check_source, has_manifest, load_manifest, prepare
 from pipeline.errors import UserError
 from pipeline.storage import Storage
 from pipeline.tracking import TrackedRun, finish_run, open_parent, require_store
@@ -88,7 +88,7 @@ def run_sweep(config: Config) -> SweepResult:
     for values in _extremes(settings):
         _trial_config(base, values)
     check_before_start(base, sweep)
-    has_data = Storage(base.data.root).exists("manifest.json")
+    has_data = has_manifest(base.data.root)
     if not has_data:
         check_source(base.data)
     require_store(base.tracking, base.storage)
