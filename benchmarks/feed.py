@@ -63,7 +63,7 @@ def main() -> None:
         table += rates(feed, patches, arguments.rounds, not arguments.without_ray)
         # moto reads a whole object for each range of it, so these are small.
         table += from_s3(Path(write_data(Path(folder) / "small", patches, 8)), arguments.rounds)
-        table += memory(Path(folder), patches)
+        table += memory(Path(folder), patches, not arguments.without_ray)
         table += first_batches(Path(folder), arguments.rounds)
     print(
         f"\n{platform.machine()}, {os.cpu_count()} cores, load {load:.1f} before; Python {platform.python_version()}, "
@@ -280,19 +280,45 @@ def s3_server() -> Iterator[str]:
                 os.environ.pop(name)
 
 
-def memory(folder: Path, patches: list[tuple[np.ndarray, np.ndarray]]) -> list[tuple[str, ...]]:
-    """MiB by which a process grows that reads 300 batches, from a data set and from one of ten times its size."""
-    grown = []
-    for times in (1, 10):
-        root = write_data(folder / f"times{times}", patches * times, ROWS)
-        command = [sys.executable, __file__, "--memory-of", root]
-        grown.append(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-        shutil.rmtree(root)
-    small, large = grown
-    return [
-        ("memory of the thread feed, MiB", f"{small:.0f}", f"10x the data: {large:.0f}", ""),
-        ("memory of the thread feed, 10x the data to 1x", f"{large / small:.2f}", "", "flat"),
-    ]
+def memory(
+    folder: Path, patches: list[tuple[np.ndarray, np.ndarray]], with_ray: bool
+) -> list[tuple[str, ...]]:
+    """MiB that each feed takes for batches, from a data set and from one of ten times its size."""
+    grown: list[float] = []
+    held: list[float] = []
+    with ray_or_not(with_ray):
+        for times in (1, 10):
+            root = write_data(folder / f"times{times}", patches * times, ROWS)
+            command = [sys.executable, __file__, "--memory-of", root]
+            grown.append(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+            if with_ray:
+                held.append(held_mib(Feed(root, 1, BATCH, CROP, transport="ray")))
+            shutil.rmtree(root)
+    rows: list[tuple[str, ...]] = []
+    for name, found in (("thread feed", grown), ("ray feed's blocks in the object store", held)):
+        if found:
+            small, large = found
+            rows += [
+                (f"memory of the {name}, MiB", f"{small:.0f}", f"10x the data: {large:.0f}", ""),
+                ("the same, 10x the data to 1x", f"{large / small:.2f}", "", "flat"),
+            ]
+    return rows
+
+
+def held_mib(feed: Feed) -> float:
+    """The most that Ray's object store holds while training takes a batch every 10 ms."""
+    import ray
+
+    def free() -> float:
+        return float(ray.available_resources().get("object_store_memory", 0.0))
+
+    before = least = free()
+    with closing(feed.batches(0, 1000)) as batches:
+        for number, _ in enumerate(batches):
+            time.sleep(0.01)
+            if number % 10 == 0:
+                least = min(least, free())
+    return (before - least) / 2**20
 
 
 def grown_mib(root: str) -> float:
