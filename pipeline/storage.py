@@ -212,6 +212,8 @@ def only_writer(storage: Storage, refusal: str) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(refusal) from None
+        except OSError:
+            pass  # a file system without locks
         yield
 
 

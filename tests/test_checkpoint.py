@@ -178,9 +178,7 @@ def test_the_best_stay_in_order_and_of_equal_ones_the_earlier() -> None:
     assert [best.step for best in state.best] == [2, 4, 3]
 
 
-@pytest.mark.parametrize(
-    ("saved", "expected"), [(None, ()), ({"step": 3, "value": 26.5}, (Best(3, 26.5, "psnr_y"),))]
-)
+@pytest.mark.parametrize(("saved", "expected"), [(None, ()), ({"step": 3, "value": 26.5}, (Best(3, 26.5),))])
 def test_the_best_of_an_older_run_is_understood(saved: object, expected: tuple[Best, ...]) -> None:
     assert best_of({"best": saved}) == expected
 

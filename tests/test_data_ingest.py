@@ -267,6 +267,10 @@ def test_a_data_set_that_is_there_is_held_to_the_same_limits(folder: Path) -> No
         quietly(config(folder, max_rejected_share=0.5), strict=True)
     with pytest.raises(UserError, match=r"made without 1 of 6 photographs"):
         quietly(config(folder, max_rejected_share=0.1))
+    (folder / "held_out" / "bad.png").write_bytes(b"another one of that name")
+    quietly(config(folder, "two", max_rejected_share=0.5))
+    quietly(config(folder, "two", max_rejected_share=0.5))
+    (folder / "held_out" / "bad.png").unlink()
     bad.write_bytes((folder / "photos" / "picture0.png").read_bytes())
     with pytest.raises(UserError, match=r"bad\.png is new or changed"):
         quietly(config(folder, max_rejected_share=0.5))

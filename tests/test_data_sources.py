@@ -153,6 +153,8 @@ def test_a_licence_is_found_beside_the_photographs(tmp_path: Path, kind: str) ->
         archive.write(tmp_path / "photos" / "LICENSE.txt", "photos/LICENSE.txt")
     sources = {"folder": "photos", "glob": "photos/*.png", "zip": "photos.zip"}
     assert find_licence(str(tmp_path / sources[kind])) == "CC0"
+    (tmp_path / "LICENSE").write_text("of something else")
+    assert find_licence(f"{tmp_path}/*/*.png") is None
 
 
 def test_accepted_forms_are_noted(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A whole run in this process: both stages, exact resume after a kill, one line for each mistake."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -175,14 +176,57 @@ def test_a_change_may_be_accepted_and_is_then_the_rule(
         "going on with changes: gan.learning_rate was 0.0001, now 5e-05; gan.steps" in capsys.readouterr().out
     )
     assert train(folder, **changes).step == 14
-    with pytest.raises(UserError, match="at step 14 already"):
+    with pytest.raises(UserError, match="at step 14 of stage gan already"):
         train(folder, accept_changes=True, **{**changes, "gan.steps": 2})
     with pytest.raises(UserError, match="stage 2 of run_name=longer has begun after 6 steps"):
         train(folder, accept_changes=True, **{**changes, "psnr.steps": 8})
     identity = json.loads(run.read_bytes("run.json"))
     run.write_bytes("run.json", json.dumps({**identity, "versions": {"torch": "1.0"}}).encode())
+    run.remove("result.json")
     with pytest.raises(UserError, match=r"torch was '1\.0', now"):
         train(folder, **changes)
+
+
+def test_a_change_that_the_checkpoints_cannot_take_is_refused_and_not_kept(
+    folder: Path, undisturbed: TrainingResult
+) -> None:
+    run = unfinished(folder, "sizes", "gan-00000012")
+    before = run.read_bytes("run.json")
+    with pytest.raises(UserError, match=r"conv_first\.weight has the shape"):
+        train(folder, accept_changes=True, run_name="sizes", **{"model.num_feat": 16})
+    for checkpoint in ("gan-00000010", "gan-00000009"):
+        run.remove(f"checkpoints/{checkpoint}")
+    with pytest.raises(UserError, match="is at step 6 of stage psnr already"):
+        train(folder, accept_changes=True, run_name="sizes", **{"psnr.steps": 5})
+    assert run.read_bytes("run.json") == before
+    assert train(folder, run_name="sizes").generator_sha256 == undisturbed.generator_sha256
+
+
+def test_a_run_that_has_ended_needs_neither_its_checkpoints_nor_its_torch(
+    folder: Path, undisturbed: TrainingResult
+) -> None:
+    run = folder / "runs" / "pruned"
+    shutil.copytree(folder / "runs" / "tiny", run)
+    shutil.rmtree(run / "checkpoints")
+    identity = json.loads((run / "run.json").read_bytes())
+    (run / "run.json").write_text(json.dumps({**identity, "versions": {"torch": "1.0"}}))
+    assert train(folder, run_name="pruned") == undisturbed
+    with pytest.raises(UserError, match="seed was 5, now 77"):
+        train(folder, run_name="pruned", seed=77)
+
+
+def test_the_best_of_a_run_from_before_metrics_were_noted_counts(
+    folder: Path, undisturbed: TrainingResult
+) -> None:
+    run = unfinished(folder, "older", "gan-00000012")
+    newest = checkpoints.newest(run)
+    assert newest is not None
+    old = dataclasses.replace(newest, scalars={**newest.scalars, "best": {"step": 9, "value": 1e3}})
+    checkpoints.write(run, old, {})
+    train(folder, run_name="older", **{"tracking.metric": "ssim_y"})
+    final = checkpoints.newest(run)
+    assert final is not None
+    assert final.scalars["best"] == [{"step": 9, "value": 1e3, "metric": "ssim_y"}]
 
 
 def test_a_run_that_has_learned_nothing_may_be_changed(folder: Path, undisturbed: TrainingResult) -> None:

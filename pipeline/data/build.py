@@ -170,7 +170,9 @@ class Builder:
             reason = f"the same pixels as {twin['path']}"
         if reason is not None:
             self._skip = True
-            self._fresh_rejected.append({"path": path, "reason": reason, "bytes": job.photo.size})
+            self._fresh_rejected.append(
+                {"path": path, "set": name, "reason": reason, "bytes": job.photo.size}
+            )
             if self._strict:
                 raise UserError(f"{path}: {reason} (--strict)")
             self._check_share(self._done.rejected + self._fresh_rejected)

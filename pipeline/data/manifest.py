@@ -64,7 +64,7 @@ class Manifest:
     layout: Layout
     held_out: tuple[Shard, ...]
     settings: dict[str, Any]
-    rejected: tuple[dict[str, Any], ...]  # path, reason, bytes
+    rejected: tuple[dict[str, Any], ...]  # path, set, reason, bytes
     degradation: dict[str, Any]
     content: bytes  # of manifest.json
 

@@ -114,7 +114,8 @@ def _found(
         _require_same_photographs(manifest, make_plan(config, progress).jobs)
     _require_few_rejected(manifest, config, strict)
     for name in (NOTES, LOCK):  # where an ingest was killed right after its last step
-        storage.remove(name)
+        if storage.exists(name):
+            storage.remove(name)
     print(f"{storage.path(NAME)}: complete, nothing to do", flush=True)
     return describe(manifest)
 
@@ -171,21 +172,19 @@ def _require_same_settings(manifest: Manifest, settings: dict[str, Any], lr_dir:
 
 
 def _require_same_photographs(manifest: Manifest, jobs: list[PhotoJob]) -> None:
-    there = {(entry["set"] == "held_out", entry["path"]) for entry in manifest.sources}
-    refused = {
-        entry["path"]: entry.get("bytes", -1) for entry in manifest.rejected
-    }  # older ones without sizes
-    sizes = {(entry["set"] == "held_out", entry["path"]): entry["bytes"] for entry in manifest.sources}
+    noted = [*manifest.sources, *(entry for entry in manifest.rejected if "set" in entry)]
+    sizes = {(entry["set"] == "held_out", entry["path"]): entry["bytes"] for entry in noted}
+    # Older data sets know only the names of what was refused.
+    refused = {entry["path"] for entry in manifest.rejected if "set" not in entry}
     for job in jobs:
-        key = (job.held_out, job.photo.name)
-        size = sizes.get(key, refused.get(job.photo.name, -1))
-        changed = min(size, job.photo.size) >= 0 and size != job.photo.size
-        if (key not in there and job.photo.name not in refused) or changed:
+        size = sizes.get((job.held_out, job.photo.name))
+        new = size is None and job.photo.name not in refused
+        if new or (size is not None and min(size, job.photo.size) >= 0 and size != job.photo.size):
             raise UserError(
                 f"data.root={manifest.root} was made from other photographs ({job.photo.name} is new or changed); "
                 "choose another data.root, or remove it"
             )
-    if len(jobs) != len(there) + len(manifest.rejected):
+    if len(jobs) != len(manifest.sources) + len(manifest.rejected):
         raise UserError(
             f"data.root={manifest.root} was made from more photographs than there are now; "
             "choose another data.root, or remove it"

@@ -104,8 +104,10 @@ def list_photos(source: str, field: str = "data.source") -> list[PhotoFile]:
 
 
 def find_licence(source: str) -> str | None:
-    """Text of an ATTRIBUTION, LICENSE or COPYING file directly in a folder, a pattern's folder or an archive."""
+    """Text of an ATTRIBUTION, LICENSE or COPYING file in a folder, in that of a pattern of names, or in an archive."""
     if is_remote(source):
+        return None
+    if glob.has_magic(source) and _fixed_part(source) != Path(source).absolute().parent:
         return None
     if Path(source).is_file():
         beside = [photo for photo in _in_zip(Path(source).absolute()) if photo.name.count("/") <= 1]

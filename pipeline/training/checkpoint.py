@@ -163,8 +163,8 @@ def newest(run: Storage) -> Checkpoint | None:
 
 
 def any_there(run: Storage) -> bool:
-    """Whether a checkpoint was begun: then there is something to lose."""
-    return bool(run.names(FOLDER))
+    """Whether `newest` would not begin from zero."""
+    return bool(listed(run)) or len(run.names(FOLDER)) > 1
 
 
 class Checkpointer:

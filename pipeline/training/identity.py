@@ -12,6 +12,7 @@ from pipeline.training import checkpoint as checkpoints
 from pipeline.training.config import TrainConfig
 
 FILE = "run.json"
+RESULT = "result.json"
 # Packages whose other versions may compute other bits.
 PACKAGES = ("esrgan-ray", "torch")
 
@@ -39,11 +40,15 @@ class RunIdentity:
 
 
 def claim(
-    run: Storage, config: TrainConfig, manifest_sha256: str, accept_changes: bool = False
+    run: Storage,
+    config: TrainConfig,
+    manifest_sha256: str,
+    accept_changes: bool = False,
+    compare_versions: bool = True,
 ) -> RunIdentity:
     """The run's identity, new or as it was.
 
-    A run that has no checkpoint yet has nothing to lose, and becomes a new one when it is changed.
+    A run that has neither checkpoint nor result has nothing to lose, and becomes a new one when it is changed.
 
     Raises:
         UserError: the folder holds a run with other learning fields, other data or of other package versions, and
@@ -52,11 +57,11 @@ def claim(
     mine = RunIdentity(uuid.uuid4().hex, _fields(config), manifest_sha256, versions=_versions())
     there = load(run)
     if there is not None:
-        different = _different(there, mine)
+        different = _different(there, mine, compare_versions)
         if not different:
             return there
-        if checkpoints.any_there(run):
-            require_same(run, there, config, manifest_sha256, accept_changes)
+        if _begun(run):
+            require_same(run, there, config, manifest_sha256, accept_changes, compare_versions)
             print(f"going on with changes: {'; '.join(different)}", flush=True)
             mine = replace(mine, key=there.key, tracking_run_id=there.tracking_run_id)
     save(run, mine)
@@ -69,6 +74,7 @@ def require_same(
     config: TrainConfig,
     manifest_sha256: str | None = None,
     accept_changes: bool = False,
+    compare_versions: bool = True,
 ) -> None:
     """Raises UserError, naming what differs, when `config` would not continue the run that is there.
 
@@ -77,14 +83,15 @@ def require_same(
         there: its identity.
         config: what it is to go on with.
         manifest_sha256: digest of the data set's manifest, where it is known already.
-        accept_changes: let everything differ but what the checkpoints cannot go on from.
+        accept_changes: let everything differ but what the run cannot go on from.
+        compare_versions: whether other versions of packages count.
     """
-    if not checkpoints.any_there(run):
+    if not _begun(run):
         return
     mine = RunIdentity(
         there.key, _fields(config), manifest_sha256 or there.manifest_sha256, versions=_versions()
     )
-    different = _different(there, mine)
+    different = _different(there, mine, compare_versions)
     if different and not accept_changes:
         raise UserError(
             f"run_name={config.run_name} is in use with another configuration ({'; '.join(different)}); "
@@ -97,18 +104,23 @@ def require_same(
             f"psnr.steps={config.psnr.steps}: stage 2 of run_name={config.run_name} has begun after "
             f"{there.fields['psnr']['steps']} steps of stage 1; restore that"
         )
-    if step > config.psnr.steps + config.gan.steps:
+    if step > config.psnr.steps + (config.gan.steps if in_stage_two else 0):
         raise UserError(
             f"psnr.steps={config.psnr.steps}, gan.steps={config.gan.steps}: run_name={config.run_name} is at step "
-            f"{step} already; use more steps"
+            f"{step} of stage {names[-1].stage} already; use more steps"
         )
 
 
-def _different(there: RunIdentity, mine: RunIdentity) -> list[str]:
+def _begun(run: Storage) -> bool:
+    return checkpoints.any_there(run) or run.exists(RESULT)
+
+
+def _different(there: RunIdentity, mine: RunIdentity, compare_versions: bool) -> list[str]:
     """What differs, each as `name was A, now B`."""
     # A run from before a field existed has its default.
-    before = _flat(_fields(TrainConfig()) | there.fields) | there.versions
-    now = _flat(mine.fields) | {name: mine.versions[name] for name in there.versions if name in mine.versions}
+    before, now = _flat(_fields(TrainConfig()) | there.fields), _flat(mine.fields)
+    for name in there.versions.keys() & mine.versions.keys() if compare_versions else ():
+        before[name], now[name] = there.versions[name], mine.versions[name]
     if there.manifest_sha256 != mine.manifest_sha256:
         before["data set (its manifest)"] = there.manifest_sha256[:12]
         now["data set (its manifest)"] = mine.manifest_sha256[:12]

@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -145,7 +145,10 @@ def _resume_or_begin(config: TrainConfig, worker: Worker, run: Storage) -> Train
                 ) from None
         state.load(chosen.ema, chosen.tensors, chosen.scalars)
         # Values of another metric cannot be compared with.
-        state.best = tuple(best for best in state.best if best.metric == config.tracking.metric)
+        metric = config.tracking.metric
+        state.best = tuple(
+            replace(best, metric=metric) for best in state.best if best.metric in (None, metric)
+        )
     return state
 
 

@@ -24,13 +24,11 @@ from pipeline.training import identity as identities
 from pipeline.training.checks import check_before_start, with_absolute_paths
 from pipeline.training.config import TrainConfig
 from pipeline.training.faults import Diverged
-from pipeline.training.identity import RunIdentity
+from pipeline.training.identity import RESULT, RunIdentity
 from pipeline.training.loop import train
-from pipeline.training.state import best_of
+from pipeline.training.state import Stage, best_of, new_state
 from pipeline.training.stopping import saving_on_sigterm, stop_requested
 from pipeline.training.worker import Worker
-
-RESULT = "result.json"
 
 
 @dataclass(frozen=True)
@@ -57,6 +55,7 @@ def run_training(
     callbacks: Sequence[Any] = (),
     parent_run_id: str | None = None,
     accept_changes: bool = False,
+    compare_versions: bool = True,
 ) -> TrainingResult:
     """Trains both stages, or goes on where an earlier try stopped, and registers the best generator.
 
@@ -65,6 +64,7 @@ def run_training(
         callbacks: Ray Train callbacks (a trial's link to Ray Tune).
         parent_run_id: MLflow run that this one belongs to (a sweep).
         accept_changes: go on although the configuration, the data set or package versions are others than before.
+        compare_versions: whether other package versions are a change (never for a run that has ended).
 
     Returns:
         The result; for a run that had ended before, what it left, and nothing is changed.
@@ -76,10 +76,14 @@ def run_training(
     config = with_absolute_paths(config.alone())
     run = Storage(config.storage) / config.run_name
     there = identities.load(run)
-    if there is not None:
-        identities.require_same(run, there, config, accept_changes=accept_changes)
     finished = _finished(run)
-    if finished is not None and finished.step == config.psnr.steps + config.gan.steps:
+    has_ended = finished is not None and finished.step == config.psnr.steps + config.gan.steps
+    if there is not None:
+        versions_count = compare_versions and not has_ended
+        identities.require_same(
+            run, there, config, accept_changes=accept_changes, compare_versions=versions_count
+        )
+    if finished is not None and has_ended:
         print(
             f"run {config.run_name} has ended at step {finished.step}; nothing to do ({run.path(RESULT)})",
             flush=True,
@@ -102,7 +106,10 @@ def run_training(
         if not has_data:
             prepare(config.data, on_ray=config.worker_range[1] > 0)
         _require_fitting_data(config)
-        identity = identities.claim(run, config, load_manifest(config.data.root).sha256, accept_changes)
+        if accept_changes:
+            _require_loadable(config, run)
+        manifest_sha256 = load_manifest(config.data.root).sha256
+        identity = identities.claim(run, config, manifest_sha256, accept_changes, compare_versions)
         return _tracked_training(config, run, identity, callbacks, parent_run_id)
 
 
@@ -152,8 +159,7 @@ def _tracked_training(
 
 
 def _train(config: TrainConfig, run: Storage, callbacks: Sequence[Any]) -> None:
-    newest = checkpoints.newest(run)
-    if newest is not None and newest.name.step >= config.psnr.steps + config.gan.steps:
+    if _is_trained(config, run):
         return
     if config.worker_range[1] == 0:
         feed = Feed(config.data.root, config.seed, config.batch_size, config.crop_px, rank=0, world_size=1)
@@ -167,6 +173,24 @@ def _train(config: TrainConfig, run: Storage, callbacks: Sequence[Any]) -> None:
         from pipeline.training import ray_trainer
 
         ray_trainer.fit(config, run, callbacks)
+
+
+def _is_trained(config: TrainConfig, run: Storage) -> bool:
+    """Whether the last checkpoint is there, and sound."""
+    last = config.psnr.steps + config.gan.steps
+    if _published_step(run) < last:
+        return False
+    newest = checkpoints.newest(run)
+    return newest is not None and newest.name.step >= last
+
+
+def _require_loadable(config: TrainConfig, run: Storage) -> None:
+    """Tries the newest checkpoint on a changed configuration, before that becomes the run's. Raises UserError."""
+    newest = checkpoints.newest(run)
+    if newest is not None:
+        stage: Stage = "gan" if newest.name.stage == "gan" else "psnr"
+        state = new_state(config, stage, torch.device("cpu"))
+        state.load(newest.ema, newest.tensors, newest.scalars)
 
 
 def _conclude(
@@ -209,7 +233,7 @@ def _conclude(
 def _best(config: TrainConfig, run: Storage, final: checkpoints.Checkpoint) -> checkpoints.Checkpoint:
     """The best checkpoint of the last stage that can be read; the last one where validation chose none."""
     for best in best_of(final.scalars):
-        if best.metric != config.tracking.metric:
+        if best.metric not in (None, config.tracking.metric):
             continue
         if best.step == final.name.step:
             return final

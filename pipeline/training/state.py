@@ -21,8 +21,8 @@ class Best:
 
     step: int
     value: float
-    metric: str = "psnr_y"
-    """Name of what `value` measures; older runs have the default."""
+    metric: str | None = None
+    """Name of what `value` measures; older runs have not noted it, and had one only."""
 
 
 @dataclass

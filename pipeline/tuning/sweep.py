@@ -167,7 +167,10 @@ def _search(base: TrainConfig, settings: TuneConfig, sweep: Storage, parent: Tra
         trial = _trial_config(base, values, sweep)
         folder = sweep / "trials" / trial.run_name
         folder.write_bytes("values.json", json.dumps(values).encode())
-        result = run_training(trial, callbacks=[TuneReportCallback()], parent_run_id=parent.run_id)
+        # A sweep that goes on after an upgrade compares trials, not bits.
+        result = run_training(
+            trial, callbacks=[TuneReportCallback()], parent_run_id=parent.run_id, compare_versions=False
+        )
         _keep(sweep, Outcome(trial.run_name, result.run_id, values, "finished", result.step, result.metrics))
         tune.report({**result.metrics, "step": result.step})
 
