@@ -213,6 +213,8 @@ def test_a_run_that_has_ended_needs_neither_its_checkpoints_nor_its_torch(
     assert train(folder, run_name="pruned") == undisturbed
     with pytest.raises(UserError, match="seed was 5, now 77"):
         train(folder, run_name="pruned", seed=77)
+    with pytest.raises(UserError, match="its checkpoints are gone"):
+        train(folder, accept_changes=True, run_name="pruned", **{"gan.steps": 8})
 
 
 def test_the_best_of_a_run_from_before_metrics_were_noted_counts(

@@ -97,6 +97,11 @@ def require_same(
             f"run_name={config.run_name} is in use with another configuration ({'; '.join(different)}); "
             "choose another run_name, restore these, or go on with the change: --accept-changes"
         )
+    if different and not checkpoints.any_there(run):
+        raise UserError(
+            f"run_name={config.run_name} has ended, and its checkpoints are gone, so it cannot go on with changes "
+            f"({'; '.join(different)}); choose another run_name"
+        )
     names = checkpoints.listed(run)
     step, in_stage_two = (names[-1].step, names[-1].stage == "gan") if names else (0, False)
     if in_stage_two and there.fields["psnr"]["steps"] != config.psnr.steps:
