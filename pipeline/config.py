@@ -121,17 +121,6 @@ def with_fields(config: Config, changes: Mapping[str, Any]) -> Config:
     return validate(_merge(config.model_dump(), nested), [("change", nested)])
 
 
-def flat_fields(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values as {"gan.steps": 1000, ...}; empty sections vanish."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update(flat_fields(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
 def json_schema() -> dict[str, Any]:
     """JSON schema of the configuration file, for editors."""
     return Config.model_json_schema()

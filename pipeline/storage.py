@@ -182,8 +182,8 @@ class Storage:
         probe = f".write-test-{uuid.uuid4().hex[:8]}"
         try:
             if not self.remote:
-                longest = max(Path(self.uri).parts, key=lambda part: len(os.fsencode(part)))
-                if len(os.fsencode(longest)) > os.pathconf(self.nearest_folder(), "PC_NAME_MAX"):
+                limit = os.pathconf(self.nearest_folder(), "PC_NAME_MAX")
+                if any(len(os.fsencode(part)) > limit for part in Path(self.uri).parts):
                     raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
             place = self if self.remote else Storage(self.nearest_folder())
             place.write_bytes(probe, b"")

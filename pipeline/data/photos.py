@@ -4,6 +4,7 @@ import io
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -185,22 +186,29 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _check_png(data: bytes) -> None:
-    """Checks every chunk's CRC, which Pillow does not do for pixel data, and that the file ends with IEND."""
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Kind, first byte and end of what each whole chunk holds, up to IEND; its CRC follows."""
     position = len(_PNG_SIGNATURE)
-    view = memoryview(data)
     while position + 12 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, position)
-        end = position + 8 + length
+        first, end = position + 8, position + 8 + length
         if end + 4 > len(data):
-            raise PhotoRefused("truncated PNG")
-        (stored,) = struct.unpack_from(">I", data, end)
-        if zlib.crc32(view[position + 4 : end]) != stored:
-            raise PhotoRefused(f"damaged PNG: chunk {kind.decode('latin1')} fails its checksum")
+            return
+        yield kind, first, end
         if kind == b"IEND":
             return
         position = end + 4
-    raise PhotoRefused("truncated PNG")
+
+
+def _check_png(data: bytes) -> None:
+    """Checks every chunk's CRC, which Pillow does not do for pixel data, and that the file ends with IEND."""
+    view, kind = memoryview(data), b""
+    for kind, first, end in _png_chunks(data):
+        (stored,) = struct.unpack_from(">I", data, end)
+        if zlib.crc32(view[first - 4 : end]) != stored:
+            raise PhotoRefused(f"damaged PNG: chunk {kind.decode('latin1')} fails its checksum")
+    if kind != b"IEND":
+        raise PhotoRefused("truncated PNG")
 
 
 def _require_all_rows(data: bytes) -> None:
@@ -213,17 +221,13 @@ def _require_all_rows(data: bytes) -> None:
         rows, columns = -(-(height - y) // step_y), -(-(width - x) // step_x)
         if rows > 0 and columns > 0:
             expected += rows * (1 + -(-columns * bits // 8))
-    inflater, position, found = zlib.decompressobj(), len(_PNG_SIGNATURE), 0
-    while found < expected and position + 12 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, position)
-        if kind == b"IDAT":
+    inflater, found = zlib.decompressobj(), 0
+    for kind, first, end in _png_chunks(data):
+        if kind == b"IDAT" and found < expected:
             try:
-                found += len(
-                    inflater.decompress(data[position + 8 : position + 8 + length], expected - found)
-                )
+                found += len(inflater.decompress(data[first:end], expected - found))
             except zlib.error as error:
                 raise PhotoRefused(f"damaged PNG: {error}") from None
-        position += 12 + length
     if found < expected:
         raise PhotoRefused(f"truncated PNG: {found} of {expected} bytes of pixel data")
 

@@ -86,29 +86,26 @@ def prepare(
     """
     check_geometry(config)
     storage = Storage(config.root)
-    settings = {name: getattr(config, name) for name in SETTINGS}
     if storage.exists(NAME):
-        return _found(config, storage, settings, strict, progress)
+        return _found(config, strict, progress)
     plan = make_plan(config, progress)
     refusal = (
         f"data.root={config.root}: another process is preparing this data set; wait for it or stop it first"
     )
     with only_writer(storage, refusal):
         if storage.exists(NAME):  # by now
-            return _found(config, storage, settings, strict, progress)
-        _make(plan, config, storage, settings, strict, progress, on_ray)
+            return _found(config, strict, progress)
+        _make(plan, config, strict, progress, on_ray)
         storage.remove(LOCK)
     manifest = load_manifest(config.root)
     _warn_of_other_degradations(manifest)
     return describe(manifest)
 
 
-def _found(
-    config: DataConfig, storage: Storage, settings: dict[str, Any], strict: bool, progress: bool
-) -> PrepareResult:
+def _found(config: DataConfig, strict: bool, progress: bool) -> PrepareResult:
     """What is there, if it is what is asked for. Raises UserError."""
-    manifest = load_manifest(config.root)
-    _require_same_settings(manifest, settings, config.lr_dir)
+    storage, manifest = Storage(config.root), load_manifest(config.root)
+    _require_same_settings(manifest, _settings(config), config.lr_dir)
     # Its archives may be gone by now, and nobody wants to fetch them again for this.
     if config.source != "div2k" or not is_div2k(manifest):
         _require_same_photographs(manifest, make_plan(config, progress).jobs)
@@ -120,16 +117,8 @@ def _found(
     return describe(manifest)
 
 
-def _make(
-    plan: Plan,
-    config: DataConfig,
-    storage: Storage,
-    settings: dict[str, Any],
-    strict: bool,
-    progress: bool,
-    on_ray: bool,
-) -> None:
-    builder = Builder(storage, plan.jobs, config, settings, strict)
+def _make(plan: Plan, config: DataConfig, strict: bool, progress: bool, on_ray: bool) -> None:
+    builder = Builder(Storage(config.root), plan.jobs, config, _settings(config), strict)
     paired = config.lr_dir is not None
     left = plan.jobs[builder.first_index :]
     if builder.first_index:
@@ -144,6 +133,10 @@ def _make(
         bar.update(len(plan.jobs) - bar.n)
     libraries = {name: metadata.version(name) for name in ("numpy", "pillow", "pyarrow")}
     builder.finish(plan.licences, libraries)
+
+
+def _settings(config: DataConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in SETTINGS}
 
 
 def _tables(jobs: list[PhotoJob], config: DataConfig, paired: bool, on_ray: bool) -> Iterable[pa.Table]:
@@ -193,9 +186,10 @@ def _require_same_photographs(manifest: Manifest, jobs: list[PhotoJob]) -> None:
 
 def _require_few_rejected(manifest: Manifest, config: DataConfig, strict: bool) -> None:
     """A data set that is there is held to the same limits as one that is made now. Raises UserError."""
-    for entry in manifest.rejected[: 1 if strict else 0]:
+    if strict and manifest.rejected:
+        first = manifest.rejected[0]
         raise UserError(
-            f"data.root={manifest.root}: made without {entry['path']}: {entry['reason']} (--strict)"
+            f"data.root={manifest.root}: made without {first['path']}: {first['reason']} (--strict)"
         )
     rejected, photographs = len(manifest.rejected), len(manifest.rejected) + len(manifest.sources)
     if rejected > config.max_rejected_share * photographs:

@@ -110,16 +110,20 @@ def find_licence(source: str) -> str | None:
     if glob.has_magic(source) and _fixed_part(source) != Path(source).absolute().parent:
         return None
     if Path(source).is_file():
-        beside = [photo for photo in _in_zip(Path(source).absolute()) if photo.name.count("/") <= 1]
+        members = _in_zip(Path(source).absolute())
+        found = [file for file in members if file.name.count("/") <= 1 and _is_licence(file.name)]
     else:
         folder = Path(source) if Path(source).is_dir() else _fixed_part(source)
-        beside = [_local(folder, path) for path in folder.iterdir() if path.is_file()]
-    for file in sorted(beside, key=lambda file: file.name):
-        path = PurePosixPath(file.name)
-        if path.stem.lower() in LICENCE_NAMES and path.suffix.lower() in ("", ".txt", ".md"):
-            with suppress(PhotoRefused):
-                return file.read(_LICENCE_BYTES).decode("utf-8", "replace")
+        found = [_local(folder, path) for path in folder.iterdir() if _is_licence(path.name)]
+    for file in sorted(found, key=lambda file: file.name):
+        with suppress(PhotoRefused):
+            return file.read(_LICENCE_BYTES).decode("utf-8", "replace")
     return None
+
+
+def _is_licence(name: str) -> bool:
+    path = PurePosixPath(name)
+    return path.stem.lower() in LICENCE_NAMES and path.suffix.lower() in ("", ".txt", ".md")
 
 
 def _sniffed(photo: PhotoFile) -> bool:

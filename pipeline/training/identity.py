@@ -7,6 +7,7 @@ from importlib import metadata
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.section import flat_fields
 from pipeline.storage import Storage
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training.config import TrainConfig
@@ -57,11 +58,10 @@ def claim(
     mine = RunIdentity(uuid.uuid4().hex, _fields(config), manifest_sha256, versions=_versions())
     there = load(run)
     if there is not None:
-        different = _different(there, mine, compare_versions)
+        different = require_same(run, there, config, manifest_sha256, accept_changes, compare_versions)
         if not different:
             return there
         if _begun(run):
-            require_same(run, there, config, manifest_sha256, accept_changes, compare_versions)
             print(f"going on with changes: {'; '.join(different)}", flush=True)
             mine = replace(mine, key=there.key, tracking_run_id=there.tracking_run_id)
     save(run, mine)
@@ -75,8 +75,8 @@ def require_same(
     manifest_sha256: str | None = None,
     accept_changes: bool = False,
     compare_versions: bool = True,
-) -> None:
-    """Raises UserError, naming what differs, when `config` would not continue the run that is there.
+) -> list[str]:
+    """What differs, each as `name was A, now B`, where that may be.
 
     Args:
         run: the run's folder.
@@ -85,19 +85,22 @@ def require_same(
         manifest_sha256: digest of the data set's manifest, where it is known already.
         accept_changes: let everything differ but what the run cannot go on from.
         compare_versions: whether other versions of packages count.
+
+    Raises:
+        UserError: naming what differs, when `config` would not continue the run that is there.
     """
-    if not _begun(run):
-        return
     mine = RunIdentity(
         there.key, _fields(config), manifest_sha256 or there.manifest_sha256, versions=_versions()
     )
     different = _different(there, mine, compare_versions)
-    if different and not accept_changes:
+    if not different or not _begun(run):
+        return different
+    if not accept_changes:
         raise UserError(
             f"run_name={config.run_name} is in use with another configuration ({'; '.join(different)}); "
             "choose another run_name, restore these, or go on with the change: --accept-changes"
         )
-    if different and not checkpoints.any_there(run):
+    if not checkpoints.any_there(run):
         raise UserError(
             f"run_name={config.run_name} has ended, and its checkpoints are gone, so it cannot go on with changes "
             f"({'; '.join(different)}); choose another run_name"
@@ -114,6 +117,7 @@ def require_same(
             f"psnr.steps={config.psnr.steps}, gan.steps={config.gan.steps}: run_name={config.run_name} is at step "
             f"{step} of stage {names[-1].stage} already; use more steps"
         )
+    return different
 
 
 def _begun(run: Storage) -> bool:
@@ -121,9 +125,8 @@ def _begun(run: Storage) -> bool:
 
 
 def _different(there: RunIdentity, mine: RunIdentity, compare_versions: bool) -> list[str]:
-    """What differs, each as `name was A, now B`."""
     # A run from before a field existed has its default.
-    before, now = _flat(_fields(TrainConfig()) | there.fields), _flat(mine.fields)
+    before, now = flat_fields(_fields(TrainConfig()) | there.fields), flat_fields(mine.fields)
     for name in there.versions.keys() & mine.versions.keys() if compare_versions else ():
         before[name], now[name] = there.versions[name], mine.versions[name]
     if there.manifest_sha256 != mine.manifest_sha256:
@@ -168,10 +171,3 @@ def _versions() -> dict[str, str]:
 
 def _fields(config: TrainConfig) -> dict[str, Any]:
     return config.model_dump(mode="json", include=set(LEARNING_FIELDS))
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat

@@ -5,7 +5,8 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,7 @@ from pipeline.training.distributed import world_size
 from pipeline.training.faults import Diverged
 from pipeline.training.meter import Meter, progress_line
 from pipeline.training.schedule import learning_rate
-from pipeline.training.state import Best, Stage, TrainState, begin_gan, new_state
+from pipeline.training.state import Best, Stage, TrainState, begin_gan, by_metric, new_state
 from pipeline.training.step import GanWeights, StepSettings, gan_step, psnr_step
 from pipeline.training.validation import PICTURES, pictures, validate
 from pipeline.training.worker import Worker
@@ -144,11 +145,7 @@ def _resume_or_begin(config: TrainConfig, worker: Worker, run: Storage) -> Train
                     "storage must be shared by all nodes"
                 ) from None
         state.load(chosen.ema, chosen.tensors, chosen.scalars)
-        # Values of another metric cannot be compared with.
-        metric = config.tracking.metric
-        state.best = tuple(
-            replace(best, metric=metric) for best in state.best if best.metric in (None, metric)
-        )
+        state.best = by_metric(state.best, config.tracking.metric)
     return state
 
 
@@ -198,8 +195,6 @@ class _Recorder:
     _advisor: Advisor = field(default_factory=Advisor)
     _skipped: float = 0.0
     """Steps left out up to the last interval."""
-    _stage_one: RRDBNet | None = None
-    """What stage 2 started from, for its pictures."""
 
     def resumed(self) -> None:
         """Takes up the thread: says where training goes on, and why it had stopped."""
@@ -209,16 +204,6 @@ class _Recorder:
         self._skipped = float(state.skipped[1])
         why = f" {self.worker.reason}" if self.worker.reason else ""
         self._event(f"going on at step {state.step} of stage {state.stage} with {workers} workers{why}")
-        if state.stage == "gan" and self.config.psnr.steps and self.held_out:
-            try:
-                weights = checkpoints.read(self.run, CheckpointName(self.config.psnr.steps, "psnr")).ema
-            except checkpoints.DamagedCheckpoint as error:
-                self._event(
-                    f"warning: pictures go without the result of stage 1, which cannot be read: {error}"
-                )
-                return
-            self._stage_one = copy.deepcopy(state.ema)
-            self._stage_one.load_state_dict(weights)
 
     def stage_one_ends(self) -> None:
         """Keeps stage 1's result for the pictures of stage 2."""
@@ -270,7 +255,8 @@ class _Recorder:
         self._records.append(
             Metrics(state.step, _now_ms(), {f"validation/{name}": mean for name, mean in self.latest.items()})
         )
-        shown = [state.ema] if self._stage_one is None else [self._stage_one, state.ema]
+        before = self._stage_one if state.stage == "gan" else None
+        shown = [state.ema] if before is None else [before, state.ema]
         for name, strip in pictures(shown, self.held_out[:PICTURES], scale, self.worker.device).items():
             self._records.append(Picture(state.step, _now_ms(), f"validation/{name}", strip))
 
@@ -331,6 +317,20 @@ class _Recorder:
     def _event(self, text: str) -> None:
         print(text, flush=True)
         self._records.append(Event(self.state.step, _now_ms(), text))
+
+    @cached_property
+    def _stage_one(self) -> RRDBNet | None:
+        """What stage 2 started from, for its pictures; none where there was no stage 1, or it cannot be read."""
+        if not self.config.psnr.steps:
+            return None
+        try:
+            weights = checkpoints.read(self.run, CheckpointName(self.config.psnr.steps, "psnr")).ema
+        except checkpoints.DamagedCheckpoint as error:
+            self._event(f"warning: pictures go without the result of stage 1, which cannot be read: {error}")
+            return None
+        network = copy.deepcopy(self.state.ema)
+        network.load_state_dict(weights)
+        return network
 
 
 def _now_ms() -> int:

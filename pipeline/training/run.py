@@ -14,6 +14,7 @@ from pipeline.data import Manifest, check_source, has_manifest, load_manifest, p
 from pipeline.data.feed import Feed
 from pipeline.errors import UserError
 from pipeline.model.weights import generator_sha256
+from pipeline.section import flat_fields
 from pipeline.storage import Storage, only_writer
 from pipeline.tracking import Sender, TrackedRun, finish_run, open_run, require_store
 from pipeline.tracking.candidate import Candidate, register_candidate, trained_generator
@@ -26,7 +27,7 @@ from pipeline.training.config import TrainConfig
 from pipeline.training.faults import Diverged
 from pipeline.training.identity import RESULT, RunIdentity
 from pipeline.training.loop import train
-from pipeline.training.state import Stage, best_of, new_state
+from pipeline.training.state import Stage, best_of, by_metric, new_state
 from pipeline.training.stopping import saving_on_sigterm, stop_requested
 from pipeline.training.worker import Worker
 
@@ -76,14 +77,16 @@ def run_training(
     config = with_absolute_paths(config.alone())
     run = Storage(config.storage) / config.run_name
     there = identities.load(run)
-    finished = _finished(run)
-    has_ended = finished is not None and finished.step == config.psnr.steps + config.gan.steps
+    finished = _finished(config, run)
     if there is not None:
-        versions_count = compare_versions and not has_ended
         identities.require_same(
-            run, there, config, accept_changes=accept_changes, compare_versions=versions_count
+            run,
+            there,
+            config,
+            accept_changes=accept_changes,
+            compare_versions=compare_versions and finished is None,
         )
-    if finished is not None and has_ended:
+    if finished is not None:
         print(
             f"run {config.run_name} has ended at step {finished.step}; nothing to do ({run.path(RESULT)})",
             flush=True,
@@ -105,29 +108,29 @@ def run_training(
             ray_trainer.connect(config)
         if not has_data:
             prepare(config.data, on_ray=config.worker_range[1] > 0)
-        _require_fitting_data(config)
+        manifest = load_manifest(config.data.root)
+        _require_fitting_data(config, manifest)
         if accept_changes:
             _require_loadable(config, run)
-        manifest_sha256 = load_manifest(config.data.root).sha256
-        identity = identities.claim(run, config, manifest_sha256, accept_changes, compare_versions)
-        return _tracked_training(config, run, identity, callbacks, parent_run_id)
+        identity = identities.claim(run, config, manifest.sha256, accept_changes, compare_versions)
+        return _tracked_training(config, run, manifest, identity, callbacks, parent_run_id)
 
 
 def _tracked_training(
     config: TrainConfig,
     run: Storage,
+    manifest: Manifest,
     identity: RunIdentity,
     callbacks: Sequence[Any],
     parent_run_id: str | None,
 ) -> TrainingResult:
-    manifest = load_manifest(config.data.root)
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     run.write_bytes("config.yaml", text.encode())
     tracked = open_run(
         config.tracking,
         run,
         run_name=config.run_name,
-        parameters=_flat(config.model_dump(mode="json", exclude={"tracking"})),
+        parameters=flat_fields(config.model_dump(mode="json", exclude={"tracking"})),
         tags={"esrgan.key": identity.key, "esrgan.data": manifest.sha256},
         config_text=text,
         parent_run_id=parent_run_id,
@@ -232,9 +235,7 @@ def _conclude(
 
 def _best(config: TrainConfig, run: Storage, final: checkpoints.Checkpoint) -> checkpoints.Checkpoint:
     """The best checkpoint of the last stage that can be read; the last one where validation chose none."""
-    for best in best_of(final.scalars):
-        if best.metric not in (None, config.tracking.metric):
-            continue
+    for best in by_metric(best_of(final.scalars), config.tracking.metric):
         if best.step == final.name.step:
             return final
         try:
@@ -263,7 +264,7 @@ def _candidate(
         for each in generators
     ]
     pictures = {key.removeprefix("validation/"): strip for key, strip in pictures_at(run, best.step).items()}
-    licences = json.loads(Storage(config.data.root).read_bytes("manifest.json")).get("licences", {})
+    licences = json.loads(manifest.content).get("licences", {})
     return Candidate(
         model_name=config.tracking.model_name,
         metric=config.tracking.metric,
@@ -282,13 +283,15 @@ def _candidate(
     )
 
 
-def _finished(run: Storage) -> TrainingResult | None:
+def _finished(config: TrainConfig, run: Storage) -> TrainingResult | None:
+    """The result of a run that has ended; none where more steps are asked for by now."""
     if not run.exists(RESULT):
         return None
     try:
-        return TrainingResult(**json.loads(run.read_bytes(RESULT)))
+        result = TrainingResult(**json.loads(run.read_bytes(RESULT)))
     except (ValueError, TypeError):
         return None  # Damaged: concluding again writes it anew.
+    return result if result.step == config.psnr.steps + config.gan.steps else None
 
 
 def _published_step(run: Storage) -> int:
@@ -297,8 +300,7 @@ def _published_step(run: Storage) -> int:
     return names[-1].step if names else -1
 
 
-def _require_fitting_data(config: TrainConfig) -> None:
-    manifest = load_manifest(config.data.root)
+def _require_fitting_data(config: TrainConfig, manifest: Manifest) -> None:
     if manifest.scale != config.data.scale:
         raise UserError(
             f"data.scale={config.data.scale}: {config.data.root} was made for scale {manifest.scale}"
@@ -308,10 +310,3 @@ def _require_fitting_data(config: TrainConfig) -> None:
             f"crop_px={config.crop_px}: the patches in {config.data.root} have {manifest.patch_px} pixels; "
             "lower crop_px or prepare larger patches"
         )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat

@@ -1,6 +1,7 @@
 """All that a run knows between two steps, as one value that is saved and loaded in one place."""
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -112,6 +113,11 @@ def best_of(scalars: dict[str, Any]) -> tuple[Best, ...]:
     """The best validations that a checkpoint's counters name, the best first; older runs named one or none."""
     named = scalars["best"] or []
     return tuple(Best(**one) for one in ([named] if isinstance(named, dict) else named))
+
+
+def by_metric(bests: Iterable[Best], metric: str) -> tuple[Best, ...]:
+    """Those that `metric` has measured: values of another one cannot be compared with."""
+    return tuple(replace(best, metric=metric) for best in bests if best.metric in (None, metric))
 
 
 def new_state(config: TrainConfig, stage: Stage, device: torch.device) -> TrainState:
