@@ -31,9 +31,9 @@ def resized_length(line: list[int], factor: Fraction, edge: str) -> list[int]:
     width = 4 / min(factor, Fraction(1))
     result = []
     for output in range(int(len(line) * factor)):
-        centre = (output + Fraction(1, 2)) / factor - Fraction(1, 2)
-        taps = range(int((centre - width / 2) // 1), int((centre + width / 2) // 1) + 2)
-        weights = [kernel(min(factor, Fraction(1)) * (centre - tap)) for tap in taps]
+        center = (output + Fraction(1, 2)) / factor - Fraction(1, 2)
+        taps = range(int((center - width / 2) // 1), int((center + width / 2) // 1) + 2)
+        weights = [kernel(min(factor, Fraction(1)) * (center - tap)) for tap in taps]
         value = Fraction(0)
         for tap, weight in zip(taps, weights, strict=True):
             if edge == "replicate":
@@ -52,7 +52,7 @@ def resized(image: np.ndarray, factor: Fraction, edge: str) -> np.ndarray:
 
 
 def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
-    """Extreme levels, so that overshoot meets the limits of uint8."""
+    """Extreme levels, so that overshoot is clipped to uint8."""
     draws = np.random.default_rng([seed, height, width]).integers(
         0, 256, (height, width, channels), dtype=np.uint8
     )
@@ -115,7 +115,7 @@ def test_large_images_equal_double_precision(scale: int, edge: Edge) -> None:
         )
 
 
-def test_every_level_of_a_plain_image_survives() -> None:
+def test_constant_images_stay_constant() -> None:
     levels = np.repeat(np.arange(256, dtype=np.uint8), 3).reshape(256, 1, 1, 3)
     for level in levels:
         plain = np.tile(level, (12, 12, 1))
@@ -124,7 +124,7 @@ def test_every_level_of_a_plain_image_survives() -> None:
             assert (bicubic_upscale(plain[:2, :2], scale) == level).all()
 
 
-def test_views_of_an_image_give_what_copies_give() -> None:
+def test_views_give_the_same_result_as_copies() -> None:
     hr = noise(64, 64)
     view = hr[8:40, 4:60][:, ::-1]
     np.testing.assert_array_equal(matlab_bicubic_downscale(view), matlab_bicubic_downscale(view.copy()))
@@ -149,6 +149,6 @@ def test_bicubic_is_the_papers_baseline(reference: Reference) -> None:
         (np.zeros((8, 8, 3), np.uint8), 4, "wrap", "edge='wrap'"),
     ],
 )
-def test_wrong_input_is_named(image: np.ndarray, scale: int, edge: Edge, message: str) -> None:
+def test_invalid_input_raises_a_clear_error(image: np.ndarray, scale: int, edge: Edge, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         matlab_bicubic_downscale(image, scale, edge)

@@ -26,7 +26,7 @@ def test_metrics_equal_the_reference(reference: Reference, channel: Channel) -> 
 
 @pytest.mark.parametrize("channel", CHANNELS)
 def test_ssim_is_the_mean_over_whole_windows(reference: Reference, channel: Channel) -> None:
-    """The formula once more, without the metrics library: only windows inside the image count."""
+    """An independent implementation: only windows inside the image count."""
     pair = [reference[name][:40, :50] for name in ("photo_up", "photo_hr")]
     a, b = (luma(x)[..., None] if channel == "y" else x.astype(float) for x in pair)
     window = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
@@ -45,13 +45,13 @@ def test_ssim_is_the_mean_over_whole_windows(reference: Reference, channel: Chan
     assert ssim(*pair, border=0, channel=channel) == pytest.approx(expected.mean(), abs=1e-9)
 
 
-def test_equal_images_are_infinitely_close(reference: Reference) -> None:
+def test_equal_images_have_infinite_psnr(reference: Reference) -> None:
     photo = reference["photo_hr"]
     assert psnr(photo, photo) == math.inf
     assert ssim(photo, photo) == pytest.approx(1, abs=1e-12)
 
 
-def test_the_border_does_not_count(reference: Reference) -> None:
+def test_border_is_excluded(reference: Reference) -> None:
     photo = reference["photo_hr"]
     framed = photo.copy()
     framed[:4] = framed[-4:] = framed[:, :4] = framed[:, -4:] = 0
@@ -65,10 +65,10 @@ def test_luma_runs_from_16_to_235() -> None:
     np.testing.assert_allclose(luma(image)[0], [16, 235, 81.481, 144.553, 40.966], atol=1e-9)
 
 
-def test_wrong_input_is_named() -> None:
+def test_invalid_input_raises_a_clear_error() -> None:
     image = np.zeros((16, 16, 3), np.uint8)
     for sr, hr, options, message in [
-        (image, image[:8], {}, "two RGB images of one size"),
+        (image, image[:8], {}, "two RGB images of the same size"),
         (image[..., :1], image[..., :1], {}, "two RGB images"),
         (image.astype(float), image, {}, "sr: expected uint8"),
         (image, image, {"channel": "lab"}, "channel='lab'"),

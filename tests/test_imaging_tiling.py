@@ -11,7 +11,7 @@ from pipeline.model import RRDBNet, seeded
 
 @pytest.fixture(scope="module")
 def generator() -> RRDBNet:
-    """Weights large enough that a tile's edge would show."""
+    """Weights large enough for seams to be visible."""
     network = seeded(0, lambda: RRDBNet(8, 2, 4))
     with torch.no_grad():
         for name, parameter in network.named_parameters():
@@ -24,7 +24,7 @@ def photo(height: int, width: int) -> np.ndarray:
     return np.random.default_rng([height, width]).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def test_every_level_survives_the_way_to_a_tensor_and_back() -> None:
+def test_uint8_to_tensor_and_back_is_lossless() -> None:
     levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
     tensor = to_tensor(levels)
     assert tensor.shape == (1, 3, 16, 16)
@@ -48,14 +48,14 @@ def test_levels_are_clamped_and_rounded_half_to_even() -> None:
 
 
 @pytest.mark.parametrize(("tile_px", "size"), [(16, (40, 33)), (25, (51, 26)), (7, (5, 20)), (64, (10, 12))])
-def test_tiles_show_no_seams(generator: RRDBNet, tile_px: int, size: tuple[int, int]) -> None:
+def test_tiles_have_no_seams(generator: RRDBNet, tile_px: int, size: tuple[int, int]) -> None:
     lr = photo(*size)
     whole, tiled = upscale(generator, lr), upscale(generator, lr, tile_px=tile_px)
     assert whole.shape == (4 * size[0], 4 * size[1], 3)
     assert np.abs(whole.astype(int) - tiled).max() <= 1
 
 
-def test_without_a_halo_seams_show(generator: RRDBNet) -> None:
+def test_without_overlap_seams_are_visible(generator: RRDBNet) -> None:
     lr = photo(40, 33)
     difference = np.abs(upscale(generator, lr).astype(int) - upscale(generator, lr, tile_px=16, halo_px=0))
     assert difference.max() > 1
@@ -72,7 +72,7 @@ def test_any_size_is_upscaled(scale: int, size: tuple[int, int]) -> None:
 
 
 class _Spy(nn.Module):
-    """Nearest-neighbour enlargement that notes what it is shown."""
+    """Nearest-neighbor upscaling that records its inputs."""
 
     scale = 4
     unshuffle = 1
@@ -89,7 +89,7 @@ class _Spy(nn.Module):
         return x.repeat_interleave(4, 2).repeat_interleave(4, 3)
 
 
-def test_tiles_bound_what_the_network_sees_at_once() -> None:
+def test_tile_size_bounds_the_network_input() -> None:
     spy, lr = _Spy(), photo(100, 130)
     np.testing.assert_array_equal(upscale(spy, lr, tile_px=20, halo_px=6), lr.repeat(4, 0).repeat(4, 1))
     assert max(spy.pixels) <= (20 + 2 * 6) ** 2
@@ -105,14 +105,14 @@ def test_memory_format_and_precision_change_little(generator: RRDBNet) -> None:
     assert 0 < half.max() <= 8
 
 
-def test_the_network_is_left_as_it_was(generator: RRDBNet) -> None:
+def test_the_network_is_not_modified(generator: RRDBNet) -> None:
     generator.train()
     upscale(generator, photo(6, 6), tile_px=4)
     assert generator.training
     assert all(p.requires_grad and p.is_contiguous() for p in generator.parameters())
 
 
-def test_wrong_input_is_named(generator: RRDBNet) -> None:
+def test_invalid_input_raises_a_clear_error(generator: RRDBNet) -> None:
     for lr, options, message in [
         (photo(4, 4)[..., :1], {}, "1 channels"),
         (photo(4, 4)[..., 0], {}, "lr: expected uint8"),

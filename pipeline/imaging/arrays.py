@@ -18,19 +18,19 @@ def to_tensor(images: Image) -> Tensor:
     """uint8 (H, W, C) or (N, H, W, C) to float32 (N, C, H, W) in [0, 1].
 
     Raises:
-        ValueError: another type or number of dimensions.
+        ValueError: dtype or number of dimensions is not supported.
     """
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
         raise ValueError(f"expected uint8 (H, W, C) or (N, H, W, C), got {images.dtype} {images.shape}")
     batch = images if images.ndim == 4 else images[None]
-    # One copy: contiguous, and writable as torch wants it.
+    # One copy: contiguous, and writable, as torch requires.
     return torch.from_numpy(np.array(batch.transpose(0, 3, 1, 2), order="C")).float().div_(255)
 
 
 def to_uint8(images: Tensor) -> Image:
     """Float (N, C, H, W) in about [0, 1] to uint8 (N, H, W, C): clamped, rounded half to even.
 
-    Values that are not numbers become 0.
+    NaN becomes 0.
     """
     levels = images.detach().float().nan_to_num(0.0).clamp(0, 1).mul(255).round().to(torch.uint8)
     return levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()

@@ -1,8 +1,8 @@
 """MATLAB's bicubic `imresize` on 8-bit images, the degradation and the baseline of super-resolution papers.
 
-On uint8, MATLAB resizes along the rows' axis first, rounds half up to uint8, then resizes along the columns' axis and
-rounds again. The kernel is Keys' with a = -0.5, widened by the scale when shrinking (antialiasing), its weights
-normalised. Published low-resolution sets come out bit for bit with replicated edges.
+On uint8, MATLAB resizes along the first axis, rounds half up to uint8, then resizes along the second axis and rounds
+again. The kernel is Keys' cubic convolution with a = -0.5, widened by the scale when downscaling (antialiasing), with
+normalized weights. With replicated edges the result equals published low-resolution sets bit for bit.
 """
 
 from collections.abc import Iterator
@@ -24,65 +24,65 @@ STRIP_PX = 512
 def matlab_bicubic_downscale(hr: Image, scale: int = 4, edge: Edge = "replicate") -> Image:
     """`imresize(hr, 1 / scale)` of uint8 (H, W, C), as uint8 (H / scale, W / scale, C).
 
-    Grey images come as (H, W, 1).
+    Gray images have the shape (H, W, 1).
 
     Args:
         hr: the image; H and W are multiples of `scale`.
         scale: 2, 3 or 4.
-        edge: what lies beyond the edges: the outermost pixel again (as in published sets), or the mirrored image.
+        edge: padding: the outermost pixel is repeated (as in published sets), or the image is mirrored.
 
     Raises:
-        ValueError: sizes that do not divide, another scale or edge, another type or shape.
+        ValueError: H or W is not a multiple of `scale`, or the scale, edge, dtype or shape is not supported.
     """
     _check(hr, scale, edge)
-    return _both_axes(hr, _shrinking(scale), edge)
+    return _resize(hr, _downscaling(scale), edge)
 
 
 def float_bicubic_downscale(hr: Image, scale: int = 4, edge: Edge = "symmetric") -> Image:
-    """The same without the rounding between the axes, as BasicSR's Python function does it.
+    """Like `matlab_bicubic_downscale` without rounding between the axes, as in BasicSR's `imresize`.
 
-    Sets made that way differ from MATLAB's by a level or two on a tenth of the pixels.
+    About a tenth of the pixels differ from MATLAB's by one or two levels.
     """
     _check(hr, scale, edge)
-    taps = _shrinking(scale)
-    return _columns_rounded(_along_rows(hr, taps, edge, np.float64), taps, edge)
+    taps = _downscaling(scale)
+    return _filter_columns_rounded(_filter_rows(hr, taps, edge, np.float64), taps, edge)
 
 
 def bicubic_upscale(lr: Image, scale: int = 4, edge: Edge = "replicate") -> Image:
     """`imresize(lr, scale)` of uint8 (H, W, C), as uint8 (H * scale, W * scale, C); scale 2, 3 or 4.
 
     Raises:
-        ValueError: another scale or edge, another type or shape.
+        ValueError: the scale, edge, dtype or shape is not supported.
     """
     require_image(lr, "lr")
     _check_options(scale, edge)
-    return _both_axes(lr, _growing(scale), edge)
+    return _resize(lr, _upscaling(scale), edge)
 
 
 @dataclass(frozen=True)
 class _Taps:
-    """A filter along one axis: every `step` input rows give the next few output rows.
+    """A polyphase filter along one axis: each unit of `stride` input rows gives `weights.shape[0]` output rows.
 
-    `weights` is (output rows of a unit, input rows that they read); those begin `before` rows ahead of the unit.
+    `weights` has the shape (output rows of a unit, input rows read); the first one is `before` rows ahead of the unit.
     """
 
     weights: Floats
-    step: int
+    stride: int
     before: int
 
     def block(self, units: int) -> Floats:
-        """The weights of that many units as one band matrix: a matrix product is the fastest loop there is."""
+        """The weights of that many units as one banded matrix, so that BLAS does the loop."""
         outputs, inputs = self.weights.shape
-        matrix = np.zeros((outputs * units, self.step * (units - 1) + inputs))
+        matrix = np.zeros((outputs * units, self.stride * (units - 1) + inputs))
         for unit in range(units):
-            start = self.step * unit
+            start = self.stride * unit
             matrix[outputs * unit : outputs * (unit + 1), start : start + inputs] = self.weights
         return matrix
 
 
 @cache
-def _shrinking(scale: int) -> _Taps:
-    # Output row i is centred on input row scale * i + (scale - 1) / 2 and reads two output rows to each side.
+def _downscaling(scale: int) -> _Taps:
+    # Output row i is centered on input row scale * i + (scale - 1) / 2; the support is two output rows to each side.
     before = 2 * scale - (scale + 1) // 2
     distance = np.arange(-before, scale + before) - (scale - 1) / 2
     weights = _cubic(distance / scale)
@@ -90,10 +90,10 @@ def _shrinking(scale: int) -> _Taps:
 
 
 @cache
-def _growing(scale: int) -> _Taps:
-    # Output row scale * i + p is centred on input row i + (p + 0.5) / scale - 0.5: the five rows around i.
-    centres = (np.arange(scale) + 0.5) / scale - 0.5
-    weights = _cubic(np.arange(-2, 3)[None] - centres[:, None])
+def _upscaling(scale: int) -> _Taps:
+    # Output row scale * i + p is centered on input row i + (p + 0.5) / scale - 0.5: the five rows around i.
+    centers = (np.arange(scale) + 0.5) / scale - 0.5
+    weights = _cubic(np.arange(-2, 3)[None] - centers[:, None])
     return _Taps(weights / weights.sum(1, keepdims=True), 1, 2)
 
 
@@ -105,43 +105,42 @@ def _cubic(x: Floats) -> Floats:
     return np.where(x <= 1, near, np.where(x <= 2, far, 0.0))
 
 
-def _both_axes(image: Image, taps: _Taps, edge: Edge) -> Image:
-    # Float32 gives the bits of exact arithmetic, in any order of summation: at scale 2 and 4 the weights are whole
-    # multiples of 1/4096, so that every sum fits into 24 bits; at scale 3 they are multiples of 1/81, so that no sum
-    # comes closer than 1/162 to a half, where rounding turns.
-    return _columns_rounded(_round(_along_rows(image, taps, edge, np.float32)), taps, edge)
+def _resize(image: Image, taps: _Taps, edge: Edge) -> Image:
+    # Float32 is exact here, in any order of summation: at scale 2 and 4 the weights are integer multiples of 1/4096,
+    # so every sum fits into 24 bits; at scale 3 they are multiples of 1/81, so no sum is within 1/162 of a half.
+    return _filter_columns_rounded(_round(_filter_rows(image, taps, edge, np.float32)), taps, edge)
 
 
-def _columns_rounded(rows: Floats, taps: _Taps, edge: Edge) -> Image:
+def _filter_columns_rounded(rows: Floats, taps: _Taps, edge: Edge) -> Image:
     height, width, channels = rows.shape
-    result = np.empty((height, taps.weights.shape[0] * (width // taps.step), channels), np.uint8)
-    # In strips that stay in the cache; floats of a whole upscaled image would need four times its memory.
+    result = np.empty((height, taps.weights.shape[0] * (width // taps.stride), channels), np.uint8)
+    # In strips that fit the cache; a whole upscaled image in float32 would need four times the memory.
     for top in range(0, height, STRIP_PX):
-        result[top : top + STRIP_PX] = _round(_along_columns(rows[top : top + STRIP_PX], taps, edge))
+        result[top : top + STRIP_PX] = _round(_filter_columns(rows[top : top + STRIP_PX], taps, edge))
     return result
 
 
-def _along_rows(image: NDArray[Any], taps: _Taps, edge: Edge, dtype: type[np.floating[Any]]) -> Floats:
+def _filter_rows(image: NDArray[Any], taps: _Taps, edge: Edge, dtype: type[np.floating[Any]]) -> Floats:
     """Filters (H, W, C) along its first axis."""
     height, width, channels = image.shape
     flat = image.reshape(height, width * channels)
-    outputs, units = taps.weights.shape[0], height // taps.step
+    outputs, units = taps.weights.shape[0], height // taps.stride
     result = np.empty((outputs * units, width * channels), dtype)
     for start, matrix in _blocks(units, taps, dtype):
-        first = taps.step * start - taps.before
-        rows = flat[_within(first, first + matrix.shape[1], height, edge)].astype(dtype)
+        first = taps.stride * start - taps.before
+        rows = flat[_padded_index(first, first + matrix.shape[1], height, edge)].astype(dtype)
         np.matmul(matrix, rows, out=result[outputs * start : outputs * start + matrix.shape[0]])
     return result.reshape(-1, width, channels)
 
 
-def _along_columns(image: Floats, taps: _Taps, edge: Edge) -> Floats:
+def _filter_columns(image: Floats, taps: _Taps, edge: Edge) -> Floats:
     """Filters (H, W, C) along its second axis."""
     height, width, channels = image.shape
-    outputs, units = taps.weights.shape[0], width // taps.step
+    outputs, units = taps.weights.shape[0], width // taps.stride
     result = np.empty((height, outputs * units * channels), image.dtype)
     for start, matrix in _blocks(units, taps, image.dtype.type, channels):
-        first = taps.step * start - taps.before
-        columns = image[:, _within(first, first + matrix.shape[1] // channels, width, edge)]
+        first = taps.stride * start - taps.before
+        columns = image[:, _padded_index(first, first + matrix.shape[1] // channels, width, edge)]
         left = outputs * start * channels
         np.matmul(columns.reshape(height, -1), matrix.T, out=result[:, left : left + matrix.shape[0]])
     return result.reshape(height, -1, channels)
@@ -150,10 +149,9 @@ def _along_columns(image: Floats, taps: _Taps, edge: Edge) -> Floats:
 def _blocks(
     units: int, taps: _Taps, dtype: type[np.floating[Any]], channels: int = 1
 ) -> Iterator[tuple[int, Floats]]:
-    """First unit and weights of each block of at most eight units.
+    """First unit and weights of each block of at most BLOCK_UNITS units.
 
-    For rows of interleaved channels the weights are spread out with zeros between them: cheaper than to turn the
-    image around.
+    For rows of interleaved channels the weights are interleaved with zeros, which is faster than a transpose.
     """
     spread = np.eye(channels)
     full = np.kron(taps.block(BLOCK_UNITS), spread).astype(dtype)
@@ -162,8 +160,8 @@ def _blocks(
         yield start, full if count == BLOCK_UNITS else np.kron(taps.block(count), spread).astype(dtype)
 
 
-def _within(start: int, end: int, length: int, edge: Edge) -> slice | NDArray[np.intp]:
-    """The rows `start` to `end` of an image extended past its edges."""
+def _padded_index(start: int, end: int, length: int, edge: Edge) -> slice | NDArray[np.intp]:
+    """Indices of the rows `start` to `end` of the padded image."""
     if start >= 0 and end <= length:
         return slice(start, end)
     index = np.arange(start, end)
@@ -174,7 +172,7 @@ def _within(start: int, end: int, length: int, edge: Edge) -> slice | NDArray[np
 
 
 def _round(values: Floats) -> Floats:
-    """Half up, as MATLAB does, to 0 ... 255; in place."""
+    """Rounds half up, as MATLAB does, and clips to [0, 255]; in place."""
     values += 0.5
     np.floor(values, out=values)
     return np.clip(values, 0, 255, out=values)

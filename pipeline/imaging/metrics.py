@@ -16,12 +16,12 @@ def psnr(sr: Image, hr: Image, border: int = 4, channel: Channel = "y") -> float
 
     Args:
         sr: uint8 (H, W, 3).
-        hr: the original, of the same shape.
-        border: pixels left out at each edge; papers leave out the scale.
+        hr: ground truth, of the same shape.
+        border: pixels excluded at each edge; papers exclude `scale` pixels.
         channel: "y": BT.601 luma (16 to 235, not rounded); "rgb": over all three channels.
 
     Raises:
-        ValueError: different shapes, another type or channel, nothing left inside the border.
+        ValueError: shapes differ, dtype or channel is not supported, or the border covers the image.
     """
     a, b = _prepared(sr, hr, border, channel, least_px=1)
     error = float(np.mean((a - b) ** 2))
@@ -29,11 +29,11 @@ def psnr(sr: Image, hr: Image, border: int = 4, channel: Channel = "y") -> float
 
 
 def ssim(sr: Image, hr: Image, border: int = 4, channel: Channel = "y") -> float:
-    """Structural similarity (Wang et al. 2004), at most 1: Gaussian window of 11 px, sigma 1.5, whole windows only.
+    """Structural similarity (Wang et al. 2004), at most 1: Gaussian window of 11 px, sigma 1.5, no padding.
 
     Arguments and errors as for `psnr`; "rgb" is the mean over the three channels.
     """
-    # SciPy comes with it: half a second that degradation in many workers does not need.
+    # Imports SciPy, which takes half a second; ingest workers need only the degradation.
     from skimage.metrics import structural_similarity
 
     a, b = _prepared(sr, hr, border, channel, least_px=SSIM_WINDOW_PX)
@@ -62,12 +62,12 @@ def _prepared(
     require_image(sr, "sr")
     require_image(hr, "hr")
     if sr.shape != hr.shape or sr.shape[2] != 3:
-        raise ValueError(f"sr {sr.shape} and hr {hr.shape}: two RGB images of one size are compared")
+        raise ValueError(f"sr {sr.shape} and hr {hr.shape}: expected two RGB images of the same size")
     if channel not in ("y", "rgb"):
         raise ValueError(f"channel={channel!r}: use 'y' or 'rgb'")
     if border < 0 or min(sr.shape[:2]) < 2 * border + least_px:
         raise ValueError(
-            f"{sr.shape[0]} x {sr.shape[1]} pixels with border={border}: at least {least_px} px must be left"
+            f"{sr.shape[0]} x {sr.shape[1]} pixels with border={border}: at least {least_px} px must remain"
         )
     inside = slice(border, sr.shape[0] - border), slice(border, sr.shape[1] - border)
 

@@ -19,25 +19,25 @@ def upscale(
     dtype: torch.dtype = torch.float32,
     channels_last: bool = True,
 ) -> Image:
-    """The generator's image of `lr`, whole or tile by tile.
+    """Super-resolves `lr`, whole or in tiles.
 
-    A tile is computed with `halo_px` more pixels on each side, which are cut off: with 48, tiles differ from the
-    whole by less than one level. Memory follows the tile, not the image.
+    A tile is computed with an overlap of `halo_px` on each side, which is cropped from the result: with 48, the
+    difference from the whole is at most one level. Peak memory depends on the tile, not on the image.
 
     Args:
         generator: an RRDBNet, or a module with its `scale` and `unshuffle`; it is moved to `device`.
         lr: uint8 RGB (H, W, 3), at least 1 x 1.
-        tile_px: side of a tile in `lr`'s pixels; none: the whole at once.
-        halo_px: pixels around a tile that it may look at.
-        device: where to compute; by default where the generator is.
+        tile_px: side of a tile, in LR pixels; None: the whole image at once.
+        halo_px: overlap around each tile, in LR pixels.
+        device: default: the generator's.
         dtype: float32, or bfloat16 by autocast.
-        channels_last: memory format of the activations; faster, equal up to rounding.
+        channels_last: memory format of the activations; faster, same result up to rounding.
 
     Returns:
         uint8 (H * scale, W * scale, 3).
 
     Raises:
-        ValueError: another type or shape, or sizes out of range.
+        ValueError: dtype or shape is not supported, or a size is out of range.
     """
     require_image(lr, "lr")
     if lr.shape[2] != 3:
@@ -46,20 +46,20 @@ def upscale(
         raise ValueError(f"tile_px={tile_px}, halo_px={halo_px}: use at least 1 and 0")
     if device is not None:
         generator.to(device)
-    place = next(generator.parameters()).device
-    scale, step = int(generator.scale), int(generator.unshuffle)  # type: ignore[arg-type]
+    target = next(generator.parameters()).device
+    scale, multiple = int(generator.scale), int(generator.unshuffle)  # type: ignore[arg-type]
     height, width = lr.shape[:2]
     sr = np.empty((height * scale, width * scale, 3), np.uint8)
-    for rows in _spans(height, tile_px, halo_px, step):
-        for columns in _spans(width, tile_px, halo_px, step):
+    for rows in _spans(height, tile_px, halo_px, multiple):
+        for columns in _spans(width, tile_px, halo_px, multiple):
             (top, bottom, above, below), (left, right, before, after) = rows, columns
-            x = to_tensor(lr[above:below, before:after]).to(place)
-            # Folding pixels into channels needs whole folds.
-            missing = (0, -x.shape[3] % step, 0, -x.shape[2] % step)
+            x = to_tensor(lr[above:below, before:after]).to(target)
+            # Pixel unshuffle needs multiples of its factor.
+            missing = (0, -x.shape[3] % multiple, 0, -x.shape[2] % multiple)
             x = functional.pad(x, missing, mode="replicate") if any(missing) else x
             if channels_last:
                 x = x.contiguous(memory_format=torch.channels_last)
-            with torch.inference_mode(), torch.autocast(place.type, dtype, enabled=dtype != torch.float32):
+            with torch.inference_mode(), torch.autocast(target.type, dtype, enabled=dtype != torch.float32):
                 y = generator(x)
             y = y[
                 :,
@@ -71,10 +71,10 @@ def upscale(
     return sr
 
 
-def _spans(length: int, tile: int | None, halo: int, step: int) -> Iterator[tuple[int, int, int, int]]:
-    """Start and end of each tile along one axis, then start and end of what it looks at; starts fall on `step`."""
-    tile = length if tile is None else tile + -tile % step
-    halo += -halo % step
+def _spans(length: int, tile: int | None, halo: int, multiple: int) -> Iterator[tuple[int, int, int, int]]:
+    """Start and end of each tile along one axis, then those of its input; all starts are multiples of `multiple`."""
+    tile = length if tile is None else tile + -tile % multiple
+    halo += -halo % multiple
     for start in range(0, length, tile):
         end = min(start + tile, length)
         yield start, end, max(start - halo, 0), min(end + halo, length)
