@@ -1,7 +1,7 @@
-"""Files in a folder or under an s3:// prefix, through one small interface.
+"""Files in a local folder or under an s3://, gs:// or abfs:// prefix, through one small interface (pyarrow.fs).
 
-Credentials come from the environment or the instance's role, never from a URI or a config; `AWS_ENDPOINT_URL`
-points to another S3 server than Amazon's.
+Credentials come from the environment or the instance's role, never from a URI or a config. `AWS_ENDPOINT_URL`,
+`STORAGE_EMULATOR_HOST` and `AZURE_STORAGE_SERVICE_ENDPOINT` select another server than the provider's.
 """
 
 import errno
@@ -12,7 +12,9 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pyarrow
@@ -21,23 +23,24 @@ from pyarrow import fs
 from pipeline.errors import UserError
 
 LOCK = ".lock"
+REMOTE_SCHEMES = ("s3", "gs", "abfs")
 
 
 def is_remote(uri: str) -> bool:
-    """Whether `uri` names an object store rather than a folder."""
-    return uri.startswith("s3://")
+    """Whether `uri` names an object store rather than a local folder."""
+    return uri.partition("://")[0] in REMOTE_SCHEMES and "://" in uri
 
 
 def absolute(uri: str) -> str:
-    """`uri` with a local path made absolute and `~` expanded; an s3:// prefix only loses its trailing slash.
+    """`uri` with a local path made absolute and `~` expanded; a remote prefix only loses its trailing slash.
 
     Raises:
-        UserError: another scheme than s3://.
+        UserError: the scheme is not supported.
     """
     if is_remote(uri):
         return uri.rstrip("/")
     if "://" in uri:
-        raise UserError(f"{uri}: only folders and s3:// prefixes are supported")
+        raise UserError(f"{uri}: use a folder or an s3://, gs:// or abfs:// prefix")
     return str(Path(uri).expanduser().resolve())
 
 
@@ -48,10 +51,10 @@ def join(uri: str, *parts: str) -> str:
 
 @dataclass(frozen=True)
 class Storage:
-    """A folder or an s3:// prefix.
+    """A local folder or a prefix in an object store.
 
-    Names are relative, with forward slashes. A file becomes visible whole or not at all: locally by a rename after
-    fsync, on S3 by the nature of an upload.
+    Names are relative, with forward slashes. Writes are atomic: locally by a rename after fsync, in an object store
+    because an object appears when its upload is complete.
     """
 
     uri: str
@@ -68,36 +71,35 @@ class Storage:
         return is_remote(self.uri)
 
     def filesystem(self) -> tuple[fs.FileSystem, str]:
-        """pyarrow's filesystem, and this prefix's path in it."""
+        """pyarrow's filesystem, and the path of this folder or prefix in it."""
         if not self.remote:
             return fs.LocalFileSystem(), self.uri
         parts = urlsplit(self.uri)
-        if parts.username or parts.password or parts.query:
+        has_user = parts.username is not None and parts.scheme != "abfs"  # abfs://CONTAINER@ACCOUNT/...
+        if has_user or parts.password or parts.query:
             raise UserError(
-                f"s3://{parts.hostname}{parts.path}: leave keys and options out of the address; "
-                "set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL"
+                f"{parts.scheme}://{parts.hostname}{parts.path}: remove keys and options from the address; "
+                "credentials come from the environment (for S3: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
+                "AWS_ENDPOINT_URL)"
             )
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        options: dict[str, object] = {"connect_timeout": 10, "request_timeout": 60}
-        if endpoint:
-            scheme, _, host = endpoint.rstrip("/").rpartition("://")
-            options.update(endpoint_override=host, scheme=scheme or "https")
-        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-        if region:
-            options["region"] = region
-        return fs.S3FileSystem(**options), self.uri.removeprefix("s3://")
+        if parts.scheme == "abfs":
+            return _azure(
+                parts.hostname or "", parts.username
+            ), f"{parts.username or parts.hostname}{parts.path}"
+        filesystem = _google() if parts.scheme == "gs" else _amazon()
+        return filesystem, self.uri.partition("://")[2]
 
     def path(self, name: str = "") -> str:
-        """The full address of `name`."""
+        """The full path or URI of `name`."""
         return join(self.uri, name) if name else self.uri
 
     def exists(self, name: str = "") -> bool:
-        """Whether a file or folder `name` is there."""
+        """Whether a file or folder `name` exists."""
         filesystem, base = self.filesystem()
         return filesystem.get_file_info(join(base, name) if name else base).type != fs.FileType.NotFound
 
     def size(self, name: str) -> int:
-        """Size of file `name` in bytes. Raises FileNotFoundError."""
+        """Size of the file `name` in bytes. Raises FileNotFoundError."""
         filesystem, base = self.filesystem()
         info = filesystem.get_file_info(join(base, name))
         if info.type != fs.FileType.File:
@@ -105,13 +107,13 @@ class Storage:
         return info.size
 
     def read_bytes(self, name: str) -> bytes:
-        """The whole of file `name`. Raises FileNotFoundError."""
+        """Content of the file `name`. Raises FileNotFoundError."""
         filesystem, base = self.filesystem()
         with filesystem.open_input_file(join(base, name)) as file:
             return file.read()
 
     def write_bytes(self, name: str, content: bytes) -> None:
-        """Writes file `name`, whole or not at all; what it held before is replaced."""
+        """Writes or replaces the file `name` atomically."""
         if self.remote:
             filesystem, base = self.filesystem()
             with filesystem.open_output_stream(join(base, name)) as file:
@@ -131,10 +133,13 @@ class Storage:
         sync_folder(target.parent)
 
     def names(self, folder: str = "") -> list[str]:
-        """Sorted names of the files and folders directly in `folder`; empty where there is none."""
+        """Sorted names of the files and folders directly in `folder`; empty if it does not exist."""
         filesystem, base = self.filesystem()
-        selector = fs.FileSelector(join(base, folder) if folder else base, allow_not_found=True)
-        return sorted(PurePosixPath(info.path).name for info in filesystem.get_file_info(selector))
+        root = join(base, folder) if folder else base
+        # pyarrow lists no folder of a Google bucket that was not created by itself: list all files there.
+        selector = fs.FileSelector(root, allow_not_found=True, recursive=filesystem.type_name == "gcs")
+        paths = [info.path.removeprefix(root).lstrip("/") for info in filesystem.get_file_info(selector)]
+        return sorted({path.partition("/")[0] for path in paths})
 
     def files(self, folder: str = "") -> Iterator[str]:
         """Names, relative to this prefix, of all files below `folder`, sorted."""
@@ -147,7 +152,7 @@ class Storage:
                 yield info.path.removeprefix(base).lstrip("/")
 
     def remove(self, name: str) -> None:
-        """Removes the file or folder `name`, if it is there."""
+        """Removes the file or folder `name` if it exists."""
         if not self.remote:
             target = Path(self.path(name))
             if target.is_dir():
@@ -157,27 +162,30 @@ class Storage:
             return
         filesystem, base = self.filesystem()
         info = filesystem.get_file_info(join(base, name))
-        if info.type == fs.FileType.Directory:
+        if info.type == fs.FileType.Directory and filesystem.type_name == "gcs":
+            for file in self.files(name):
+                filesystem.delete_file(join(base, file))
+        elif info.type == fs.FileType.Directory:
             filesystem.delete_dir(info.path)
         elif info.type == fs.FileType.File:
             filesystem.delete_file(info.path)
 
     def free_bytes(self) -> int | None:
-        """Free space where this folder lies or will lie; None for an object store."""
+        """Free bytes on the disk of this folder; None for an object store."""
         return None if self.remote else shutil.disk_usage(self.nearest_folder()).free
 
     def nearest_folder(self) -> str:
-        """This folder, or the nearest above it that exists; `/` for an object store."""
+        """This folder, or its nearest existing parent; `/` for an object store."""
         folder = Path("/" if self.remote else self.uri)
         while not folder.exists():
             folder = folder.parent
         return str(folder)
 
     def require_writable(self, field: str) -> None:
-        """Checks that files can be made here, and leaves neither file nor folder.
+        """Checks that files can be written here; leaves no file or folder behind.
 
         Raises:
-            UserError: naming `field`, when they cannot.
+            UserError: they cannot; the message names `field`.
         """
         probe = f".write-test-{uuid.uuid4().hex[:8]}"
         try:
@@ -185,22 +193,61 @@ class Storage:
                 limit = os.pathconf(self.nearest_folder(), "PC_NAME_MAX")
                 if any(len(os.fsencode(part)) > limit for part in Path(self.uri).parts):
                     raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
-            place = self if self.remote else Storage(self.nearest_folder())
-            place.write_bytes(probe, b"")
-            place.remove(probe)
+            target = self if self.remote else Storage(self.nearest_folder())
+            target.write_bytes(probe, b"")
+            target.remove(probe)
         except (OSError, pyarrow.ArrowException) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(
-                f"{field}={self.uri}: cannot write there ({reason}); choose another place"
-            ) from None
+            raise UserError(f"{field}={self.uri}: not writable ({reason}); choose another folder") from None
+
+
+def _amazon() -> fs.FileSystem:
+    options: dict[str, Any] = {"connect_timeout": 10, "request_timeout": 60}
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if endpoint:
+        options["scheme"], options["endpoint_override"] = _endpoint(endpoint)
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    if region:
+        options["region"] = region
+    return fs.S3FileSystem(**options)
+
+
+def _google() -> fs.FileSystem:
+    options: dict[str, Any] = {"retry_time_limit": timedelta(seconds=60)}
+    endpoint = os.environ.get("STORAGE_EMULATOR_HOST")
+    if endpoint:
+        options["scheme"], options["endpoint_override"] = _endpoint(endpoint)
+        options["anonymous"] = True
+    return fs.GcsFileSystem(**options)
+
+
+def _azure(host: str, container: str | None) -> fs.FileSystem:
+    """Azure Blob Storage. The account is in the address (CONTAINER@ACCOUNT.dfs...) or in AZURE_STORAGE_ACCOUNT."""
+    account = host.partition(".")[0] if container else os.environ.get("AZURE_STORAGE_ACCOUNT")
+    if not account:
+        raise UserError(f"abfs://{host}: write abfs://CONTAINER@ACCOUNT/..., or set AZURE_STORAGE_ACCOUNT")
+    options: dict[str, Any] = {}
+    if key := os.environ.get("AZURE_STORAGE_KEY"):
+        options["account_key"] = key
+    if endpoint := os.environ.get("AZURE_STORAGE_SERVICE_ENDPOINT"):
+        scheme, authority = _endpoint(endpoint)
+        for service in ("blob", "dfs"):
+            options |= {f"{service}_storage_scheme": scheme, f"{service}_storage_authority": authority}
+    return fs.AzureFileSystem(account, **options)
+
+
+def _endpoint(url: str) -> tuple[str, str]:
+    """Scheme and authority of a server's URL."""
+    scheme, _, authority = url.rstrip("/").rpartition("://")
+    return scheme or "https", authority
 
 
 @contextmanager
 def only_writer(storage: Storage, refusal: str) -> Iterator[None]:
-    """Keeps a second process on this machine out of a folder; the system frees the lock on any end.
+    """Exclusive lock on the folder, released by the OS when the process exits. An object store is not locked.
 
     Raises:
-        UserError: `refusal`, when another process is in it. An object store is not locked.
+        UserError: `refusal`, if another process on this machine holds the lock.
     """
     if storage.remote:
         yield
@@ -218,7 +265,7 @@ def only_writer(storage: Storage, refusal: str) -> Iterator[None]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes a rename in `folder` durable, where the system can."""
+    """Makes a rename in `folder` durable (fsync of the folder)."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
