@@ -141,6 +141,18 @@ def test_the_content_decides_and_not_the_suffix(tmp_path: Path) -> None:
     assert_same(network(), load_generator(tmp_path / "g.pth")[0])
 
 
+@pytest.mark.parametrize("low_byte", range(256))
+def test_a_safetensors_header_may_have_any_length(low_byte: int) -> None:
+    content = safetensors.torch.save(network().state_dict(), {"licence": "CC0"})
+    length = int.from_bytes(content[:8], "little")
+    padded = length + (low_byte - length) % 256
+    content = padded.to_bytes(8, "little") + content[8 : 8 + length].ljust(padded) + content[8 + length :]
+    loaded, info = decode_generator(content, "padded")
+    assert content[0] == low_byte
+    assert_same(network(), loaded)
+    assert info["licence"] == "CC0"
+
+
 def test_an_export_is_what_other_programs_expect(tmp_path: Path) -> None:
     save_generator(network(), tmp_path / "g.pth")
     content = torch.load(tmp_path / "g.pth", weights_only=True)
@@ -182,7 +194,9 @@ class _Evil:
     ("content", "message"),
     [
         (b"", "not readable as weights"),
-        (b"<!DOCTYPE html><html>404</html>", "not readable as weights"),
+        (b"<!DOCTYPE html><html>404</html>", "neither a safetensors header nor PyTorch's"),
+        (b"{" * 100, "neither a safetensors header nor PyTorch's"),
+        (encode_generator(network())[:100], "not readable as weights"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "not readable as weights"),
         (pth(network().state_dict())[:-300], "not readable as weights"),
         (encode_generator(network())[:-5], "not readable as weights"),

@@ -20,6 +20,7 @@ from pipeline.model.rrdbnet import UNSHUFFLE, RRDBNet
 
 SIZES = ("num_feat", "num_block", "num_grow_ch", "residual_scale", "scale")
 DEFAULT_RESIDUAL_SCALE = 0.2
+_ZIP_START, _PICKLE_START = b"PK\x03\x04", b"\x80"
 
 
 def save_generator(
@@ -120,7 +121,7 @@ def read_tensors(source: bytes | Path, name: str) -> tuple[dict[str, Tensor], di
     """Tensors and metadata of a .safetensors or .pth file, or of its content; told apart by the content.
 
     Raises:
-        UserError: no such file, neither of the two formats, damaged, or with something else than tensors in it.
+        UserError: no such file, neither of the two formats, corrupt, or with something else than tensors in it.
     """
     try:
         file: BinaryIO = io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
@@ -131,10 +132,10 @@ def read_tensors(source: bytes | Path, name: str) -> tuple[dict[str, Tensor], di
             loaded, metadata = _parsed(file)
         except MemoryError:
             raise
-        except Exception as error:  # noqa: BLE001 - a damaged file makes torch's reader fail in any way
+        except Exception as error:  # noqa: BLE001 - a corrupt file makes torch's reader fail in any way
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             if isinstance(error, pickle.UnpicklingError):
-                reason = "it is damaged, or holds other objects than tensors, which are never unpickled"
+                reason = "it is corrupt, or holds other objects than tensors, which are never unpickled"
             raise UserError(
                 f"{name}: not readable as weights ({reason[:120]}); give a .safetensors or .pth file"
             ) from None
@@ -142,13 +143,19 @@ def read_tensors(source: bytes | Path, name: str) -> tuple[dict[str, Tensor], di
 
 
 def _parsed(file: BinaryIO) -> tuple[object, dict[str, str]]:
-    start = file.read(8)
+    start = file.read(9)
+    size = file.seek(0, os.SEEK_END)
     file.seek(0)
-    if start[:2] == b"PK" or start[:1] == b"\x80":
+    # A .safetensors file is 8 bytes of header length, then a JSON object. Its first byte can be any, so this test comes
+    # first: taken as a length, the start of a zip archive or of a pickle is larger than any file.
+    header_length = int.from_bytes(start[:8], "little")
+    if start[8:] == b"{" and 8 + header_length <= size:
+        content = file.read()
+        header = json.loads(content[8 : 8 + header_length])
+        return safetensors.torch.load(content), header.get("__metadata__", {})
+    if start.startswith((_ZIP_START, _PICKLE_START)):
         return torch.load(file, map_location="cpu", weights_only=True), {}
-    content = file.read()
-    header = content[8 : 8 + int.from_bytes(start, "little")]
-    return safetensors.torch.load(content), json.loads(header).get("__metadata__", {})
+    raise ValueError("neither a safetensors header nor PyTorch's zip archive or pickle")
 
 
 def modern_name(name: str) -> str:
