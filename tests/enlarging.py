@@ -27,6 +27,17 @@ def write_generator(path: Path, seed: int = 0, **sizes: Any) -> Path:
     return path
 
 
+def write_overflowing_generator(path: Path) -> Path:
+    """Finite weights whose output is mid-grey for a black image, and not finite for any other."""
+    generator = RRDBNet(num_feat=8, num_block=1, num_grow_ch=4)
+    with torch.no_grad():
+        for name, tensor in generator.named_parameters():
+            tensor.fill_(0.0 if name.endswith("bias") else 1e30)
+        generator.conv_last.bias.fill_(0.5)
+    save_generator(generator, path)
+    return path
+
+
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
     """Waves and an edge, uint8 RGB."""
     y, x = np.mgrid[0:height, 0:width] / 32

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from enlarging import job, picture, write_generator, write_picture
+from enlarging import job, picture, refusal, write_generator, write_overflowing_generator, write_picture
 from PIL import Image
 
 from pipeline.evaluation.evaluate import evaluate
@@ -134,6 +134,18 @@ def test_ray_workers_give_the_same_numbers(tmp_path: Path, ray_cluster: str) -> 
     pairs, _ = find_pairs(str(tmp_path / "hr"), None, 4)
     scorer = Scorer(models, Settings())
     assert evaluate(scorer, pairs, workers=1).as_json() == evaluate(scorer, pairs).as_json()
+
+
+def test_a_model_with_non_finite_output_is_refused_without_results(tmp_path: Path) -> None:
+    weights = write_overflowing_generator(tmp_path / "g.safetensors")
+    write_picture(tmp_path / "hr" / "bright.png")
+    Image.new("RGB", (80, 64)).save(tmp_path / "hr" / "dark.png")
+    text = refusal(
+        "evaluate", "--model", "bicubic", weights, "--hr", tmp_path / "hr", "--out", tmp_path / "out"
+    )
+    assert "bright.png" in text
+    assert f"{weights} computes non-finite values" in text
+    assert not (tmp_path / "out").exists()
 
 
 def test_lpips_of_equal_pictures_is_zero_and_grows_with_the_distance(tmp_path: Path) -> None:

@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from enlarging import picture, write_generator
+from enlarging import picture, refusal, write_generator, write_picture
 
 from pipeline.errors import UserError
 from pipeline.evaluation import models
 from pipeline.evaluation.evaluate import short_labels
 from pipeline.evaluation.models import Model, interpolated, notes, open_model
+from pipeline.model import RRDBNet, save_generator
 
 
 def write_checkpoint(run: Path, name: str, seed: int) -> Path:
@@ -47,6 +48,29 @@ def test_a_damaged_checkpoint_is_passed_over_in_a_run_and_refused_by_name(tmp_pa
     assert same(open_model(str(tmp_path)), open_model(str(sound)))
     with pytest.raises(UserError, match="checksum"):
         open_model(str(damaged))
+
+
+@pytest.mark.parametrize("source", ["file.safetensors", "file.pth", "run", "run/checkpoints/gan-00001000"])
+def test_non_finite_weights_are_refused_by_every_command(tmp_path: Path, source: str) -> None:
+    folder = tmp_path / "run" / "checkpoints" / "gan-00001000"
+    generator = RRDBNet(num_feat=8, num_block=1, num_grow_ch=4)
+    torch.nn.init.constant_(generator.body[0].rdb1.conv2.bias, torch.nan)
+    folder.mkdir(parents=True)
+    for path in (folder / "generator.safetensors", tmp_path / "file.safetensors", tmp_path / "file.pth"):
+        save_generator(generator, path)
+    digest = hashlib.sha256((folder / "generator.safetensors").read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(
+        json.dumps({"files": {"generator.safetensors": {"sha256": digest}}})
+    )
+    image, out = write_picture(tmp_path / "a.png"), tmp_path / "out"
+    model = ("--model", tmp_path / source)
+    for text in (
+        refusal("upscale", *model, "--input", image, "--output", out),
+        refusal("evaluate", *model, "--hr", image, "--out", out),
+        refusal("export_model", *model, "--output", tmp_path / "g.onnx"),
+    ):
+        assert text.startswith(f"{tmp_path / source}: body.0.rdb1.conv2.bias holds non-finite values")
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])

@@ -158,6 +158,11 @@ def test_files_that_are_not_vgg19s_are_refused(tmp_path: Path) -> None:
     path.write_text("<html>")
     with pytest.raises(UserError, match="not readable as weights"):
         VGGFeatures(["conv1_1"], path)
+    torch.save(
+        {"features.0.weight": torch.full((64, 3, 3, 3), torch.nan), "features.0.bias": torch.zeros(64)}, path
+    )
+    with pytest.raises(UserError, match=r"features.0.weight holds non-finite values"):
+        VGGFeatures(["conv1_1"], path)
     with pytest.raises(UserError, match=r"perceptual.weights=.*gone.pth: no such file"):
         find_weights(tmp_path / "gone.pth")
 

@@ -1,6 +1,7 @@
 """Weight files: what is saved loads from the file alone, under every published naming, and nothing else does."""
 
 import io
+import math
 import pickle
 import re
 from pathlib import Path
@@ -218,6 +219,18 @@ class _Evil:
         (pth(changed_state(conv_up2__bias=None)), "conv_up2.bias is missing"),
         (pth(changed_state(body__0__rdb2__conv3__weight=None)), "body.0.rdb2.conv3.weight is missing"),
         (pth(changed_state(attention__weight=torch.zeros(1))), "it has attention.weight, 1 such"),
+        (
+            safetensors.torch.save(changed_state(conv_hr__bias=torch.tensor([0, math.nan, 0, 0]))),
+            "conv_hr.bias holds non-finite values",
+        ),
+        (
+            pth(changed_state(conv_last__bias=torch.tensor([0, 0, -math.inf]))),
+            "conv_last.bias holds non-finite",
+        ),
+        (
+            pth({"params_ema": changed_state(conv_last__bias=torch.full((3,), 1e300, dtype=torch.float64))}),
+            "conv_last.bias holds non-finite",
+        ),
         (safetensors.torch.save(changed_state(), {"residual_scale": "wide"}), "residual_scale='wide'"),
         (safetensors.torch.save(changed_state(), {"residual_scale": "nan"}), "residual_scale='nan'"),
     ],

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from mlflow import MlflowClient
 from tracking_helpers import DATA, client_of, curve, open_small, small_generator
 
 from pipeline.errors import UserError
-from pipeline.model import generator_sha256, load_generator
+from pipeline.model import generator_sha256, load_generator, save_generator
 from pipeline.storage import Storage
 from pipeline.tracking import TrackedRun, registry
 from pipeline.tracking.config import TrackingConfig
@@ -249,6 +250,26 @@ def test_a_generator_can_be_pulled_into_a_folder_and_by_its_model_id(tracked, co
     path = pull_generator(f"models:/{model.model_id}", tracked.uri, tmp_path / "here")
     assert path == tmp_path / "here" / "generator.safetensors"
     load_generator(path)
+
+
+def test_non_finite_weights_are_not_registered_or_pulled(tracked, config, tmp_path) -> None:
+    register(tracked, config, tmp_path, 30.0, seed=78)
+    path = pull_generator(f"models:/{config.model_name}/1", tracked.uri)
+    generator, _ = load_generator(path)
+    torch.nn.init.constant_(generator.conv_hr.bias, torch.inf)
+    save_generator(generator, path)
+    with pytest.raises(UserError, match=f"models:/{config.model_name}/1: .*conv_hr.bias holds non-finite"):
+        pull_generator(f"models:/{config.model_name}/1", tracked.uri)
+    with pytest.raises(UserError, match=r"conv_hr.bias holds non-finite"):
+        register_generator(
+            tracked,
+            config,
+            path,
+            step=9,
+            metrics={config.metric: 31.0},
+            evaluation_set=DATA,
+            card=ModelCard("", DATA),
+        )
 
 
 def test_a_damaged_file_is_refused(tracked, config, tmp_path) -> None:

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from enlarging import job, picture, refusal, write_generator, write_picture
+from enlarging import (
+    job,
+    picture,
+    refusal,
+    write_generator,
+    write_overflowing_generator,
+    write_picture,
+)
 from PIL import Image, ImageCms
 
 from pipeline.evaluation.models import open_model
@@ -140,6 +147,22 @@ def test_bad_photographs_are_named_and_the_others_written(
     assert names(result["written"], tmp_path / "out") == ["good.png"]
     assert [Path(entry["path"]).name for entry in result["failed"]] == ["cut.png", "page.png"]
     assert "page.png: not an image" in capsys.readouterr().err
+
+
+def test_an_image_with_non_finite_output_fails_and_the_others_are_written(tmp_path: Path) -> None:
+    weights = write_overflowing_generator(tmp_path / "g.safetensors")
+    write_picture(tmp_path / "in" / "bright.png", 20, 24)
+    Image.new("RGB", (24, 20)).save(tmp_path / "in" / "dark.png")
+    for precision, hint in (("fp32", "another model"), ("bf16", "--precision fp32")):
+        code, result = run(
+            tmp_path, "--model", weights, "--input", tmp_path / "in", "--precision", precision, "--overwrite"
+        )
+        assert code == 1
+        assert names(result["written"], tmp_path / "out") == ["dark.png"]
+        assert [Path(entry["path"]).name for entry in result["failed"]] == ["bright.png"]
+        assert "non-finite values" in result["failed"][0]["reason"]
+        assert hint in result["failed"][0]["reason"]
+    assert not (tmp_path / "out" / "bright.png").exists()
 
 
 def test_running_again_skips_what_is_there_and_goes_on(tmp_path: Path, weights: Path) -> None:

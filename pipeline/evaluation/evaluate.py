@@ -77,16 +77,21 @@ def evaluate(
     """Scores every picture, in this process or on Ray's workers.
 
     Raises:
-        UserError: the sizes of a pair do not belong together, or every picture was refused.
+        UserError: the sizes of a pair do not belong together, every image was refused, or a model's output for one is
+            not finite (without that image the means would flatter the model).
     """
     models = scorer.models
     scales = {model.scale for model in models}
     if scales != {scorer.settings.scale}:
         raise UserError(f"the models enlarge by {sorted(scales)}; models of one scale are compared")
     require_matching_sizes(pairs, scorer.settings.scale)
-    outcomes = list(with_progress(_outcomes(scorer, pairs, workers), len(pairs)))
-    outcomes.sort(key=lambda outcome: outcome["name"])
     addresses = {pair.name: pair.hr for pair in pairs}
+    outcomes = []
+    for outcome in with_progress(_outcomes(scorer, pairs, workers), len(pairs)):
+        if "failed" in outcome:
+            raise UserError(f"{addresses[outcome['name']]}: {outcome['failed']}")
+        outcomes.append(outcome)
+    outcomes.sort(key=lambda outcome: outcome["name"])
     unusable = [Refused(addresses[each["name"]], each["refused"]) for each in outcomes if "refused" in each]
     images = [each for each in outcomes if "refused" not in each]
     every = [*refused, *unusable]

@@ -54,13 +54,29 @@ class Model:
         Args:
             lr: the picture.
             tile_px: side of a tile in `lr`'s pixels; 0: never tiles; none: 256 from 512 x 512 pixels on.
+
+        Raises:
+            FloatingPointError: the generator's output is not finite; the message is for the user.
         """
         if self.generator is None:
             return bicubic_upscale(lr, self.scale)
         if tile_px is None:
             tile_px = AUTO_TILE_PX if lr.shape[0] * lr.shape[1] > WHOLE_UP_TO_PX else 0
         dtype = torch.bfloat16 if self.bf16 else torch.float32
-        return upscale(self.generator, lr, tile_px=tile_px or None, device=self.device, dtype=dtype)
+        try:
+            return upscale(
+                self.generator,
+                lr,
+                tile_px=tile_px or None,
+                device=self.device,
+                dtype=dtype,
+                require_finite=True,
+            )
+        except FloatingPointError:
+            hint = "use --precision fp32" if self.bf16 else "use another model"
+            raise FloatingPointError(
+                f"{self.name} computes non-finite values (NaN or infinity) for it; {hint}"
+            ) from None
 
 
 def open_model(
@@ -82,7 +98,7 @@ def open_model(
         bicubic_scale: the factor of `bicubic`.
 
     Raises:
-        UserError: not there, damaged, or not a generator.
+        UserError: not there, corrupt, not finite, or not a generator.
     """
     label, source = split_label(source)
     if source == BICUBIC:

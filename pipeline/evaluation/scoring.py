@@ -49,14 +49,18 @@ class Scorer:
     def __call__(self, pair: Pair) -> dict[str, Any]:
         """
         Returns:
-            `name`, and either `refused` with the reason, or `metrics` (one mapping for each model) and `pictures`:
+            `name`, and one of `refused` (the reason to exclude the image), `failed` (a model's output is not finite:
+            the reason to stop), or `metrics` (one mapping for each model) and `pictures`:
             the crop's box and its data URIs by column (lr, bicubic, each model's number, hr), and a small overview.
         """
         try:
             hr, lr = read_pair(pair, self.settings)
         except PhotoRefused as error:
             return {"name": pair.name, "refused": str(error)}
-        results = [model.upscale(lr, self.settings.tile_px) for model in self.models]
+        try:
+            results = [model.upscale(lr, self.settings.tile_px) for model in self.models]
+        except FloatingPointError as error:
+            return {"name": pair.name, "failed": str(error)}
         return {
             "name": pair.name,
             "size": [hr.shape[1], hr.shape[0]],

@@ -57,7 +57,7 @@ class Upscaler:
             scale = self.model.scale
             alpha = photo.alpha if photo.alpha is None or scale == 1 else bicubic_upscale(photo.alpha, scale)
             copy = write_copy(pixels, alpha, photo, self.form)
-        except PhotoRefused as error:
+        except (PhotoRefused, FloatingPointError) as error:
             return {"name": task.name, "failed": str(error)}
         except (OSError, pyarrow.ArrowException) as error:
             return {"name": task.name, "failed": str(error).splitlines()[0]}

@@ -18,6 +18,7 @@ def upscale(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
     channels_last: bool = True,
+    require_finite: bool = False,
 ) -> Image:
     """Super-resolves `lr`, whole or in tiles.
 
@@ -32,12 +33,14 @@ def upscale(
         device: default: the generator's.
         dtype: float32, or bfloat16 by autocast.
         channels_last: memory format of the activations; faster, same result up to rounding.
+        require_finite: raise if the output is not finite, instead of converting NaN to black.
 
     Returns:
         uint8 (H * scale, W * scale, 3).
 
     Raises:
         ValueError: dtype or shape is not supported, or a size is out of range.
+        FloatingPointError: `require_finite`, and the generator's output contains NaN or infinity.
     """
     require_image(lr, "lr")
     if lr.shape[2] != 3:
@@ -67,6 +70,8 @@ def upscale(
                 (top - above) * scale : (bottom - above) * scale,
                 (left - before) * scale : (right - before) * scale,
             ]
+            if require_finite and not bool(torch.isfinite(y).all()):
+                raise FloatingPointError("the generator's output holds non-finite values (NaN or infinity)")
             sr[top * scale : bottom * scale, left * scale : right * scale] = to_uint8(y)[0]
     return sr
 

@@ -86,7 +86,7 @@ def load_generator(path: str | os.PathLike[str]) -> tuple[RRDBNet, dict[str, str
         which is "metadata" or "default" (weights do not show the residual scale).
 
     Raises:
-        UserError: no such file, not readable as weights, or not an RRDBNet.
+        UserError: no such file, not readable as weights, not finite, or not an RRDBNet.
     """
     return decode_generator(Path(path), str(path))
 
@@ -121,7 +121,8 @@ def read_tensors(source: bytes | Path, name: str) -> tuple[dict[str, Tensor], di
     """Tensors and metadata of a .safetensors or .pth file, or of its content; told apart by the content.
 
     Raises:
-        UserError: no such file, neither of the two formats, corrupt, or with something else than tensors in it.
+        UserError: no such file, neither of the two formats, corrupt, or with something else than tensors in it; values
+            that are not finite in float32.
     """
     try:
         file: BinaryIO = io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
@@ -139,7 +140,9 @@ def read_tensors(source: bytes | Path, name: str) -> tuple[dict[str, Tensor], di
             raise UserError(
                 f"{name}: not readable as weights ({reason[:120]}); give a .safetensors or .pth file"
             ) from None
-    return _unwrapped(loaded, name), metadata
+    tensors = _unwrapped(loaded, name)
+    _require_finite(tensors, name)
+    return tensors, metadata
 
 
 def _parsed(file: BinaryIO) -> tuple[object, dict[str, str]]:
@@ -204,6 +207,13 @@ def _unwrapped(loaded: object, name: str) -> dict[str, Tensor]:
     if isinstance(loaded, dict) and loaded and all(isinstance(value, Tensor) for value in loaded.values()):
         return {str(key): value for key, value in loaded.items()}
     raise UserError(f"{name}: holds no state dict (a mapping from names to tensors)")
+
+
+def _require_finite(tensors: Mapping[str, Tensor], name: str) -> None:
+    for key, tensor in tensors.items():
+        # In float32, as networks compute: a larger float64 becomes infinite there.
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+            raise UserError(f"{name}: {key} holds non-finite values (NaN or infinity); use other weights")
 
 
 def _sizes(state: Mapping[str, Tensor], metadata: Mapping[str, str], name: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 
 from pipeline.errors import UserError
-from pipeline.model import generator_sha256, load_generator
+from pipeline.model import decode_generator, generator_sha256, load_generator
 from pipeline.tracking.config import TrackingConfig
 from pipeline.tracking.model_files import WEIGHTS, ModelCard, card_text, write_model
 from pipeline.tracking.runs import DIGEST_CHARACTERS, TrackedRun
@@ -162,7 +162,7 @@ def pull_generator(uri: str, tracking_uri: str | None = None, folder: Path | Non
         Path of generator.safetensors; its contents agree with the digest in the registry.
 
     Raises:
-        UserError: no such model, alias or version, the store is not there, or the file is damaged.
+        UserError: no such model, alias or version, the store is not there, or the file is corrupt or not finite.
     """
     parts = _URI.match(uri)
     if parts is None:
@@ -189,7 +189,7 @@ def pull_generator(uri: str, tracking_uri: str | None = None, folder: Path | Non
             )
         except OSError as error:
             raise UserError(f"{uri}: its file {WEIGHTS} cannot be fetched ({reason(error)})") from None
-    generator, _ = load_generator(path)
+    generator, _ = decode_generator(Path(path), f"{uri}: {path}")
     if tags.get(SHA_TAG) not in (None, generator_sha256(generator.state_dict())):
         raise UserError(
             f"{uri}: {path} differs from the digest in the registry; it is damaged, register it again"
