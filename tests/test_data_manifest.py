@@ -1,6 +1,7 @@
 """A manifest is read as it was written, or refused in one line that says what is wrong with it."""
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -58,10 +59,41 @@ def test_a_manifest_is_read_as_it_was_written() -> None:
         (encode({**CONTENT, "settings": {}}), "KeyError: 'scale'"),
         (encode({**CONTENT, "patches": 3}), "patches=3, but the shards hold 2"),
         (encode({**CONTENT, "sources": {"path": "a.png"}}), "not a list of objects"),
+        *(
+            (
+                encode({**CONTENT, "shards": [{**SHARD, "name": name}]}),
+                f"shard name {name!r}; expected patches-",
+            )
+            for name in (
+                "../outside/x.parquet",
+                "/x/patches-00000.parquet",
+                "s3://b/patches-00000.parquet",
+                "",
+                3,
+            )
+        ),
+        (
+            encode({**CONTENT, "held_out": [{**SHARD, "name": "../held_out-00000.parquet"}]}),
+            "shard name '../held_out-00000.parquet'",
+        ),
+        (
+            encode({**CONTENT, "held_out": [SHARD]}),
+            "patches-00000.parquet is listed among the held_out shards",
+        ),
+        (encode({**CONTENT, "patches": 4, "shards": [SHARD, SHARD]}), "listed twice"),
+        (encode({**CONTENT, "patches": 0, "shards": []}), "no shards with patches"),
+        *(
+            (encode({**CONTENT, "patches": rows, "shards": [{**SHARD, "rows": rows}]}), f"rows={rows!r}")
+            for rows in (-2, 0, 101, 2.0, True)
+        ),
+        (encode({**CONTENT, "shards": [{**SHARD, "rows": 5}, {**SHARD, "rows": -3}]}), "rows=-3"),
+        (encode({**CONTENT, "shards": [{**SHARD, "footer_bytes": 101}]}), "footer_bytes=101"),
+        (encode({**CONTENT, "shards": [{**SHARD, "bytes": "100"}]}), "TypeError"),
+        (encode({**CONTENT, "shards": [{**SHARD, "sha256": "A"}]}), "sha256 is not a sha256"),
     ],
 )
 def test_what_is_wrong_with_a_manifest_is_said_in_one_line(content: bytes, message: str) -> None:
-    with pytest.raises(UserError, match=message) as caught:
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
         _ = decode(content, "data").sources
     assert str(caught.value).startswith("data/manifest.json: ")
     assert "\n" not in str(caught.value)

@@ -9,17 +9,17 @@ from enlarging import job
 from PIL import Image
 from tiny import write_photos
 
-from pipeline.data import load_manifest, prepare
+from pipeline.data import load_manifest, prepare, read_held_out
 from pipeline.data.config import DataConfig
-from pipeline.data.manifest import Manifest
-from pipeline.data.reader import PatchReader
+from pipeline.data.manifest import Manifest, encode
+from pipeline.data.reader import DamagedPatch, PatchReader
 from pipeline.data.verify import verify
 from pipeline.errors import UserError
 
 
-def make(folder: Path, codec: str = "raw") -> Manifest:
+def make(folder: Path, codec: str = "raw", held_out: int = 1) -> Manifest:
     write_photos(folder / "photos", 2, 100, seed=1)
-    write_photos(folder / "held_out", 1, 64, seed=2)
+    write_photos(folder / "held_out", held_out, 64, seed=2)
     data = DataConfig(
         source=str(folder / "photos"), held_out=str(folder / "held_out"), root=str(folder / "data"),
         patch_px=64, patch_step_px=32, codec=codec,
@@ -77,6 +77,31 @@ def test_missing_cut_and_held_out_files_are_named(tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-1])
     _, line = verify(manifest, progress=False)[::-1]
     assert line.startswith(f"{shard}, all 18 rows: cannot be read: ends at byte")
+
+
+@pytest.mark.parametrize("kind", ["shards", "held_out"])
+@pytest.mark.parametrize("change", [1, -1])
+def test_a_row_count_that_is_not_the_shards_is_found_and_never_read(
+    tmp_path: Path, kind: str, change: int
+) -> None:
+    make(tmp_path, held_out=2)
+    path = tmp_path / "data" / "manifest.json"
+    content = json.loads(path.read_bytes())
+    content[kind][0]["rows"] += change
+    if kind == "shards":
+        content["patches"] += change
+    path.write_bytes(encode(content))
+    manifest = load_manifest(str(tmp_path / "data"))
+    (line,) = verify(manifest, progress=False)
+    assert f"has {content[kind][0]['rows'] - change} rows" in line
+    if kind == "held_out":
+        with pytest.raises(UserError, match="has 2 rows, and the manifest"):
+            read_held_out(manifest.root)
+    else:
+        reader = PatchReader(manifest.root, manifest.layout)
+        with pytest.raises(DamagedPatch, match="has 18 rows"):
+            reader.patch(0)
+        reader.close()
 
 
 def test_the_command_verifies_and_draws_without_the_photographs(tmp_path: Path) -> None:

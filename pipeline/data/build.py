@@ -27,8 +27,9 @@ NOTES = ".ingest"
 _PLAN = f"{NOTES}/plan.json"
 _MIB = 1 << 20
 # What an ingest makes in its folder; anything else there is somebody's own.
-_SHARD = re.compile(r"(patches|held_out)-\d{5,}\.parquet")
-_PARTIAL = re.compile(rf"\.({_SHARD.pattern}|{re.escape(manifests.NAME)})\.[0-9a-f]{{8}}\.partial")
+_PARTIAL = re.compile(
+    rf"\.({manifests.SHARD_NAME.pattern}|{re.escape(manifests.NAME)})\.[0-9a-f]{{8}}\.partial"
+)
 
 
 def plan_fingerprint(jobs: Iterable[PhotoJob], settings: dict[str, Any]) -> str:
@@ -287,7 +288,7 @@ class Builder:
         if plan is None or plan.get("fingerprint") != self._fingerprint:
             self._storage.remove(NOTES)
             for name in self._storage.names():
-                if _SHARD.fullmatch(name):
+                if manifests.SHARD_NAME.fullmatch(name):
                     self._storage.remove(name)
             self._storage.write_bytes(_PLAN, json.dumps({"fingerprint": self._fingerprint}).encode())
             return done
@@ -295,13 +296,10 @@ class Builder:
             number = len(done.shards) + len(done.held_out)
             try:
                 note = json.loads(self._storage.read_bytes(f"{NOTES}/{number:05d}.json"))
-            except (FileNotFoundError, ValueError):
-                return done
-            shard = Shard(**note["shard"])
-            try:
+                shard = Shard(**note["shard"])
                 if self._storage.size(shard.name) != shard.bytes:
                     return done
-            except FileNotFoundError:
+            except (FileNotFoundError, TypeError, ValueError):
                 return done
             (done.held_out if note["held_out"] else done.shards).append(shard)
             done.index, done.rows, done.patches = note["index"], note["rows"], note["patches"]

@@ -39,7 +39,12 @@ def read_held_out(root: str) -> list[HeldOutPhoto]:
             raise UserError(
                 f"{storage.path(shard.name)}: differs from its checksum in the manifest; prepare it again"
             )
-        for row in pq.read_table(io.BytesIO(content)).to_pylist():
+        rows = pq.read_table(io.BytesIO(content)).to_pylist()
+        if len(rows) != shard.rows:
+            raise UserError(
+                f"{storage.path(shard.name)}: has {len(rows)} rows, and the manifest {shard.rows}; prepare it again"
+            )
+        for row in rows:
             height, width, scale = row["height"], row["width"], manifest.scale
             hr = np.frombuffer(row["hr"], np.uint8).reshape(height, width, 3)
             lr = np.frombuffer(row["lr"], np.uint8).reshape(height // scale, width // scale, 3)

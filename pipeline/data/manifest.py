@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,13 +15,16 @@ from pipeline.storage import Storage
 
 NAME = "manifest.json"
 SCHEMA_VERSION = 1
+# The names that ingest gives. A manifest with any other name could make a reader open a file outside the data set.
+SHARD_NAME = re.compile(r"(patches|held_out)-[0-9]{5,}\.parquet")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 # How `encode` writes its last field, and its end. No JSON string holds a newline, so these are found there only.
 _SOURCES, _END = b',\n "sources": ', b"\n}\n"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One Parquet file of a data set."""
+    """One Parquet file of a data set. Raises ValueError for values that no shard can have."""
 
     name: str
     rows: int
@@ -28,6 +32,22 @@ class Shard:
     sha256: str
     footer_sha256: str  # of the file's last footer_bytes, so that a reader can trust the offsets in them
     footer_bytes: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not SHARD_NAME.fullmatch(self.name):
+            raise ValueError(
+                f"shard name {self.name!r}; expected patches-00000.parquet or held_out-00000.parquet"
+            )
+        for field in ("rows", "bytes", "footer_bytes"):
+            value = getattr(self, field)
+            # Every row takes more than a byte, and the footer is a part of the file.
+            if type(value) is not int or not 1 <= value <= self.bytes:
+                raise ValueError(
+                    f"{self.name}: {field}={value!r}; expected an integer from 1 to its size in bytes"
+                )
+        for field in ("sha256", "footer_sha256"):
+            if not _SHA256.fullmatch(str(getattr(self, field))):
+                raise ValueError(f"{self.name}: {field} is not a sha256")
 
 
 @dataclass(frozen=True)
@@ -161,8 +181,10 @@ def decode(content: bytes, root: str) -> Manifest:
             scale=int(settings["scale"]),
             patch_px=int(settings["patch_px"]),
             codec=str(settings["codec"]),
-            shards=tuple(Shard(**entry) for entry in raw["shards"]),
+            shards=_shards(raw["shards"], "patches"),
         )
+        if not layout.shards:
+            raise ValueError("it lists no shards with patches")
         if layout.patches != raw["patches"]:
             raise ValueError(f"patches={raw['patches']}, but the shards hold {layout.patches}")
         if end < 0 or not content.endswith(_END):
@@ -171,7 +193,7 @@ def decode(content: bytes, root: str) -> Manifest:
             root=root,
             sha256=hashlib.sha256(content).hexdigest(),
             layout=layout,
-            held_out=tuple(Shard(**entry) for entry in raw["held_out"]),
+            held_out=_shards(raw["held_out"], "held_out"),
             settings=settings,
             rejected=tuple(raw["rejected"]),
             degradation=raw["degradation"],
@@ -179,6 +201,17 @@ def decode(content: bytes, root: str) -> Manifest:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise _not_valid(root, error) from None
+
+
+def _shards(entries: list[dict[str, Any]], kind: str) -> tuple[Shard, ...]:
+    """The shards of one kind. Raises ValueError or TypeError."""
+    shards = tuple(Shard(**entry) for entry in entries)
+    for shard in shards:
+        if not shard.name.startswith(f"{kind}-"):
+            raise ValueError(f"{shard.name} is listed among the {kind} shards")
+    if len({shard.name for shard in shards}) != len(shards):
+        raise ValueError(f"a {kind} shard is listed twice")
+    return shards
 
 
 def _not_valid(root: str, error: Exception) -> UserError:

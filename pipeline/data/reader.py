@@ -252,11 +252,26 @@ class PatchReader:
         return found
 
 
-def _parse_footer(footer: bytes, shard: Shard) -> np.ndarray:
-    """Where the columns of every row begin in the file, and the last one ends: (rows, columns + 1)."""
+def read_footer(footer: bytes, shard: Shard) -> pq.FileMetaData:
+    """A shard's Parquet metadata, from its last `footer_bytes`.
+
+    Raises:
+        ValueError: not the bytes that the manifest has, or not one row group for each of its rows.
+        pyarrow.ArrowException: not a Parquet footer.
+    """
     if hashlib.sha256(footer).hexdigest() != shard.footer_sha256:
         raise ValueError("the footer is not the one in the manifest")
     metadata = pq.read_metadata(pa.BufferReader(b"PAR1" + footer))
+    if not metadata.num_rows == metadata.num_row_groups == shard.rows:
+        raise ValueError(
+            f"has {metadata.num_rows} rows in {metadata.num_row_groups} row groups, and the manifest {shard.rows} rows"
+        )
+    return metadata
+
+
+def _parse_footer(footer: bytes, shard: Shard) -> np.ndarray:
+    """Where the columns of every row begin in the file, and the last one ends: (rows, columns + 1)."""
+    metadata = read_footer(footer, shard)
     # A data set of a million rows is read at random, so all of its edges stay in memory.
     kind = np.uint32 if shard.bytes < 2**32 else np.int64
     edges = np.empty((metadata.num_row_groups, len(_COLUMNS) + 1), kind)

@@ -8,7 +8,7 @@ import pyarrow
 from tqdm import tqdm
 
 from pipeline.data.manifest import Manifest, Shard
-from pipeline.data.reader import DamagedPatch, PatchReader, StoreAway
+from pipeline.data.reader import DamagedPatch, PatchReader, StoreAway, read_footer
 from pipeline.errors import UserError
 from pipeline.storage import Storage, join
 
@@ -21,8 +21,8 @@ _MISSING = "missing"
 def verify(manifest: Manifest, progress: bool = True) -> list[str]:
     """One line for each damaged thing, empty when every byte is as it was written.
 
-    A shard whose sha256 is the manifest's is right in every byte. In any other, every patch is read and checked, and
-    the damaged ones are named with the photograph that they come from.
+    A shard whose sha256 is the manifest's is right in every byte; its number of rows must be the manifest's too. In any
+    other, every patch is read and checked, and the damaged ones are named with the photograph that they come from.
 
     Raises:
         UserError: an object store does not answer, so nothing can be said of what lies there.
@@ -51,11 +51,12 @@ def verify(manifest: Manifest, progress: bool = True) -> list[str]:
 def _shard_damage(storage: Storage, shard: Shard) -> str | None:
     try:
         filesystem, base = storage.filesystem()
-        digest, size = hashlib.sha256(), 0
+        digest, size, tail = hashlib.sha256(), 0, b""
         with filesystem.open_input_stream(join(base, shard.name)) as stream:
             while chunk := stream.read(_CHUNK_BYTES):
                 digest.update(chunk)
                 size += len(chunk)
+                tail = (tail + chunk)[-shard.footer_bytes :]
     except FileNotFoundError:
         return _MISSING
     except (OSError, pyarrow.ArrowException) as error:
@@ -64,6 +65,10 @@ def _shard_damage(storage: Storage, shard: Shard) -> str | None:
         return f"has {size} bytes, not {shard.bytes}"
     if digest.hexdigest() != shard.sha256:
         return "its sha256 is not the one in the manifest"
+    try:
+        read_footer(tail, shard)
+    except (ValueError, pyarrow.ArrowException) as error:
+        return str(error).splitlines()[0]
     return None
 
 
