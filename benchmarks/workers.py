@@ -72,7 +72,7 @@ def make_config(folder: str, name: str, workers: int, options: argparse.Namespac
                 "discriminator_num_feat": options.features,
             },
             "psnr": {"steps": 0 if gan else steps},
-            "gan": {"steps": steps if gan else 0},
+            "gan": {"steps": steps if gan else 0, "allow_random_start": True},
             "perceptual": {"weights": "random"},
             "log_every_steps": options.interval,
             "checkpoint_every_steps": 10**6,

@@ -5,11 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from pydantic import BaseModel
 
 from pipeline.config import json_schema, load_config, with_fields
 from pipeline.errors import UserError
+from pipeline.model import UNetDiscriminator, VGGStyleDiscriminator
+from pipeline.training.config import TrainConfig
+from pipeline.training.state import new_state
 
 ROOT = Path(__file__).parent.parent
 
@@ -77,6 +81,29 @@ def test_workers_come_from_the_environment_alike(text: str, range_: tuple[int, i
         (["--gan.stepz", "1"], {}, "did you mean --gan.steps?"),
         (["--crop_px", "30"], {}, "crop_px=30 is not a multiple of data.scale=4; use 28"),
         (["--crop_px", "72"], {}, "crop_px=72 is not a multiple of 32"),
+        (
+            ["--crop_px", "20", "--model.discriminator", "unet"],
+            {},
+            "crop_px=20 is not a multiple of 8, which",
+        ),
+        (["--crop_px", "100", "--model.discriminator", "unet"], {}, "model.discriminator=unet needs; use 96"),
+        (["--crop_px", "32", "--batch_size", "1"], {}, "batch_size=1: batch norm in model.discriminator=vgg"),
+        (
+            ["--psnr.steps", "0"],
+            {},
+            "psnr.steps=0: stage 2 would start from a random generator; set psnr.steps",
+        ),
+        (
+            ["--tracking.model_name", "team/esrgan"],
+            {},
+            "tracking.model_name: 'team/esrgan' cannot be registered",
+        ),
+        (["--tracking.model_name", "esrgan:x4"], {}, "without / : @ '"),
+        (["--tracking.model_name", "esrgan@x4"], {}, "tracking.model_name: 'esrgan@x4'"),
+        (["--tracking.model_name", ""], {}, "tracking.model_name: ''"),
+        (["--tracking.model_name", " x4"], {}, "tracking.model_name: ' x4'"),
+        (["--tracking.model_name", "x" * 257], {}, "use 1 to 256 characters"),
+        (["--tracking.experiment", "x" * 501], {}, "tracking.experiment="),
         (["--crop_px", "1024"], {}, "crop_px=1024 is larger than data.patch_px=480"),
         (["--workers", "3,2"], {}, "workers=(3, 2)"),
         (["--workers", "many"], {}, "workers='many'"),
@@ -145,6 +172,38 @@ def test_paper_recipe_has_the_published_numbers() -> None:
         5e-3,
     )
     assert config.gan.schedule.milestones == (50_000, 100_000, 200_000, 300_000)
+
+
+def test_the_gan_may_start_from_random_weights_where_that_is_said() -> None:
+    config = load(["--psnr.steps", "0", "--gan.allow_random_start", "true"])
+    assert (config.psnr.steps, config.gan.steps) == (0, 400_000)
+    assert load(["--psnr.steps", "0", "--gan.steps", "5", "--gan.allow_random_start", "true"]).gan.steps == 5
+
+
+@pytest.mark.parametrize("discriminator", ["vgg", "unet"])
+@pytest.mark.parametrize("crop_px", [16, 20, 24, 32, 36, 64, 100])
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_stage_2_takes_what_the_configuration_takes(
+    discriminator: str, crop_px: int, batch_size: int
+) -> None:
+    fields = {
+        "crop_px": crop_px,
+        "batch_size": batch_size,
+        "model": {
+            "discriminator": discriminator, "discriminator_num_feat": 4, "num_feat": 4, "num_grow_ch": 2,
+            "num_block": 1,
+        },
+    }  # fmt: skip
+    images = torch.zeros(batch_size, 3, crop_px, crop_px)
+    try:
+        config = TrainConfig.model_validate(fields)
+    except ValueError:
+        with pytest.raises(ValueError, match=r"multiples? of|more than 1 value per channel"):
+            (UNetDiscriminator(4) if discriminator == "unet" else VGGStyleDiscriminator(crop_px, 4))(images)
+    else:
+        network = new_state(config, "gan", torch.device("cpu")).discriminator
+        assert network is not None
+        assert network(images).isfinite().all()
 
 
 def test_changed_fields_are_validated_again() -> None:

@@ -271,6 +271,13 @@ def test_weights_that_are_not_finite_end_the_run_with_advice(
         train(folder, run_name="huge", **{"psnr.learning_rate": 1e39})
 
 
+def test_a_gan_without_perceptual_loss_needs_no_perceptual_weights(
+    folder: Path, undisturbed: TrainingResult
+) -> None:
+    changes = {"psnr.steps": 1, "gan.steps": 1, "gan.perceptual_weight": 0}
+    assert train(folder, run_name="plain", **{"perceptual.weights": "/no/weights.pth"}, **changes).step == 2
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_a_gpu_that_is_not_there_is_missed_before_anything_starts(folder: Path) -> None:
     with pytest.raises(UserError, match="use_gpu=true: this machine has no GPU"):
@@ -285,6 +292,7 @@ def test_a_gpu_that_is_not_there_is_missed_before_anything_starts(folder: Path) 
         ({"data.source": "empty", "data.root": "new"}, "no photographs"),
         ({"storage": "/proc/runs"}, "storage=/proc/runs"),
         ({"perceptual.weights": "/no/weights.pth"}, "/no/weights.pth"),
+        ({"perceptual.weights": "empty.pth"}, "empty.pth: not readable as weights"),
         ({"perceptual.layers": {"conv9_9": 1.0}}, "conv9_9"),
         ({"workers": 4096, "batch_size": 4096}, "workers=4096: they need 4096 CPUs"),
         ({"tracking.uri": "http://127.0.0.1:9"}, "tracking.uri=http://127.0.0.1:9"),
@@ -296,8 +304,10 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     folder: Path, tmp_path: Path, undisturbed: TrainingResult, changes: dict[str, Any], message: str
 ) -> None:
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty.pth").touch()
     changes = {
-        key: str(tmp_path / value) if value in ("new", "empty") else value for key, value in changes.items()
+        key: str(tmp_path / value) if value in ("new", "empty", "empty.pth") else value
+        for key, value in changes.items()
     } | {"run_name": "mistake"}
     if "data.patch_px" in changes:
         changes["crop_px"] = 128

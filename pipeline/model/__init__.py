@@ -4,6 +4,7 @@
 """
 
 from pipeline.model.discriminators import (
+    DISCRIMINATORS,
     Discriminator,
     UNetDiscriminator,
     VGGStyleDiscriminator,
@@ -21,6 +22,7 @@ from pipeline.model.weights import (
 )
 
 __all__ = [
+    "DISCRIMINATORS",
     "LAYERS",
     "Discriminator",
     "RRDBNet",

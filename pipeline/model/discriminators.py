@@ -1,5 +1,7 @@
 """The two discriminators: ESRGAN's VGG-style classifier and Real-ESRGAN's U-Net."""
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -15,11 +17,19 @@ class VGGStyleDiscriminator(nn.Module):
         ValueError: `input_px` is not a positive multiple of 32; five strided convolutions halve it.
     """
 
+    multiple_of: ClassVar[int] = 32
+    """Height and width must be a multiple of this many pixels."""
+
+    @staticmethod
+    def least_batch(input_px: int) -> int:
+        """Fewest images of `input_px` pixels in a training batch: batch norm needs two values per channel."""
+        return 2 if input_px == VGGStyleDiscriminator.multiple_of else 1
+
     def __init__(self, input_px: int = 128, num_feat: int = 64, in_channels: int = 3) -> None:
         super().__init__()
-        if input_px < 32 or input_px % 32:
+        if input_px < self.multiple_of or input_px % self.multiple_of:
             raise ValueError(
-                f"input_px={input_px}: the VGG-style discriminator needs a positive multiple of 32"
+                f"input_px={input_px}: the VGG-style discriminator needs a positive multiple of {self.multiple_of}"
             )
         self.input_px = input_px
         self.num_feat = num_feat
@@ -32,7 +42,7 @@ class VGGStyleDiscriminator(nn.Module):
             self.add_module(f"conv{level}_1", nn.Conv2d(width, width, 4, stride=2, padding=1, bias=False))
             self.add_module(f"bn{level}_1", nn.BatchNorm2d(width))
             channels = width
-        self.linear1 = nn.Linear(channels * (input_px // 32) ** 2, 100)
+        self.linear1 = nn.Linear(channels * (input_px // self.multiple_of) ** 2, 100)
         self.linear2 = nn.Linear(100, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,6 +76,14 @@ class UNetDiscriminator(nn.Module):
     State-dict names are those of published weights.
     """
 
+    multiple_of: ClassVar[int] = 8
+    """Height and width must be a multiple of this many pixels."""
+
+    @staticmethod
+    def least_batch(input_px: int) -> int:
+        """Fewest images of `input_px` pixels in a training batch: there is no batch norm."""
+        return 1
+
     def __init__(self, num_feat: int = 64, in_channels: int = 3) -> None:
         super().__init__()
         self.num_feat = num_feat
@@ -88,8 +106,10 @@ class UNetDiscriminator(nn.Module):
             ValueError: H or W is not a multiple of 8; three strided convolutions halve them.
         """
         height, width = x.shape[-2:]
-        if height % 8 or width % 8:
-            raise ValueError(f"{height} x {width} pixels: the U-Net discriminator needs multiples of 8")
+        if height % self.multiple_of or width % self.multiple_of:
+            raise ValueError(
+                f"{height} x {width} pixels: the U-Net discriminator needs multiples of {self.multiple_of}"
+            )
 
         def down(conv: nn.Module, features: Tensor) -> Tensor:
             return functional.leaky_relu(conv(features), NEGATIVE_SLOPE, inplace=True)
@@ -109,3 +129,5 @@ class UNetDiscriminator(nn.Module):
 
 
 Discriminator = VGGStyleDiscriminator | UNetDiscriminator
+# By the name that `model.discriminator` has for them.
+DISCRIMINATORS: dict[str, type[Discriminator]] = {"vgg": VGGStyleDiscriminator, "unet": UNetDiscriminator}

@@ -90,15 +90,18 @@ class VGGFeatures(nn.Module):
             nn.init.zeros_(conv.bias)
 
     def _load(self, path: Path) -> None:
-        state, _ = read_tensors(path, str(path))
+        where = f"perceptual.weights: {path}"
+        state, _ = read_tensors(path, where)
         chosen = {}
         for name, expected in self.state_dict().items():
             tensor = state.get(name)
             if tensor is None or tensor.shape != expected.shape:
                 found = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
                 raise UserError(
-                    f"{path}: not the weights of torchvision's VGG19: {name} {found}, expected {tuple(expected.shape)}"
+                    f"{where}: not the weights of torchvision's VGG19: {name} {found}, expected {tuple(expected.shape)}"
                 )
+            if not torch.isfinite(tensor).all():
+                raise UserError(f"{where}: {name} holds values that are not finite; replace the file")
             # A copy: the file's other tensors, most of its 548 MB, can then be freed.
             chosen[name] = tensor.float().clone()
         self.load_state_dict(chosen, assign=True)

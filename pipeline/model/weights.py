@@ -156,6 +156,8 @@ def _parsed(file: BinaryIO) -> tuple[object, dict[str, str]]:
         content = file.read()
         header = json.loads(content[8 : 8 + header_length])
         return safetensors.torch.load(content), header.get("__metadata__", {})
+    if start.startswith(b"version "):
+        raise ValueError("a git-LFS pointer instead of the file; run: git lfs pull")
     if start.startswith((_ZIP_START, _PICKLE_START)):
         return torch.load(file, map_location="cpu", weights_only=True), {}
     raise ValueError("neither a safetensors header nor PyTorch's zip archive or pickle")

@@ -1,10 +1,17 @@
 """Where runs are recorded and what the trained generator is called."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from pipeline.section import Section
+
+
+def _registrable(name: str) -> str:
+    """A name that MLflow registers and that models:/NAME@ALIAS can name; else ValueError."""
+    if not 0 < len(name) <= 256 or name != name.strip() or any(sign in name for sign in "/:@'"):
+        raise ValueError(f"{name!r} cannot be registered; use 1 to 256 characters without / : @ '")
+    return name
 
 
 class TrackingConfig(Section):
@@ -15,9 +22,9 @@ class TrackingConfig(Section):
         description="MLflow tracking store: sqlite:////absolute/path.db or http(s)://host:port. "
         "Without one: mlflow.db beside the runs, in `storage`.",
     )
-    experiment: str = Field("esrgan", min_length=1, description="MLflow experiment.")
-    model_name: str = Field(
-        "esrgan-x4", min_length=1, description="Registered model that receives the generator."
+    experiment: str = Field("esrgan", min_length=1, max_length=500, description="MLflow experiment.")
+    model_name: Annotated[str, AfterValidator(_registrable)] = Field(
+        "esrgan-x4", description="Registered model that receives the generator; without / : @ '."
     )
     if_away: Literal["refuse", "spool"] = Field(
         "refuse",

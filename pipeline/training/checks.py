@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from pipeline.errors import UserError
-from pipeline.model import check_layers, find_weights
+from pipeline.model import VGGFeatures
 from pipeline.storage import Storage, absolute, is_remote
 from pipeline.training.config import TrainConfig
 from pipeline.training.validation import METRICS
@@ -56,11 +56,21 @@ def check_before_start(config: TrainConfig, run: Storage) -> None:
             "use_gpu=true: this machine has no GPU that torch can use; use_gpu=false trains on the CPU"
         )
     require_metric("tracking.metric", config.tracking.metric)
-    if config.gan.steps and config.gan.perceptual_weight:
-        check_layers(config.perceptual.layers)
-        find_weights(config.perceptual.weights, config.perceptual.sha256)
+    perceptual_features(config)
     run.require_writable("storage")
     _require_space(config, run)
+
+
+def perceptual_features(config: TrainConfig) -> VGGFeatures | None:
+    """The network of stage 2's perceptual loss, on the CPU; none where the run does not use it.
+
+    Raises:
+        UserError: unknown layers, or a file that is missing or is not VGG19's weights.
+    """
+    if not (config.gan.steps and config.gan.perceptual_weight):
+        return None
+    perceptual = config.perceptual
+    return VGGFeatures(perceptual.layers, perceptual.weights, perceptual.sha256, seed=config.seed)
 
 
 def _require_space(config: TrainConfig, run: Storage) -> None:

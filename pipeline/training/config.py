@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.data.config import DataConfig
+from pipeline.model import DISCRIMINATORS
 from pipeline.model.config import ModelConfig
 from pipeline.section import Section
 from pipeline.tracking.config import TrackingConfig
@@ -45,6 +46,9 @@ class GanStage(Section):
     """Stage 2: generator against discriminator, from stage 1's averaged weights (ESRGAN, eq. 3)."""
 
     steps: int = Field(400_000, ge=0, description="Optimiser steps of stage 2; 0 skips it.")
+    allow_random_start: bool = Field(
+        False, description="Accept psnr.steps=0, which starts stage 2 from a randomly initialized generator."
+    )
     learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of both networks in stage 2.")
     schedule: Schedule = Field(
         Schedule(shape="halving", milestones=(50_000, 100_000, 200_000, 300_000)),
@@ -190,14 +194,33 @@ class TrainConfig(Section):
             raise ValueError(
                 f"batch_size={self.batch_size} is smaller than workers={high}; every worker needs a patch"
             )
-        if self.gan.steps and self.model.discriminator == "vgg" and self.crop_px % 32:
-            raise ValueError(
-                f"crop_px={self.crop_px} is not a multiple of 32, which the VGG-style discriminator needs; "
-                f"use {max(32, self.crop_px - self.crop_px % 32)}"
-            )
         if self.psnr.steps + self.gan.steps == 0:
             raise ValueError("psnr.steps=0 and gan.steps=0: there is nothing to train")
+        if self.gan.steps:
+            self._require_stage_two()
         return self
+
+    def _require_stage_two(self) -> None:
+        """What stage 2 would stumble over, after all of stage 1. Raises ValueError."""
+        name = self.model.discriminator
+        network = DISCRIMINATORS[name]
+        multiple = network.multiple_of
+        if self.crop_px % multiple:
+            raise ValueError(
+                f"crop_px={self.crop_px} is not a multiple of {multiple}, which model.discriminator={name} needs; "
+                f"use {max(multiple, self.crop_px - self.crop_px % multiple)}"
+            )
+        least = network.least_batch(self.crop_px)
+        if self.batch_size < least:
+            raise ValueError(
+                f"batch_size={self.batch_size}: batch norm in model.discriminator={name} needs at least {least} "
+                f"patches of crop_px={self.crop_px}; use batch_size={least}"
+            )
+        if self.psnr.steps == 0 and not self.gan.allow_random_start:
+            raise ValueError(
+                "psnr.steps=0: stage 2 would start from a random generator; set psnr.steps, or set "
+                "gan.allow_random_start=true if that is intended"
+            )
 
     def alone(self) -> "TrainConfig":
         """These fields without what a larger configuration (a sweep's) adds to them."""

@@ -55,7 +55,7 @@ def claim(
         UserError: the folder holds a run with other learning fields, other data or of other package versions, and
             `accept_changes` does not allow it, or cannot.
     """
-    mine = RunIdentity(uuid.uuid4().hex, _fields(config), manifest_sha256, versions=_versions())
+    mine = RunIdentity(uuid.uuid4().hex, learning_fields(config), manifest_sha256, versions=_versions())
     there = load(run)
     if there is not None:
         different = require_same(run, there, config, manifest_sha256, accept_changes, compare_versions)
@@ -90,7 +90,7 @@ def require_same(
         UserError: naming what differs, when `config` would not continue the run that is there.
     """
     mine = RunIdentity(
-        there.key, _fields(config), manifest_sha256 or there.manifest_sha256, versions=_versions()
+        there.key, learning_fields(config), manifest_sha256 or there.manifest_sha256, versions=_versions()
     )
     different = _different(there, mine, compare_versions)
     if not different or not _begun(run):
@@ -126,7 +126,7 @@ def _begun(run: Storage) -> bool:
 
 def _different(there: RunIdentity, mine: RunIdentity, compare_versions: bool) -> list[str]:
     # A run from before a field existed has its default.
-    before, now = flat_fields(_fields(TrainConfig()) | there.fields), flat_fields(mine.fields)
+    before, now = flat_fields(learning_fields(TrainConfig()) | there.fields), flat_fields(mine.fields)
     for name in there.versions.keys() & mine.versions.keys() if compare_versions else ():
         before[name], now[name] = there.versions[name], mine.versions[name]
     if there.manifest_sha256 != mine.manifest_sha256:
@@ -169,5 +169,8 @@ def _versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in PACKAGES}
 
 
-def _fields(config: TrainConfig) -> dict[str, Any]:
-    return config.model_dump(mode="json", include=set(LEARNING_FIELDS))
+def learning_fields(config: TrainConfig) -> dict[str, Any]:
+    """The values, as JSON, of the fields that decide what is learned."""
+    fields = config.model_dump(mode="json", include=set(LEARNING_FIELDS))
+    del fields["gan"]["allow_random_start"]  # A permission: psnr.steps decides.
+    return fields

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from pipeline.data import HeldOutPhoto
 from pipeline.data.feed import Feed
 from pipeline.errors import UserError
-from pipeline.model import RRDBNet, VGGFeatures
+from pipeline.model import RRDBNet
 from pipeline.model.weights import sizes_as_text
 from pipeline.storage import Storage
 from pipeline.tracking.records import Event, Metrics, Picture, discard_after, write_segment
@@ -23,6 +23,7 @@ from pipeline.training import checkpoint as checkpoints
 from pipeline.training.advice import Advisor
 from pipeline.training.batches import on_device
 from pipeline.training.checkpoint import Checkpointer, CheckpointName
+from pipeline.training.checks import perceptual_features
 from pipeline.training.config import TrainConfig
 from pipeline.training.distributed import world_size
 from pipeline.training.faults import Diverged
@@ -64,7 +65,10 @@ def train(
     if state.step or worker.reason:
         recorder.resumed()
     meter = Meter(config.batch_size, device)
-    features: VGGFeatures | None = None
+    # At the start and not after stage 1: a node that lacks the weights is found at once.
+    features = perceptual_features(config)
+    if features is not None:
+        features.to(device)
 
     with ExitStack() as stack:
         checkpointer = stack.enter_context(recorder.checkpointer()) if worker.leads else None
@@ -75,13 +79,6 @@ def train(
             if state.stage == "psnr" and state.step >= config.psnr.steps:
                 recorder.stage_one_ends()
                 begin_gan(state, config, device)
-            if state.stage == "gan" and features is None:
-                features = VGGFeatures(
-                    config.perceptual.layers,
-                    config.perceptual.weights,
-                    config.perceptual.sha256,
-                    seed=config.seed,
-                ).to(device)
 
             asked = time.perf_counter()
             raw = next(batches)
@@ -91,7 +88,6 @@ def train(
             if state.stage == "psnr":
                 losses = psnr_step(state, batch, _settings(config, state))
             else:
-                assert features is not None
                 weights = GanWeights(
                     config.gan.pixel_weight, config.gan.perceptual_weight, config.gan.adversarial_weight
                 )

@@ -70,7 +70,7 @@ def psnr_step(state: TrainState, batch: Batch, settings: StepSettings) -> dict[s
 def gan_step(
     state: TrainState,
     batch: Batch,
-    features: nn.Module,
+    features: nn.Module | None,
     feature_weights: Mapping[str, float],
     weights: GanWeights,
     settings: StepSettings,
@@ -97,6 +97,7 @@ def gan_step(
     content = weights.pixel * pixel
     perceptual = pixel.new_zeros(())
     if weights.perceptual:
+        assert features is not None
         with settings.autocast(batch.lr.device):
             with torch.no_grad():
                 target = features(batch.hr)

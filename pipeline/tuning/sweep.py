@@ -33,7 +33,12 @@ from pipeline.storage import Storage
 from pipeline.tracking import TrackedRun, finish_run, open_parent, require_store
 from pipeline.training import identity as identities
 from pipeline.training import ray_trainer
-from pipeline.training.checks import check_before_start, require_metric, with_absolute_paths
+from pipeline.training.checks import (
+    check_before_start,
+    perceptual_features,
+    require_metric,
+    with_absolute_paths,
+)
 from pipeline.training.config import TrainConfig
 from pipeline.training.run import run_training
 from pipeline.tuning.config import Choice, TuneConfig, Uniform
@@ -85,9 +90,12 @@ def run_sweep(config: Config) -> SweepResult:
         raise UserError("workers=0: a sweep's trials run on Ray Train; give at least 1")
     storage = Storage(base.storage)
     sweep = storage / settings.name
-    for values in _extremes(settings):
-        _trial_config(base, values)
+    trials = [_trial_config(base, values) for values in _extremes(settings)]
     check_before_start(base, sweep)
+    checked = [base.perceptual] if base.gan.steps and base.gan.perceptual_weight else []
+    for trial in trials:
+        if trial.perceptual not in checked and perceptual_features(trial):
+            checked.append(trial.perceptual)
     has_data = has_manifest(base.data.root)
     if not has_data:
         check_source(base.data)
@@ -284,7 +292,7 @@ def _extremes(settings: TuneConfig) -> list[Values]:
 
 def _claim(sweep: Storage, base: TrainConfig, settings: TuneConfig) -> None:
     """Writes what the sweep is, or checks that it is the same. Raises UserError."""
-    fixed = base.model_dump(mode="json", include=set(identities.LEARNING_FIELDS))
+    fixed = identities.learning_fields(base)
     mine = {
         "search": settings.model_dump(mode="json", include={"space", "metric", "mode"}),
         "fixed": fixed,

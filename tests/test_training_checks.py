@@ -1,0 +1,105 @@
+"""What a later stage needs is tried before anything starts: one line for each mistake."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from tiny import fields, flags
+
+from pipeline.config import load_config
+from pipeline.errors import UserError
+from pipeline.model import LAYERS, VGGFeatures
+from pipeline.storage import Storage
+from pipeline.training.checks import check_before_start
+from pipeline.training.config import TrainConfig
+from pipeline.training.loop import train
+from pipeline.training.worker import Worker
+
+
+def load(folder: Path, **changes: object) -> TrainConfig:
+    return load_config(flags(fields(folder, **changes)), description="", environment={})[0].alone()
+
+
+def vgg_state(layer: str) -> dict[str, torch.Tensor]:
+    """VGG19's tensors up to a layer, as torchvision names them."""
+    return dict(VGGFeatures([layer], "random").state_dict())
+
+
+def truncated(path: Path) -> None:
+    torch.save(vgg_state("conv1_2"), path)
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def truncated_safetensors(path: Path) -> None:
+    path.write_bytes(safetensors.torch.save(vgg_state("conv1_2"))[:-1000])
+
+
+def another_network(path: Path) -> None:
+    torch.save({"features.0.weight": torch.zeros(64, 3, 11, 11)}, path)
+
+
+def too_shallow(path: Path) -> None:
+    torch.save(vgg_state("conv1_1"), path)
+
+
+def not_finite(path: Path) -> None:
+    torch.save({name: tensor.log() for name, tensor in vgg_state("conv1_2").items()}, path)
+
+
+def lfs_pointer(path: Path) -> None:
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 574673361\n")
+
+
+def html(path: Path) -> None:
+    path.write_text("<!DOCTYPE html><html><body>404</body></html>")
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lfs_pointer, "git-LFS pointer.*git lfs pull"),
+        (html, "not readable as weights"),
+        (truncated, "not readable as weights"),
+        (truncated_safetensors, "not readable as weights"),
+        (another_network, r"features\.0\.weight has shape \(64, 3, 11, 11\), expected \(64, 3, 3, 3\)"),
+        (too_shallow, r"features\.2\.weight is missing"),
+        (not_finite, "not finite"),
+    ],
+)
+def test_unusable_perceptual_weights_are_refused_before_the_start(
+    tmp_path: Path, write: Callable[[Path], None], message: str
+) -> None:
+    path = tmp_path / "vgg19.pth"
+    write(path)
+    config = load(tmp_path, **{"perceptual.weights": str(path)})
+    with pytest.raises(UserError, match=rf"perceptual\.weights: {path}.*{message}") as caught:
+        check_before_start(config, Storage(config.storage) / "tiny")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_node_without_the_perceptual_weights_is_found_before_stage_1(tmp_path: Path) -> None:
+    config = load(tmp_path, **{"perceptual.weights": str(tmp_path / "elsewhere.pth")})
+    run = Storage(str(tmp_path / "runs")) / "tiny"
+
+    class NoFeed:
+        def batches(self, *_: object) -> None:
+            pytest.fail("training began")
+
+    with pytest.raises(UserError, match=r"elsewhere\.pth: no such file"):
+        train(config, Worker(device=torch.device("cpu")), run, NoFeed(), [])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("changes", [{"gan.steps": 0}, {"gan.perceptual_weight": 0}])
+def test_weights_that_are_not_used_need_not_be_there(tmp_path: Path, changes: dict[str, object]) -> None:
+    config = load(tmp_path, **{"perceptual.weights": "/no/weights.pth", **changes})
+    check_before_start(config, Storage(config.storage) / "tiny")
+
+
+def test_every_layer_of_vgg19_survives_the_smallest_crop() -> None:
+    features = VGGFeatures(LAYERS, "random")
+    smallest = next(item.ge for item in TrainConfig.model_fields["crop_px"].metadata if hasattr(item, "ge"))
+    with torch.no_grad():
+        outputs = features(torch.rand(1, 3, smallest, smallest))
+    assert all(min(output.shape) > 0 for output in outputs.values())
