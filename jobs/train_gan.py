@@ -27,7 +27,9 @@ def main(argv: list[str]) -> None:
         argv, description=__doc__ or "", default_file=DEMO, add_arguments=add_arguments
     )
     command.require_writable_file(options.json, "--json")
-    result = run_training(config, accept_changes=options.accept_changes)
+    result = run_training(
+        config, accept_changes=options.accept_changes, prepare_command=options.prepare_command
+    )
     command.write_json(options.json, asdict(result))
     metrics = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
     print(f"run {result.run_name}: step {result.step} of stage {result.stage}")

@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
     command.require_writable_file(options.json, "--json")
     from pipeline.tuning.sweep import run_sweep
 
-    result = run_sweep(config)
+    result = run_sweep(config, prepare_command=options.prepare_command)
     command.write_json(options.json, asdict(result))
     metric = config.tune.metric
     fields = list(config.tune.space)

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from pydantic import BaseModel, Field, ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, EnvSettingsSource, SettingsConfigDict
 
 from pipeline.errors import UserError
+from pipeline.section import flat_fields
 from pipeline.training.config import TrainConfig
 from pipeline.tuning.config import TuneConfig
 
@@ -70,7 +72,8 @@ def load_config(
         environment: instead of os.environ.
 
     Returns:
-        The configuration, and the command's own flags.
+        The configuration, and the command's own flags. Among these, `prepare_command` is None where a missing data
+        set may be prepared; otherwise it is the command line that would prepare it, for the user to confirm.
 
     Raises:
         UserError: one line that names the field, its value and where it was set.
@@ -98,7 +101,10 @@ def load_config(
     merged: dict[str, Any] = {}
     for _, values in reversed(sources):
         merged = _merge(merged, values)
-    return validate(merged, sources), options
+    config = validate(merged, sources)
+    given = flat_fields(_merge(sources[1][1], sources[0][1]))
+    options.prepare_command = _prepare_command(config, given, chosen)
+    return config, options
 
 
 def validate(values: Mapping[str, Any], sources: Sequence[tuple[str, Mapping[str, Any]]] = ()) -> Config:
@@ -124,6 +130,21 @@ def with_fields(config: Config, changes: Mapping[str, Any]) -> Config:
 def json_schema() -> dict[str, Any]:
     """JSON schema of the configuration file, for editors."""
     return Config.model_json_schema()
+
+
+def _prepare_command(config: Config, given: Mapping[str, Any], file: Path | None) -> str | None:
+    """The command that prepares a data set at a data.root given by flag or environment, from the file's data.source.
+
+    A mistyped root must not be filled with whatever images the file happens to name. None where the same place, or
+    the user, decides both.
+    """
+    if "data.root" not in given or "data.source" in given or config.data.source is None:
+        return None
+    words = ["python", "jobs/prepare_data.py", *(["--config", str(file)] if file else [])]
+    for name, value in given.items():
+        if name.startswith("data."):
+            words += [f"--{name}", str(value)]
+    return shlex.join(words)
 
 
 def _parse_args(

@@ -1,6 +1,9 @@
 """Loading the configuration: precedence, refusals in one line, recipes that load."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +163,63 @@ def test_every_recipe_loads_and_says_what_it_is(path: Path) -> None:
     comment = path.read_text().split("\n\n")[0]
     for word in ("Source:", "Data:", "Expected", "Time:", "Command:"):
         assert word in comment, word
+
+
+DEMO = str(ROOT / "configs/demo.yaml")
+
+
+@pytest.mark.parametrize(
+    ("argv", "environment"),
+    [
+        ([], {}),
+        (["--config", DEMO], {}),
+        (["--config", DEMO, "--storage", "/runs"], {}),
+        (["--config", DEMO, "--data.source", "photos"], {}),
+        (["--config", DEMO, "--data.source", "photos", "--data.root", "out"], {}),
+        (["--config", DEMO, "--data.root", "out"], {"ESRGAN_DATA__SOURCE": "photos"}),
+        (["--config", DEMO, "--data.source", "photos"], {"ESRGAN_DATA__ROOT": "out"}),
+        (["--data.root", "out"], {}),  # nothing names a source: refused for that
+    ],
+)
+def test_a_missing_data_set_may_be_prepared_where_the_user_named_its_source(
+    argv: list[str], environment: dict[str, str]
+) -> None:
+    _, options = load_config(argv, description="", environment=environment)
+    assert options.prepare_command is None
+
+
+@pytest.mark.parametrize(
+    ("argv", "environment", "command"),
+    [
+        (["--data.root", "/typo"], {}, "--data.root /typo"),
+        ([], {"ESRGAN_DATA__ROOT": "/a b"}, "--data.root '/a b'"),
+        (
+            ["--data.root", "/typo"],
+            {"ESRGAN_DATA__SCALE": "2", "ESRGAN_SEED": "1"},
+            "--data.scale 2 --data.root /typo",
+        ),
+    ],
+)
+def test_a_root_alone_gives_the_command_that_prepares_it(
+    argv: list[str], environment: dict[str, str], command: str
+) -> None:
+    _, options = load_config(["--config", DEMO, *argv], description="", environment=environment)
+    assert options.prepare_command == f"python jobs/prepare_data.py --config {DEMO} {command}"
+
+
+@pytest.mark.parametrize("job", ["train_gan", "tune_gan"])
+def test_a_mistyped_root_is_refused_and_nothing_is_prepared_there(tmp_path: Path, job: str) -> None:
+    typo, runs = tmp_path / "typo", tmp_path / "runs"
+    result = subprocess.run(
+        [sys.executable, f"jobs/{job}.py", "--data.root", str(typo), "--storage", str(runs)],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2, result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert f"data.root={typo}: there is no data set there" in line
+    assert "python jobs/prepare_data.py --config" in line
+    assert line.endswith(f"--data.root {typo}")
+    assert not typo.exists()
 
 
 def test_paper_recipe_has_the_published_numbers() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from mlflow import MlflowClient
 from tiny import command, fields, run_until, train, write_sets
 
 from pipeline.errors import UserError
@@ -63,6 +64,30 @@ def test_both_stages_run_and_leave_what_they_promise(folder: Path, undisturbed: 
     assert [step for step, values in curve(run) if any(key.startswith("loss") for key in values)] == list(
         range(1, 13)
     )
+
+
+def test_a_run_records_and_prints_the_images_of_the_manifest_and_not_what_the_configuration_names(
+    folder: Path, undisturbed: TrainingResult, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = train(folder, run_name="own", **{"data.source": "sample", "data.held_out": "elsewhere"})
+    printed = capsys.readouterr().out
+    images = "3 images: picture0.png ... picture2.png"
+    assert (
+        f"data:    {folder / 'data'}: 12 patches of 64 px from {images}; validation on 2 images: " in printed
+    )
+    assert "steps:   6 (psnr), then 6 (gan), of 4 crops of 32 px" in printed
+    assert "devices: this process, without Ray Train; CPU" in printed
+    run = folder / "runs" / "own"
+    recorded = json.loads((run / "tracking" / "run.json").read_text())["parameters"]
+    assert recorded["data.source"] == images
+    assert recorded["data.held_out"] == "2 images: picture0.png picture1.png"
+    assert "sample" not in (run / "config.yaml").read_text()
+    description = (
+        MlflowClient(f"sqlite:///{folder}/runs/mlflow.db")
+        .get_model_version("esrgan-x4", str(result.model_version))
+        .description
+    )
+    assert f"- data: `{images}`" in description
 
 
 def test_a_finished_run_says_so_and_changes_nothing(

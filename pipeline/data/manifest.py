@@ -105,6 +105,26 @@ class Manifest:
             raise _not_valid(self.root, error) from None
         return tuple(sources)
 
+    def facts(self) -> dict[str, Any]:
+        """What the data set was made from and how: `source`, `held_out`, `degradation`, `patches`, and the settings."""
+        return {
+            "source": self._images("train"),
+            "held_out": self._images("held_out") or None,
+            "degradation": self.degradation.get("kind"),
+            "patches": self.patches,
+            **self.settings,
+        }
+
+    def _images(self, name: str) -> str:
+        """Number, first and last path of a set's images in one line; "" where it has none."""
+        paths = [str(entry.get("path")) for entry in self.sources if entry.get("set") == name]
+        if not paths:
+            return ""
+        ends = paths if len(paths) < 3 else [paths[0], "...", paths[-1]]
+        text = f"{len(paths)} image{'s' * (len(paths) > 1)}: {' '.join(ends)}"
+        # File names may hold line breaks and bytes that are not UTF-8.
+        return " ".join(text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace").split())
+
     @property
     def scale(self) -> int:
         """High-resolution pixels per low-resolution pixel."""

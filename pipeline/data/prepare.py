@@ -43,12 +43,21 @@ class PrepareResult:
     manifest_sha256: str
 
 
-def check_source(config: DataConfig) -> None:
+def check_source(config: DataConfig, prepare_command: str | None = None) -> None:
     """Finds mistakes before anything is started: places, photographs, sizes, free space.
+
+    Args:
+        config: the data section; there is no data set at its root.
+        prepare_command: the command that prepares it, where that is left to the user to confirm.
 
     Raises:
         UserError: one line that names the field.
     """
+    if prepare_command is not None:
+        raise UserError(
+            f"data.root={config.root}: there is no data set there; check the path, or prepare one first: "
+            f"{prepare_command}"
+        )
     check_geometry(config)
     if config.source is None:
         raise UserError(

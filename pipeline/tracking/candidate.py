@@ -73,6 +73,7 @@ class Candidate:
             "evaluation_set": self.evaluation_set,
             "config_text": without_secrets(self.card.config_text),
             "data_sha256": self.card.data_sha256,
+            "data": self.card.data,
             "licence": self.card.licence,
             "pictures": list(self.card.pictures),
             "example": self.card.example is not None,
@@ -98,6 +99,7 @@ class Candidate:
                 card=ModelCard(
                     config_text=content["config_text"],
                     data_sha256=content["data_sha256"],
+                    data=content.get("data", ""),  # absent in candidates of earlier releases
                     licence=content["licence"],
                     pictures={title: _image(run, _picture_file(index)) for index, title in titles},
                     example=_image(run, EXAMPLE) if content["example"] else None,

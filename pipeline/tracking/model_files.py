@@ -35,6 +35,8 @@ class ModelCard:
     """The whole configuration, as YAML."""
     data_sha256: str
     """Digest of the data set's manifest."""
+    data: str = ""
+    """The images that the manifest lists, in a few words."""
     licence: str = NO_LICENCE
     """Licence of the photographs, and so of the weights."""
     pictures: Mapping[str, np.ndarray] = field(default_factory=dict)

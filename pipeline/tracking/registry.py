@@ -217,6 +217,7 @@ def _log_model(
         "step": step,
         "run_id": tracked.run_id,
         "generator_sha256": sha256,
+        **({"data": card.data} if card.data else {}),
         "data_sha256": card.data_sha256,
         "evaluation_set": evaluation_set,
     }

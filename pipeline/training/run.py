@@ -31,6 +31,9 @@ from pipeline.training.state import Stage, best_of, by_metric, new_state
 from pipeline.training.stopping import saving_on_sigterm, stop_requested
 from pipeline.training.worker import Worker
 
+# Fields that only ingest reads, about the images and not about the patches.
+_INGEST_ONLY = {"source", "held_out", "lr_dir", "licence"}
+
 
 @dataclass(frozen=True)
 class TrainingResult:
@@ -57,6 +60,7 @@ def run_training(
     parent_run_id: str | None = None,
     accept_changes: bool = False,
     compare_versions: bool = True,
+    prepare_command: str | None = None,
 ) -> TrainingResult:
     """Trains both stages, or goes on where an earlier try stopped, and registers the best generator.
 
@@ -66,6 +70,7 @@ def run_training(
         parent_run_id: MLflow run that this one belongs to (a sweep).
         accept_changes: go on although the configuration, the data set or package versions are others than before.
         compare_versions: whether other package versions are a change (never for a run that has ended).
+        prepare_command: refuse a missing data set with this command in the message, instead of preparing it.
 
     Returns:
         The result; for a run that had ended before, what it left, and nothing is changed.
@@ -95,7 +100,7 @@ def run_training(
     check_before_start(config, run)
     has_data = has_manifest(config.data.root)
     if not has_data:
-        check_source(config.data)
+        check_source(config.data, prepare_command)
     require_store(config.tracking, config.storage)
 
     refusal = (
@@ -113,7 +118,42 @@ def run_training(
         if accept_changes:
             _require_loadable(config, run)
         identity = identities.claim(run, config, manifest.sha256, accept_changes, compare_versions)
+        if parent_run_id is None:
+            print(summary(config, manifest), flush=True)
+        if has_data:
+            config = _without_source(config)
         return _tracked_training(config, run, manifest, identity, callbacks, parent_run_id)
+
+
+def summary(config: TrainConfig, manifest: Manifest) -> str:
+    """What is about to be trained, in four lines: data (as the manifest has it), model, steps, devices."""
+    facts, model = manifest.facts(), config.model
+    held_out = f"validation on {facts['held_out']}" if facts["held_out"] else "no validation images"
+    networks = (
+        f"RRDBNet x{manifest.scale}, {model.num_block} blocks, {model.num_feat} features, {model.num_grow_ch} growth "
+        f"channels, residual scale {model.residual_scale:g}"
+    )
+    if config.gan.steps:
+        networks += f"; discriminator {model.discriminator}, {model.discriminator_num_feat} features"
+    low, high = config.worker_range
+    count = f"{low} to {high}" if low != high else str(high)
+    workers = f"{count} Ray Train worker{'s' * (high != 1)}" if high else "this process, without Ray Train"
+    return "\n".join(
+        [
+            f"data:    {config.data.root}: {manifest.patches} patches of {manifest.patch_px} px from "
+            f"{facts['source'] or 'unlisted images'}; {held_out}",
+            f"model:   {networks}",
+            f"steps:   {config.psnr.steps} (psnr), then {config.gan.steps} (gan), of {config.batch_size} crops of "
+            f"{config.crop_px} px",
+            f"devices: {workers}; {'one GPU for each worker' if config.use_gpu else 'CPU'}",
+        ]
+    )
+
+
+def _without_source(config: TrainConfig) -> TrainConfig:
+    """`config` as a run records it whose data set was there before: nothing says that it was made from data.source."""
+    unknown = dict.fromkeys(_INGEST_ONLY)
+    return config.model_copy(update={"data": config.data.model_copy(update=unknown)})
 
 
 def _tracked_training(
@@ -130,7 +170,11 @@ def _tracked_training(
         config.tracking,
         run,
         run_name=config.run_name,
-        parameters=flat_fields(config.model_dump(mode="json", exclude={"tracking"})),
+        # What the data set was made from is the manifest's to state: the configuration may name other images by now.
+        parameters=flat_fields(
+            config.model_dump(mode="json", exclude={"tracking": True, "data": _INGEST_ONLY})
+        )
+        | {f"data.{name}": value for name, value in manifest.facts().items()},
         tags={"esrgan.key": identity.key, "esrgan.data": manifest.sha256},
         config_text=text,
         parent_run_id=parent_run_id,
@@ -276,6 +320,7 @@ def _candidate(
         card=ModelCard(
             config_text=text,
             data_sha256=manifest.sha256,
+            data=manifest.facts()["source"],
             licence=licence_note(licences),
             pictures=pictures,
             example=next((example_from(strip, config.data.scale) for strip in pictures.values()), None),

@@ -40,7 +40,7 @@ from pipeline.training.checks import (
     with_absolute_paths,
 )
 from pipeline.training.config import TrainConfig
-from pipeline.training.run import run_training
+from pipeline.training.run import run_training, summary
 from pipeline.tuning.config import Choice, TuneConfig, Uniform
 from pipeline.tuning.picture import tradeoff_picture
 
@@ -77,8 +77,12 @@ class SweepResult:
     picture: str
 
 
-def run_sweep(config: Config) -> SweepResult:
+def run_sweep(config: Config, prepare_command: str | None = None) -> SweepResult:
     """Runs the sweep, or what is left of it.
+
+    Args:
+        config: the validated configuration.
+        prepare_command: refuse a missing data set with this command in the message, instead of preparing it.
 
     Raises:
         UserError: bad values, a sweep of the same name that searches something else, or no trial that finished.
@@ -98,14 +102,14 @@ def run_sweep(config: Config) -> SweepResult:
             checked.append(trial.perceptual)
     has_data = has_manifest(base.data.root)
     if not has_data:
-        check_source(base.data)
+        check_source(base.data, prepare_command)
     require_store(base.tracking, base.storage)
     _claim(sweep, base, settings)
 
     ray_trainer.connect(base)
     if not has_data:
         prepare(base.data)
-    load_manifest(base.data.root)
+    print(summary(base, load_manifest(base.data.root)), flush=True)
     parent = open_parent(
         base.tracking,
         base.storage,
