@@ -49,9 +49,7 @@ def written(run: Storage, state: TrainState, step: int) -> CheckpointName:
     name = CheckpointName(step, state.stage)
     tensors = {key: value.detach().clone() for key, value in state.tensors().items()}
     ema = {key: value.clone() for key, value in state.ema.state_dict().items()}
-    checkpoints.write(
-        run, Checkpoint(name, ema, tensors, {**state.scalars(), "step": step, "metrics": {}}), SIZES
-    )
+    checkpoints.write(run, Checkpoint(name, ema, tensors, {**state.scalars(), "step": step}), SIZES)
     return name
 
 

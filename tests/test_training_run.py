@@ -12,13 +12,18 @@ from typing import Any
 import pytest
 import torch
 from mlflow import MlflowClient
-from tiny import command, fields, run_until, train, write_sets
+from tiny import command, fields, flags, run_until, train, write_sets
 
+from pipeline.config import load_config
+from pipeline.data import read_held_out
+from pipeline.data.feed import Feed
 from pipeline.errors import UserError
 from pipeline.storage import Storage
 from pipeline.tracking.records import Metrics, read_segment, segment_steps
 from pipeline.training import checkpoint as checkpoints
+from pipeline.training import loop
 from pipeline.training.run import TrainingResult
+from pipeline.training.worker import Worker
 
 pytestmark = pytest.mark.slow
 
@@ -123,6 +128,42 @@ def test_weights_that_never_get_better_than_the_first_are_registered_all_the_sam
     result = train(folder, **changes, **{"tracking.register_model": True, "tracking.uri": uri})
     assert result.model_version == 1
     assert "cannot be read" not in capsys.readouterr().out
+
+
+def test_reports_and_checkpoints_after_a_resume_hold_what_a_validation_measured(
+    folder: Path, undisturbed: TrainingResult, tmp_path: Path
+) -> None:
+    changes = {"checkpoint_every_steps": 1, "validate_every_steps": 5, "psnr.steps": 12, "gan.steps": 0}
+    values = fields(folder, **changes)
+    config, _ = load_config(flags(values), description="", environment={})
+    run = Storage(str(tmp_path))
+    reports: list[dict[str, float]] = []
+
+    def attempt(steps: int) -> None:
+        """Trains `steps` steps from the newest checkpoint, saves and ends."""
+        intervals = iter(range(1, steps + 1))
+        worker = Worker(
+            report=lambda metrics: reports.append(dict(metrics)),
+            stopping=lambda: next(intervals) == steps,
+        )
+        feed = Feed(config.data.root, config.seed, config.batch_size, config.crop_px, rank=0, world_size=1)
+        loop.train(config, worker, run, feed, read_held_out(config.data.root))
+
+    def saved() -> dict[int, dict[str, float]]:
+        newest = checkpoints.newest(run)
+        assert newest is not None
+        return {newest.scalars["metrics_step"]: newest.scalars["metrics"]}
+
+    attempt(7)
+    at_five = saved()
+    assert set(at_five) == {5}
+    attempt(2)
+    assert checkpoints.listed(run)[-1].step == 9
+    assert saved() == at_five
+    attempt(3)
+    assert [report["step"] for report in reports] == [5, 10, 12]
+    assert all("psnr_y" in report for report in reports)
+    assert saved() == {12: {name: value for name, value in reports[-1].items() if name != "step"}}
 
 
 def test_another_configuration_under_the_same_name_is_refused(

@@ -13,6 +13,7 @@ from PIL import Image
 from tiny import fields, flags, write_sets
 
 from pipeline.config import load_config
+from pipeline.data import prepare
 from pipeline.errors import UserError
 from pipeline.storage import Storage
 from pipeline.tuning.sweep import Outcome, outcomes, run_sweep
@@ -96,6 +97,24 @@ def test_a_sweep_that_was_killed_goes_on_and_names_the_best(folder: Path) -> Non
 
 @pytest.mark.ray
 @pytest.mark.slow
+def test_a_trial_that_is_killed_between_validations_resumes(folder: Path) -> None:
+    # Checkpoints at every step, validations at 6 and 12 only.
+    changes = {
+        "tune.name": "between",
+        "tune.trials": 1,
+        "checkpoint_every_steps": 1,
+        "validate_every_steps": 6,
+    }
+    tiny.run_until(command(folder, **changes), "step 8/12", environment())
+    again = command(folder, **changes)
+    done = subprocess.run(again, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (trial,) = outcomes(Storage(str(folder / "runs" / "between")))
+    assert (trial.status, trial.step) == ("finished", 12)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
 def test_asha_stops_weak_trials_and_their_cpus_come_back(folder: Path) -> None:
     changes = {
         "run_name": "t", "tune.name": "early", "tune.trials": 4, "tune.scheduler": "asha", "tune.grace_steps": 3,
@@ -134,6 +153,20 @@ def load(folder: Path, **changes: Any) -> Any:
 def test_a_mistake_is_found_before_ray_starts(folder: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         run_sweep(load(folder, **{"tune.name": "mistake", **changes}))
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_sweep_without_a_held_out_set_is_refused_before_ray_starts(folder: Path, prepared: bool) -> None:
+    root = folder / f"without-held-out-{prepared}"
+    values = sweep_fields(folder, **{"tune.name": "unmeasured", "data.root": str(root)})
+    del values["data.held_out"]
+    config, _ = load_config(flags(values), description="", environment={})
+    if prepared:
+        prepare(config.data, progress=False, on_ray=False)
+    with pytest.raises(UserError, match=r"held.out set|data\.held_out: not set") as caught:
+        run_sweep(config)
+    assert "ranks its trials by psnr_y" in str(caught.value)
+    assert not (folder / "runs" / "unmeasured").exists()
 
 
 def test_outcomes_read_back(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@
 
 from pipeline.data.held_out import HeldOutPhoto, read_held_out
 from pipeline.data.manifest import Manifest, has_manifest, load_manifest
+from pipeline.data.plan import plans_held_out
 from pipeline.data.prepare import PrepareResult, check_source, prepare
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "check_source",
     "has_manifest",
     "load_manifest",
+    "plans_held_out",
     "prepare",
     "read_held_out",
 ]

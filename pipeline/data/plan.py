@@ -66,6 +66,11 @@ def make_plan(config: DataConfig, progress: bool = True) -> Plan:
     return Plan(jobs, licences)
 
 
+def plans_held_out(config: DataConfig) -> bool:
+    """Whether the data set will have a held-out set once it is prepared."""
+    return config.held_out is not None or config.source in ("sample", "div2k")
+
+
 def needed_bytes(config: DataConfig) -> int:
     """About how much space patches and downloads will take. Raises UserError, as `make_plan` does."""
     if config.source == "sample":

@@ -29,7 +29,7 @@ from pipeline.training.distributed import world_size
 from pipeline.training.faults import Diverged
 from pipeline.training.meter import Meter, progress_line
 from pipeline.training.schedule import learning_rate
-from pipeline.training.state import Best, Stage, TrainState, begin_gan, by_metric, new_state
+from pipeline.training.state import Best, Stage, TrainState, Validation, begin_gan, by_metric, new_state
 from pipeline.training.step import GanWeights, StepSettings, gan_step, psnr_step
 from pipeline.training.validation import PICTURES, pictures, validate
 from pipeline.training.worker import Worker
@@ -113,7 +113,9 @@ def train(
             if saves:
                 if checkpointer is not None:
                     recorder.save(checkpointer)
-                worker.report({"step": float(state.step), **recorder.latest})
+                # Only what was measured at this step: the report must not depend on what a restart forgets.
+                if state.validation is not None and state.validation.step == state.step:
+                    worker.report({"step": float(state.step), **state.validation.metrics})
                 if stops:
                     break
         if checkpointer is not None:
@@ -182,8 +184,6 @@ class _Recorder:
     run: Storage
     state: TrainState
     held_out: Sequence[HeldOutPhoto]
-    latest: dict[str, float] = field(default_factory=dict)
-    """The newest validation metrics."""
     _records: list[Metrics | Picture | Event] = field(default_factory=list)
     _handed_over: list[Metrics | Picture | Event] = field(default_factory=list)
     """Records that the checkpointer has, until it has written them."""
@@ -230,12 +230,13 @@ class _Recorder:
         self._records.append(Metrics(state.step, _now_ms(), named))
 
     def validate(self) -> None:
-        """Validates the averaged weights; every worker takes part."""
+        """Validates the EMA weights; every worker takes part."""
         if not self.held_out:
             return
         state, scale = self.state, self.config.data.scale
-        self.latest = validate(state.ema, self.held_out, scale, self.worker.device)
-        value = self.latest[self.config.tracking.metric]
+        metrics = validate(state.ema, self.held_out, scale, self.worker.device)
+        state.validation = Validation(state.step, metrics)
+        value = metrics[self.config.tracking.metric]
         # Before the first step nothing is saved that could be the best.
         if state.step:
             state.rank(
@@ -243,13 +244,13 @@ class _Recorder:
             )
         if not self.worker.leads:
             return
-        means = ", ".join(f"{name} {mean:.4f}" for name, mean in self.latest.items())
+        means = ", ".join(f"{name} {mean:.4f}" for name, mean in metrics.items())
         print(
             f"[{state.stage}] step {state.step} validation ({len(self.held_out)} photographs): {means}",
             flush=True,
         )
         self._records.append(
-            Metrics(state.step, _now_ms(), {f"validation/{name}": mean for name, mean in self.latest.items()})
+            Metrics(state.step, _now_ms(), {f"validation/{name}": mean for name, mean in metrics.items()})
         )
         before = self._stage_one if state.stage == "gan" else None
         shown = [state.ema] if before is None else [before, state.ema]
@@ -279,7 +280,7 @@ class _Recorder:
             name,
             state.ema.state_dict(),
             state.tensors(),
-            {**state.scalars(), "metrics": self.latest},
+            state.scalars(),
             before=lambda: write_segment(self.run, name.step, records),
             keep=frozenset(keep),
         )

@@ -26,6 +26,14 @@ class Best:
     """Name of what `value` measures; older runs have not noted it, and had one only."""
 
 
+@dataclass(frozen=True)
+class Validation:
+    """Validation metrics of the EMA weights, and the step they were measured at."""
+
+    step: int
+    metrics: dict[str, float]
+
+
 @dataclass
 class TrainState:
     """Networks, averaged weights, optimisers and counters of a run.
@@ -44,6 +52,8 @@ class TrainState:
     discriminator_optimizer: torch.optim.Adam | None = None
     best: tuple[Best, ...] = ()
     """The best first."""
+    validation: Validation | None = None
+    """The latest one."""
     damaged: int = 0
     """Damaged patches met so far, over all workers."""
     skipped: Tensor = field(default_factory=lambda: torch.zeros(2))
@@ -72,8 +82,15 @@ class TrainState:
 
     def scalars(self) -> dict[str, Any]:
         """The counters, as JSON values."""
-        best = [asdict(one) for one in self.best]
-        return {"stage": self.stage, "step": self.step, "best": best, "damaged": self.damaged}
+        latest = self.validation
+        return {
+            "stage": self.stage,
+            "step": self.step,
+            "best": [asdict(one) for one in self.best],
+            "damaged": self.damaged,
+            "metrics": latest.metrics if latest else {},
+            "metrics_step": latest.step if latest else None,
+        }
 
     @torch.no_grad()
     def load(self, ema: dict[str, Tensor], tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
@@ -107,6 +124,9 @@ class TrainState:
         self.skipped.copy_(tensors["skipped"])
         self.stage, self.step, self.damaged = scalars["stage"], scalars["step"], scalars["damaged"]
         self.best = best_of(scalars)
+        # Checkpoints of older versions have metrics without their step.
+        step = scalars.get("metrics_step")
+        self.validation = None if step is None else Validation(step, scalars["metrics"])
 
 
 def best_of(scalars: dict[str, Any]) -> tuple[Best, ...]:

@@ -22,7 +22,7 @@ class Worker:
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     report: Callable[[Mapping[str, float]], None] = _nothing
-    """Tells the surroundings of a finished interval; every worker calls it equally often."""
+    """Reports a validation, its metrics and its `step`, to the launcher; must be called equally often on all ranks."""
     preempted: Callable[[], bool] = _never
     """Whether this worker's machine is about to be taken away; every worker calls it equally often."""
     stopping: Callable[[], bool] = _never

@@ -27,7 +27,7 @@ from ray.tune.search import ConcurrencyLimiter
 from ray.tune.search.optuna import OptunaSearch
 
 from pipeline.config import Config, with_fields
-from pipeline.data import check_source, has_manifest, load_manifest, prepare
+from pipeline.data import check_source, has_manifest, load_manifest, plans_held_out, prepare
 from pipeline.errors import UserError
 from pipeline.storage import Storage
 from pipeline.tracking import TrackedRun, finish_run, open_parent, require_store
@@ -101,6 +101,7 @@ def run_sweep(config: Config, prepare_command: str | None = None) -> SweepResult
         if trial.perceptual not in checked and perceptual_features(trial):
             checked.append(trial.perceptual)
     has_data = has_manifest(base.data.root)
+    _require_held_out(base, settings, has_data)
     if not has_data:
         check_source(base.data, prepare_command)
     require_store(base.tracking, base.storage)
@@ -148,6 +149,21 @@ def _base(config: Config) -> TrainConfig:
         }
     )
     return absolute.model_copy(update={"tracking": tracking})
+
+
+def _require_held_out(base: TrainConfig, settings: TuneConfig, has_data: bool) -> None:
+    """Raises UserError when no validation would measure the trials."""
+    if has_data and load_manifest(base.data.root).held_out:
+        return
+    if not has_data and plans_held_out(base.data):
+        return
+    missing = (
+        f"data.root={base.data.root}: this data set has no held-out set"
+        if has_data
+        else "data.held_out: not set"
+    )
+    advice = "prepare another data.root with data.held_out" if has_data else "give a folder of images"
+    raise UserError(f"{missing}, and a sweep ranks its trials by {settings.metric} measured on one; {advice}")
 
 
 def _search(base: TrainConfig, settings: TuneConfig, sweep: Storage, parent: TrackedRun) -> None:
