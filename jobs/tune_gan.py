@@ -10,7 +10,7 @@ DEMO = Path(__file__).resolve().parent.parent / "configs" / "tune_demo.yaml"
 
 
 def main(argv: list[str]) -> None:
-    """Loads the configuration, runs the sweep, names the best trial."""
+    """Loads the configuration, runs the sweep, prints each trial's last validation and the best trial."""
     config, options = load_config(
         argv,
         description=__doc__ or "",
@@ -30,6 +30,7 @@ def main(argv: list[str]) -> None:
         [
             trial.run_name,
             trial.status,
+            str(trial.step),
             *(
                 f"{value:.4g}" if isinstance(value, float) else str(value)
                 for value in map(trial.values.get, fields)
@@ -40,10 +41,11 @@ def main(argv: list[str]) -> None:
             result.trials, key=lambda trial: trial.metrics.get(metric, float("-inf")), reverse=True
         )
     ]
-    print(command.table(["trial", "status", *fields, metric], rows))
+    print(command.table(["trial", "status", "step", *fields, metric], rows))
     print(f"picture: {result.picture}")
     best = " ".join(f"--{name} {value}" for name, value in result.best.values.items())
-    print(f"best: {result.best.run_name} with {metric} {result.best.metrics[metric]:.4f}: {best}")
+    value = f"{metric} {result.best.metrics[metric]:.4f} at step {result.best.step}"
+    print(f"best: {result.best.run_name} with {value}: {best}")
 
 
 if __name__ == "__main__":

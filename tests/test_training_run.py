@@ -166,6 +166,17 @@ def test_reports_and_checkpoints_after_a_resume_hold_what_a_validation_measured(
     assert saved() == {12: {name: value for name, value in reports[-1].items() if name != "step"}}
 
 
+def test_the_result_holds_the_final_validation_beside_that_of_the_best(folder: Path) -> None:
+    result = train(folder, run_name="overshoots", **{"gan.learning_rate": 1e-2})
+    run = Storage(str(folder / "runs" / "overshoots"))
+    measured = {
+        step: values["validation/psnr_y"] for step, values in curve(run) if "validation/psnr_y" in values
+    }
+    assert result.step == max(measured)
+    assert result.final_metrics["psnr_y"] == measured[result.step]
+    assert result.metrics["psnr_y"] == max(measured.values()) > measured[result.step]
+
+
 def test_another_configuration_under_the_same_name_is_refused(
     folder: Path, undisturbed: TrainingResult
 ) -> None:

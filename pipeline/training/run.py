@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -51,6 +51,8 @@ class TrainingResult:
     model_version: int | None
     metrics: dict[str, float]
     """Validation metrics of the registered generator."""
+    final_metrics: dict[str, float] = field(default_factory=dict)
+    """Validation metrics of the EMA weights at `step`; results of older versions lack them."""
 
 
 def run_training(
@@ -270,6 +272,7 @@ def _conclude(
         checkpoint=run.path(final.name.folder),
         model_version=version,
         metrics=chosen.scalars["metrics"],
+        final_metrics=final.scalars["metrics"],
     )
     run.write_bytes(RESULT, json.dumps(asdict(result), indent=2).encode())
     if version is not None:

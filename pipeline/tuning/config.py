@@ -49,7 +49,10 @@ class TuneConfig(Section):
         min_length=1,
         description="Fields of the training configuration to vary, by dotted name.",
     )
-    metric: str = Field("psnr_y", description="Validation metric that decides.")
+    metric: str = Field(
+        "psnr_y",
+        description="Validation metric that ranks the trials: its value for the EMA weights at the final step.",
+    )
     mode: Literal["max", "min"] = Field("max", description="Whether a larger or a smaller metric is better.")
     search: Literal["random", "optuna"] = Field(
         "random", description="How the next trial's values are chosen."

@@ -42,7 +42,7 @@ def tradeoff_picture(trials: Sequence[Mapping[str, Any]], metric: str, best: str
         panel.set_xlabel(field)
         panel.grid(visible=True, color="#dddddd", linewidth=0.6)
         panel.set_axisbelow(True)
-    panels[0].set_ylabel(f"{metric} (held-out photographs)")
+    panels[0].set_ylabel(f"{metric} (last validation)")
     figure.suptitle(f"{len(shown)} trials; star: the best, {best}", fontsize=11)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)

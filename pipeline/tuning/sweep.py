@@ -1,5 +1,8 @@
 """A sweep: Ray Tune chooses values, each trial is a whole training run, and the best one is named.
 
+Trials are compared by their last validation: that of the EMA weights at the final step. The best one of stage 2 is by
+PSNR the first, before the GAN losses changed anything, and would rank noise.
+
 The sweep's folder is STORAGE/NAME/:
 
     sweep.json          what is searched and what stays fixed; a sweep with other values is another sweep
@@ -61,7 +64,9 @@ class Outcome:
     status: str
     """finished, stopped (early, by the scheduler) or failed."""
     step: int
+    """Where `metrics` were measured: the final step, or where the trial was stopped."""
     metrics: dict[str, float]
+    """The last validation of the EMA weights."""
     reason: str = ""
     """Why it failed."""
 
@@ -199,8 +204,9 @@ def _search(base: TrainConfig, settings: TuneConfig, sweep: Storage, parent: Tra
         result = run_training(
             trial, callbacks=[TuneReportCallback()], parent_run_id=parent.run_id, compare_versions=False
         )
-        _keep(sweep, Outcome(trial.run_name, result.run_id, values, "finished", result.step, result.metrics))
-        tune.report({**result.metrics, "step": result.step})
+        final = result.final_metrics
+        _keep(sweep, Outcome(trial.run_name, result.run_id, values, "finished", result.step, final))
+        tune.report({**final, "step": result.step})
 
     tuner = tune.Tuner(
         # A driver only waits for its workers; were it to hold a CPU, they could wait for it for ever.
@@ -314,7 +320,9 @@ def _claim(sweep: Storage, base: TrainConfig, settings: TuneConfig) -> None:
     """Writes what the sweep is, or checks that it is the same. Raises UserError."""
     fixed = identities.learning_fields(base)
     mine = {
-        "search": settings.model_dump(mode="json", include={"space", "metric", "mode"}),
+        # Sweeps of older versions compared the best validations; those values do not mix with these.
+        "search": settings.model_dump(mode="json", include={"space", "metric", "mode"})
+        | {"compared_by": "last validation"},
         "fixed": fixed,
     }
     if not sweep.exists("sweep.json"):
