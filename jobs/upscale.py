@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
         "--output",
         required=True,
         metavar="DIR",
-        help="Gets the copies, under their relative names. What is there already is skipped: run again to go on.",
+        help="Output folder. Relative paths are kept; existing outputs of the same model and settings are skipped.",
     )
     add(
         "--format",
@@ -39,7 +39,11 @@ def parser() -> argparse.ArgumentParser:
         help="Side of a tile in the photograph's pixels: lower means less memory; 0: never tiles "
         "(default: 256 for photographs of more than 512 x 512).",
     )
-    add("--overwrite", action="store_true", help="Make copies anew that are there already.")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="Overwrite existing outputs, also those of another model or other settings.",
+    )
     add("--max-megapixels", type=float, default=200.0, metavar="N", help="Larger photographs are refused.")
     add("--device", default="auto", help="auto, cpu or cuda (default: auto).")
     add(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from enlarging import job, write_generator, write_picture
+from enlarging import job, refusal, write_generator, write_picture
 from PIL import Image
 from s3 import s3_bucket
 
@@ -37,6 +37,12 @@ def test_a_prefix_is_enlarged_into_another_and_skipped_the_second_time(bucket: s
     assert np.asarray(Image.open(tmp_path / "copy.png")).shape == (80, 96, 3)
     assert job("upscale")(arguments) == 0
     assert Storage(f"{bucket}/out").read_bytes("deep/a.png") == copy
+    arguments[1] = str(write_generator(tmp_path / "other.safetensors", seed=1))
+    assert "made by s3://" in refusal("upscale", *arguments)
+    assert Storage(f"{bucket}/out").read_bytes("deep/a.png") == copy
+    assert job("upscale")([*arguments, "--overwrite"]) == 0
+    assert Storage(f"{bucket}/out").read_bytes("deep/a.png") != copy
+    assert job("upscale")(arguments) == 0
 
 
 def test_originals_on_s3_are_evaluated(bucket: str, tmp_path: Path) -> None:

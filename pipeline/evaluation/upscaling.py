@@ -12,9 +12,11 @@ from pipeline.data.photos import PhotoRefused
 from pipeline.errors import UserError
 from pipeline.evaluation.layout import images_in
 from pipeline.evaluation.models import Model
+from pipeline.evaluation.output_record import OutputRecord, claim
 from pipeline.evaluation.photo_files import SUFFIXES, read_source, write_copy
 from pipeline.evaluation.progress import with_progress
 from pipeline.imaging import bicubic_upscale
+from pipeline.model import generator_sha256
 from pipeline.storage import Storage
 
 
@@ -49,6 +51,21 @@ class Upscaler:
     tile_px: int | None
     max_megapixels: float
 
+    def settings(self) -> dict[str, Any]:
+        """What an output depends on by more than a gray level, as JSON values.
+
+        Tiles and devices change a pixel by at most one level, and a lower --tile must be able to resume a run that
+        was out of memory.
+        """
+        generator = self.model.generator
+        return {
+            "generator_sha256": None if generator is None else generator_sha256(generator.state_dict()),
+            "residual_scale": None if generator is None else generator.residual_scale,
+            "scale": self.model.scale,
+            "format": self.form,
+            "precision": "bf16" if self.model.bf16 else "fp32",
+        }
+
     def __call__(self, task: Task) -> dict[str, str]:
         """`name`, and one of `target`, `failed` and `unwritable` (reasons). A file appears whole or not at all."""
         try:
@@ -75,10 +92,10 @@ class Upscaler:
 def plan(source: str, output: str, form: str) -> tuple[Storage, Storage, list[Task]]:
     """What is to be done: relative names are kept, and the suffix becomes the format's.
 
-    Two photographs of one name but for the suffix keep their own suffix in front of the new one.
+    Images whose outputs would have the same name keep their own suffix in front of the new one.
 
     Raises:
-        UserError: no such folder or file, no photographs in it, or the output is the input's folder.
+        UserError: no such folder or file, no images in it, or an output would replace an input.
     """
     folder, names = images_in(source, "--input")
     target = Storage(output)
@@ -93,26 +110,48 @@ def plan(source: str, output: str, form: str) -> tuple[Storage, Storage, list[Ta
     names = [name for name in names if inside is None or not name.startswith(inside)]
     if not names:
         raise UserError(f"--input {source}: no photographs there besides the output")
-    suffix = SUFFIXES[form]
-    plain = Counter(str(PurePosixPath(name).with_suffix("")) for name in names)
-    tasks = []
-    for name in names:
-        stem = str(PurePosixPath(name).with_suffix(""))
-        tasks.append(Task(name, f"{name if plain[stem] > 1 else stem}{suffix}"))
+    tasks = [Task(name, output_name) for name, output_name in _output_names(names, SUFFIXES[form]).items()]
+    inputs = {folder.path(name) for name in names}
+    for task in tasks:
+        if target.path(task.target) in inputs:
+            raise UserError(
+                f"--output {output}: the output of {task.name} would replace the input {target.path(task.target)}; "
+                "choose another folder"
+            )
     return folder, target, tasks
+
+
+def _output_names(names: Sequence[str], suffix: str) -> dict[str, str]:
+    """A different output name for each input; they depend on the set of names, not on their order."""
+    whole: set[str] = set()
+    while True:
+        outputs = {
+            name: f"{name if name in whole else PurePosixPath(name).with_suffix('')}{suffix}"
+            for name in names
+        }
+        counts = Counter(outputs.values())
+        # a.jpg.png gives a.jpg.png, and so does a.jpg beside a.png: names that become whole can collide once more.
+        shared = {name for name, output in outputs.items() if counts[output] > 1} - whole
+        if not shared:
+            return outputs
+        whole |= shared
 
 
 def upscale_all(
     upscaler: Upscaler, tasks: Sequence[Task], workers: int = 0, overwrite: bool = False
 ) -> Upscaled:
-    """Enlarges all photographs whose copy is not there yet, in this process or on Ray's workers.
+    """Upscales all images that have no output yet, in this process or on Ray's workers.
 
     Raises:
-        UserError: a copy cannot be written (a full disk): the others could not be, either.
+        UserError: the folder has outputs of another model, other settings or other inputs, and `overwrite` is off; or
+            an output cannot be written (a full disk): the others could not be, either.
     """
-    there = set() if overwrite else set(upscaler.output.files())
-    result = Upscaled(skipped=[upscaler.output.path(task.target) for task in tasks if task.target in there])
-    left = [task for task in tasks if task.target not in there]
+    inputs = {task.target: upscaler.source.path(task.name) for task in tasks}
+    record = OutputRecord(upscaler.model.name, upscaler.settings(), inputs)
+    existing = claim(upscaler.output, record, overwrite)
+    skipped = set() if overwrite else existing
+    result = Upscaled(skipped=[upscaler.output.path(task.target) for task in tasks if task.target in skipped])
+    left = [task for task in tasks if task.target not in skipped]
     for outcome in with_progress(_outcomes(upscaler, left, workers), len(left)):
         if "unwritable" in outcome:
             raise UserError(
