@@ -30,10 +30,11 @@ def parser() -> argparse.ArgumentParser:
     add("--model", nargs="+", default=[], metavar="M", help=MODEL_HELP)
     add("--interpolate", nargs=3, action="append", default=[], metavar=("A", "B", "ALPHA"),
         help="Also the network (1 - ALPHA) * A + ALPHA * B, such as PSNR GAN 0.8 (ESRGAN, sec. 3.4).")  # fmt: skip
-    add("--hr", required=True, metavar="DIR", help="Originals: a folder, a file or an s3:// prefix; HR/ and LR/ in "
-        "it, or name_HR.png beside name_LR.png, are recognised.")  # fmt: skip
-    add("--lr", metavar="DIR", help="Low-resolution files of the same names (x4 at the end does not count). Without "
-        "them the originals are reduced as MATLAB's bicubic does it.")  # fmt: skip
+    add("--hr", required=True, metavar="DIR", help="Originals: a folder, a file or an s3:// prefix; HR and LR "
+        "folders in it (HR/ LR/, GT/ LQ/, *_HR/ *_LR_*/X4/), or name_HR.png next to name_LR.png, are "
+        "recognized.")  # fmt: skip
+    add("--lr", metavar="DIR", help="Low-resolution files of the same names (an ending such as x4 or _LR is ignored). "
+        "Without them the originals are reduced as MATLAB's bicubic does it.")  # fmt: skip
     add("--out", required=True, metavar="DIR", help="Gets metrics.json, report.html and comparison.png.")
     add(
         "--scale",

@@ -5,6 +5,7 @@ import io
 import numpy as np
 from PIL import Image
 
+from pipeline.data.layout import lr_candidates, lr_files
 from pipeline.data.sources import PhotoFile
 from pipeline.errors import UserError
 
@@ -16,30 +17,29 @@ _NEAR = 0.97  # share of equal values that names a degradation
 def pair_by_name(photos: list[PhotoFile], low: list[PhotoFile], scale: int) -> dict[str, PhotoFile]:
     """Low-resolution file of each photograph, by the photograph's path.
 
-    `0001.png` belongs to `0001.png`, `0001x4.png` or `0001_x4.png`, whatever extension or folder.
+    The rule is `lr_candidates`: `0001.png` goes with `0001.png`, `0001x4.png`, `0001_LR.png` and the like, in a folder
+    of the same relative name or, where that is clear, in any.
 
     Raises:
         UserError: two low-resolution files or two photographs with one name, or no file that fits a photograph.
     """
-    by_stem: dict[str, PhotoFile] = {}
-    for file in low:
-        if file.stem in by_stem:
-            raise UserError(
-                f"data.lr_dir: {by_stem[file.stem].name} and {file.name} have the same name; keep one"
-            )
-        by_stem[file.stem] = file
+    fitting = set(lr_files((file.name for file in low), scale))
+    hr_names = {photo.path: photo.name for photo in photos}
+    files = {file.path: file for file in low if file.name in fitting and file.path not in hr_names}
+    found = lr_candidates(hr_names, {path: file.name for path, file in files.items()}, scale)
     pairs: dict[str, PhotoFile] = {}
     owners: dict[str, str] = {}
-    for photo in photos:
-        for stem in (f"{photo.stem}x{scale}", f"{photo.stem}_x{scale}", photo.stem):
-            if stem in by_stem:
-                owner = owners.setdefault(stem, photo.path)
-                if owner != photo.path:
-                    raise UserError(
-                        f"data.lr_dir: {by_stem[stem].name} belongs to {owner} and to {photo.path}; rename one"
-                    )
-                pairs[photo.path] = by_stem[stem]
-                break
+    for photo, candidates in found.items():
+        if len(candidates) > 1:
+            first, second, *_ = (files[path].name for path in candidates)
+            raise UserError(f"data.lr_dir: {first} and {second} have the same name; keep one")
+        for path in candidates:
+            owner = owners.setdefault(path, photo)
+            if owner != photo:
+                raise UserError(
+                    f"data.lr_dir: {files[path].name} belongs to {owner} and to {photo}; rename one"
+                )
+            pairs[photo] = files[path]
     if not pairs:
         raise UserError(
             f"data.lr_dir: no file belongs to a photograph by name; expected names like {photos[0].stem}x{scale}.png"

@@ -8,12 +8,20 @@ from pipeline.data.config import DataConfig
 from pipeline.data.cutting import PhotoJob
 from pipeline.data.download import DIV2K_HELD_OUT, DIV2K_TRAIN, download, missing_bytes
 from pipeline.data.geometry import expected_bytes
+from pipeline.data.layout import (
+    Folders,
+    hr_folders,
+    is_marked_hr,
+    lr_beside_hr,
+    split_folders,
+    split_parts,
+)
 from pipeline.data.manifest import Manifest
 from pipeline.data.pairs import pair_by_name, read_size
 from pipeline.data.samples import write_sample_photos
 from pipeline.data.sources import PhotoFile, find_licence, list_photos
 from pipeline.errors import UserError
-from pipeline.storage import Storage, absolute
+from pipeline.storage import Storage, absolute, is_remote, join
 
 _HEADER_BYTES = 65536
 _HEADERS = 200
@@ -27,6 +35,8 @@ class Plan:
 
     jobs: list[PhotoJob]
     licences: dict[str, str | None]
+    notes: tuple[str, ...] = ()
+    """What was skipped for its place or name, a line for each source."""
 
 
 def make_plan(config: DataConfig, progress: bool = True) -> Plan:
@@ -35,7 +45,7 @@ def make_plan(config: DataConfig, progress: bool = True) -> Plan:
     `sample` writes its photographs first, and `div2k` downloads its archives.
 
     Raises:
-        UserError: nothing there, or low-resolution files that do not belong to the photographs.
+        UserError: nothing there, LR files that do not belong to the images, or LR files among the images.
     """
     if config.source is None:
         raise UserError("data.source: not set; give a folder of photographs, `sample` or `div2k`")
@@ -50,11 +60,10 @@ def make_plan(config: DataConfig, progress: bool = True) -> Plan:
             for archive in (DIV2K_TRAIN, DIV2K_HELD_OUT)
         )
         held_out, licence = held_out or own, licence or _DIV2K_LICENCE
-    train = list_photos(source)
-    kept_out = list_photos(held_out, "data.held_out") if held_out else []
-    lows: dict[str, PhotoFile] = {}
-    if config.lr_dir is not None:
-        lows = pair_by_name(train + kept_out, list_photos(config.lr_dir, "data.lr_dir"), config.scale)
+    low = list_photos(config.lr_dir, "data.lr_dir") if config.lr_dir is not None else []
+    train, notes = _hr_files(source, "data.source", low, config)
+    kept_out, more = _hr_files(held_out, "data.held_out", low, config) if held_out else ([], [])
+    lows = pair_by_name(train + kept_out, low, config.scale) if low else {}
     everything = [(photo, True) for photo in kept_out] + [(photo, False) for photo in train]
     jobs = [
         PhotoJob(index, photo, is_held_out, lows.get(photo.path))
@@ -63,7 +72,62 @@ def make_plan(config: DataConfig, progress: bool = True) -> Plan:
     licences = {"train": licence or find_licence(source)}
     if held_out:
         licences["held_out"] = licence or find_licence(held_out)
-    return Plan(jobs, licences)
+    return Plan(jobs, licences, (*notes, *more))
+
+
+def _hr_files(
+    source: str, field: str, low: list[PhotoFile], config: DataConfig
+) -> tuple[list[PhotoFile], list[str]]:
+    """The images of a source without the LR files among them, and what was skipped. Raises UserError."""
+    files = {photo.name: photo for photo in list_photos(source, field)}
+    chosen, notes = list(files), []
+    folders = split_folders(files, config.scale)
+    if folders is not None:
+        training, validation = split_parts(folders.hr)
+        used, unused = (training, validation) if field == "data.source" else (validation, training)
+        chosen = (used or folders.hr) + folders.rest
+        lr = [*folders.lr, *folders.other_lr]
+        if lr:
+            notes.append(
+                f"skipped as LR: {', '.join(sorted(lr))}" + _lr_advice(source, folders, used, config)
+            )
+        if folders.versions:
+            notes.append(
+                f"skipped as other versions of the same images: {', '.join(sorted(folders.versions))}"
+            )
+        if unused:
+            kind = "validation" if field == "data.source" else "training"
+            advice = " (data.held_out takes them)" if kind == "validation" and config.held_out is None else ""
+            notes.append(f"skipped as {kind} images: {', '.join(hr_folders(unused))}{advice}")
+        if notes:
+            where = ", ".join(hr_folders(used or folders.hr))
+            more = f" and {len(folders.rest)} files in other folders" if folders.rest else ""
+            notes = [f"{field}={source}: HR images from {where}{more}; {'; '.join(notes)}"]
+    beside = lr_beside_hr(chosen)
+    low_paths = {file.path for file in low}
+    unmarked = [
+        name for name, hr in beside.items() if not is_marked_hr(hr) and files[name].path not in low_paths
+    ]
+    if unmarked:
+        raise UserError(
+            f"{field}={source}: {unmarked[0]} is next to {beside[unmarked[0]]} and by its name the same image at "
+            f"another size ({len(unmarked)} such files); move LR files to a folder of their own (data.lr_dir reads "
+            "them), or rename them"
+        )
+    if beside:
+        first = next(iter(beside))
+        notes.append(f"{field}={source}: skipped as LR: {len(beside)} files such as {first}")
+    return [files[name] for name in sorted(set(chosen) - beside.keys())], notes
+
+
+def _lr_advice(source: str, folders: Folders, used: list[str], config: DataConfig) -> str:
+    """How to train on the LR files that are skipped, where data.lr_dir is not set."""
+    if config.lr_dir is not None:
+        return ""
+    fitting = folders.lr_folders_of(used or folders.hr)
+    if len(fitting) == 1 and (is_remote(source) or Path(source).is_dir()):
+        return f" (LR is made by bicubic; set data.lr_dir={join(source, fitting[0])} to use these files)"
+    return " (LR is made by bicubic; set data.lr_dir to one of these to use its files)"
 
 
 def plans_held_out(config: DataConfig) -> bool:

@@ -104,6 +104,8 @@ def prepare(
     with only_writer(storage, refusal):
         if storage.exists(NAME):  # by now
             return _found(config, strict, progress)
+        for note in plan.notes:
+            print(f"note: {note}", flush=True)
         _make(plan, config, strict, progress, on_ray)
         storage.remove(LOCK)
     manifest = load_manifest(config.root)

@@ -1,23 +1,20 @@
 """Finds the pictures of an evaluation: originals alone, or originals and their low-resolution versions."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from pipeline.data.layout import (
+    Folders,
+    hr_folders,
+    is_marked_hr,
+    lr_beside_hr,
+    lr_candidates,
+    lr_files,
+    split_folders,
+)
 from pipeline.data.photos import EXTENSIONS
 from pipeline.errors import UserError
 from pipeline.storage import Storage, is_remote
-
-HR_FOLDERS = ("hr", "gtmod12", "gt", "original", "originals", "target")
-LR_FOLDERS = (
-    "lrbicx{scale}",
-    "lr_bicubic/x{scale}",
-    "lr/x{scale}",
-    "lr_x{scale}",
-    "lrx{scale}",
-    "x{scale}",
-    "lr",
-)
 
 
 @dataclass(frozen=True)
@@ -62,103 +59,90 @@ def images_in(uri: str, flag: str) -> tuple[Storage, list[str]]:
 def find_pairs(hr: str, lr: str | None, scale: int) -> tuple[list[Pair], list[Refused]]:
     """The pictures to evaluate, sorted by name.
 
-    Without `lr`, a folder with originals and low-resolution files in two subfolders (`HR/ LR/`, `GTmod12/ LRbicx4/`)
-    or beside each other (`name_HR.png name_LR.png`) is recognised. With `lr`, files belong together by name;
-    endings such as `x4`, `_LR` and `_HR` do not count (DIV2K's `0801.png` and `0801x4.png`).
+    The words for HR and LR in folder and file names are those of `pipeline.data.layout`, as in ingest. Where only some
+    subfolders of `hr` are HR folders, the rest is not evaluated; without `lr`, the LR folder beside them is used. A
+    line is printed where there was a choice.
 
     Raises:
-        UserError: a folder is missing or empty, or no original has a low-resolution file.
+        UserError: a folder is missing or empty, no HR file has an LR file, or it is not clear which LR files belong.
     """
     storage, names = images_in(hr, "--hr")
-    if lr is None:
-        hr_folder, lr_folder = _subfolders(names, scale)
-        if hr_folder is not None and lr_folder is not None:
-            originals = _below(storage, names, hr_folder)
-            return _match(originals, _below(storage, names, lr_folder), scale, f"{hr}/{lr_folder}")
-        if hr_folder is not None:
-            names = [name for name in names if name.startswith(f"{hr_folder}/")]
-        beside = _split_by_ending(storage, names)
-        if beside is not None:
-            originals, small, rest = beside
-            pairs, refused = _match(originals, small, scale, hr)
-            return pairs, refused + [Refused(path, "neither _HR nor _LR in its name") for path in rest]
-        return [Pair(name, storage.path(name), None) for name in names], []
-    lr_storage, lr_names = images_in(lr, "--lr")
-    steps = {name.split("/")[0] for name in lr_names if "/" in name}
-    inner = next((step for step in sorted(steps) if step.lower() == f"x{scale}"), None)
-    small = (
-        _below(lr_storage, lr_names, inner) if inner else {name: lr_storage.path(name) for name in lr_names}
-    )
-    if len(names) == 1 and len(small) == 1:
-        return [Pair(names[0], storage.path(names[0]), next(iter(small.values())))], []
-    return _match({name: storage.path(name) for name in names}, small, scale, lr)
+    folders = split_folders(names, scale)
+    if folders is not None:
+        names = folders.hr
+    originals = _below(storage, names, hr_folders(names) if folders is not None else [])
+    if lr is not None:
+        lr_storage, lr_names = images_in(lr, "--lr")
+        small = _below(lr_storage, lr_files(lr_names, scale), [])
+        if len(originals) == len(small) == 1:
+            (name, path), (low,) = *originals.items(), small.values()
+            return [Pair(name, path, low)], []
+        return _match(originals, small, scale, lr)
+    if folders is not None:
+        chosen = _lr_folders(folders, hr)
+        skipped = sorted({*folders.other_lr, *folders.versions}) + (["other files"] if folders.rest else [])
+        print(
+            f"note: --hr {hr}: HR images from {', '.join(hr_folders(names))}; "
+            + (f"LR images from {', '.join(chosen)}" if chosen else "LR images made by bicubic")
+            + (f"; skipped: {', '.join(skipped)}" if skipped else ""),
+            flush=True,
+        )
+        if chosen:
+            small = _below(storage, [name for folder in chosen for name in folders.lr[folder]], [])
+            return _match(originals, small, scale, f"{hr}/{chosen[0]}")
+    beside = lr_beside_hr(originals)
+    unmarked = [name for name, other in beside.items() if not is_marked_hr(other)]
+    if unmarked:
+        raise UserError(
+            f"--hr {hr}: {unmarked[0]} is next to {beside[unmarked[0]]} and by its name the same image at another size "
+            f"({len(unmarked)} such files); move LR files to a folder of their own and give it as --lr, or rename them"
+        )
+    if beside:
+        marked = {name: path for name, path in originals.items() if is_marked_hr(name)}
+        small = {name: originals[name] for name in beside}
+        pairs, refused = _match(marked, small, scale, hr)
+        rest = [path for name, path in originals.items() if name not in marked and name not in small]
+        return pairs, refused + [Refused(path, "neither HR nor LR in its name") for path in rest]
+    return [Pair(name, path, None) for name, path in originals.items()], []
 
 
 def _is_image(path: PurePosixPath) -> bool:
     return path.suffix.lower() in EXTENSIONS and not any(part.startswith(".") for part in path.parts[-8:])
 
 
-def _subfolders(names: list[str], scale: int) -> tuple[str | None, str | None]:
-    """The subfolders that hold originals and low-resolution files, as they are spelled; None where there is none."""
-    folders = {"/".join(name.split("/")[:depth]) for name in names for depth in range(1, name.count("/") + 1)}
-    spelled = {folder.lower(): folder for folder in sorted(folders)}
-    hr_folder = next((spelled[folder] for folder in HR_FOLDERS if folder in spelled), None)
-    candidates = (folder.format(scale=scale) for folder in LR_FOLDERS)
-    return hr_folder, next((spelled[folder] for folder in candidates if folder in spelled), None)
+def _lr_folders(folders: Folders, hr: str) -> list[str]:
+    """The LR folders of the HR images. Raises UserError where several belong to one HR folder."""
+    rivals = folders.rivals()
+    if rivals:
+        raise UserError(
+            f"--hr {hr}: {' and '.join(rivals)} both hold LR files of {', '.join(hr_folders(folders.hr))}; choose: "
+            f"--hr {hr}/{hr_folders(folders.hr)[0]} --lr {hr}/{rivals[0]}"
+        )
+    return folders.lr_folders_of(folders.hr)
 
 
-def _below(storage: Storage, names: list[str], folder: str) -> dict[str, str]:
-    prefix = f"{folder}/"
-    return {name.removeprefix(prefix): storage.path(name) for name in names if name.startswith(prefix)}
-
-
-def _split_by_ending(
-    storage: Storage, names: list[str]
-) -> tuple[dict[str, str], dict[str, str], list[str]] | None:
-    """Originals, low-resolution files and the rest, where names end in _HR and _LR; else None."""
-    ending = {name: _ENDING.search(PurePosixPath(name).stem) for name in names}
-    originals = {
-        name: storage.path(name) for name, match in ending.items() if match and match[1].lower() == "hr"
-    }
-    small = {name: storage.path(name) for name, match in ending.items() if match and match[1].lower() == "lr"}
-    if not originals or not small:
-        return None
-    return originals, small, [name for name in names if name not in originals and name not in small]
-
-
-_ENDING = re.compile(r"[_-](hr|lr)$", re.IGNORECASE)
-
-
-def _key(name: str, scale: int) -> str:
-    """What a file is called without the endings that tell the two sizes apart."""
-    path = PurePosixPath(name)
-    stem = re.sub(rf"(?<=.)[_-]?(x{scale}|{scale}x)$", "", path.stem, flags=re.IGNORECASE)
-    stem = re.sub(r"(?<=.)[_-](hr|lr|gt|bicubic|lrbic)$", "", stem, flags=re.IGNORECASE)
-    stem = re.sub(rf"(?<=.)[_-]?(x{scale}|{scale}x)$", "", stem, flags=re.IGNORECASE)
-    return str(path.with_name(stem))
+def _below(storage: Storage, names: list[str], folders: list[str]) -> dict[str, str]:
+    """Full address of each name; the names are relative to the folder, where there is one."""
+    prefix = f"{folders[0]}/" if len(folders) == 1 else ""
+    return {name.removeprefix(prefix): storage.path(name) for name in names}
 
 
 def _match(
     originals: dict[str, str], small: dict[str, str], scale: int, where: str
 ) -> tuple[list[Pair], list[Refused]]:
-    by_key: dict[str, str] = {}
-    refused = []
-    for name in sorted(small):
-        key = _key(name, scale)
-        if key in by_key:
-            refused.append(Refused(small[name], f"has the same name as {PurePosixPath(by_key[key]).name}"))
-        else:
-            by_key[key] = small[name]
-    pairs = []
+    found = lr_candidates({name: name for name in originals}, {name: name for name in small}, scale)
+    pairs, refused, free = [], [], dict.fromkeys(small)
     for name in sorted(originals):
-        # An original's own name may end in x4: the exact name wins over the shortened one.
-        exact = str(PurePosixPath(name).with_suffix(""))
-        partner = by_key.pop(exact, None) or by_key.pop(_key(name, scale), None)
-        if partner is None:
+        candidates = [each for each in found[name] if each in free]
+        if not candidates:
             refused.append(Refused(originals[name], f"no low-resolution file of this name in {where}"))
-        else:
-            pairs.append(Pair(name, originals[name], partner))
-    refused += [Refused(path, "no original of this name") for path in by_key.values()]
+            continue
+        pairs.append(Pair(name, originals[name], small[candidates[0]]))
+        for each in candidates:
+            del free[each]
+        same = PurePosixPath(candidates[0]).name
+        refused += [Refused(small[each], f"has the same name as {same}") for each in candidates[1:]]
+    refused += [Refused(small[name], "no original of this name") for name in free]
     if not pairs:
         example = PurePosixPath(next(iter(originals), "name.png")).stem
         raise UserError(
