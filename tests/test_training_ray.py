@@ -1,5 +1,6 @@
 """Both stages on two real Ray Train workers: killed, hanging, broken; resumed, and the same bits."""
 
+import os
 import shutil
 import signal
 import threading
@@ -10,13 +11,17 @@ from typing import Any
 import psutil
 import pytest
 import tiny
+from ray.exceptions import RayActorError
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from tiny import write_sets
 
+from pipeline.config import load_config
 from pipeline.errors import UserError
 from pipeline.storage import Storage
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training import faults
-from pipeline.training.run import TrainingResult
+from pipeline.training.run import TrainingResult, run_training
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -87,6 +92,51 @@ def test_a_driver_that_is_killed_is_started_again_and_changes_no_bit(
     again = train(folder, run_name="driver")
     assert again.generator_sha256 == undisturbed.generator_sha256
     assert again.metrics == undisturbed.metrics
+
+
+def failing_start(mark: Path, kind: str) -> WorkerGroupCallback:
+    """Fails the first start of a worker group when its workers' processes are there; runs in the controller."""
+
+    # A local class travels by value: the controller cannot import this module.
+    class FailingStart(WorkerGroupCallback):
+        def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
+            if kind == "controller" and self._is_first():
+                os.kill(os.getpid(), signal.SIGKILL)
+            return {}
+
+        def after_worker_group_start(self, worker_group: Any) -> None:
+            if kind != "controller" and self._is_first():
+                # An error ends the controller; after a worker's death it starts another group.
+                raise OSError("no process group") if kind == "error" else RayActorError()
+
+        def _is_first(self) -> bool:
+            try:
+                mark.touch(exist_ok=False)
+            except FileExistsError:
+                return False
+            return True
+
+    return FailingStart()
+
+
+@pytest.mark.parametrize("kind", ["error", "worker", "controller"])
+def test_a_worker_group_that_fails_while_starting_frees_its_cpus_for_the_next(
+    undisturbed: TrainingResult, folder: Path, tmp_path: Path, kind: str
+) -> None:
+    values = tiny.fields(
+        folder, run_name=f"start-{kind}", workers=2,
+        **{"tracking.register_model": False, "faults.worker_start_timeout_s": 30, "faults.max_restarts": 2},
+    )  # fmt: skip
+    config, _ = load_config(tiny.flags(values), description="", environment={})
+    # Another user of the same Ray: its placement group stays.
+    others = placement_group([{"memory": 2**20}])
+    try:
+        result = run_training(config, callbacks=[failing_start(tmp_path / "failed", kind)])
+        assert (tmp_path / "failed").exists()
+        assert result.generator_sha256 == undisturbed.generator_sha256
+        assert placement_group_table(others)["state"] == "CREATED"
+    finally:
+        remove_placement_group(others)
 
 
 def test_ray_trains_own_processes_know_which_ray_is_theirs(ray_cluster: str, folder: Path) -> None:

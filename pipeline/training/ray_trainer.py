@@ -1,4 +1,4 @@
-"""The training loop on Ray Train's workers. The only file of this room that knows Ray."""
+"""The training loop on Ray Train's workers; with `ray_internals`, the only modules here that import Ray."""
 
 import json
 import logging
@@ -13,8 +13,6 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
-from ray.train.v2._internal.execution import context as reports
 from ray.train.v2.api.callback import UserCallback
 
 from pipeline.data import read_held_out
@@ -26,6 +24,12 @@ from pipeline.training import checkpoint as checkpoints
 from pipeline.training import faults
 from pipeline.training.config import TrainConfig
 from pipeline.training.loop import train
+from pipeline.training.ray_internals import (
+    ENV_VARS_TO_PROPAGATE,
+    PlacementGroupCleanup,
+    remove_orphaned_placement_groups,
+    reports,
+)
 from pipeline.training.stopping import stop_requested
 from pipeline.training.worker import Worker
 
@@ -76,6 +80,8 @@ def fit(config: TrainConfig, run: Storage, callbacks: Sequence[UserCallback] = (
     faults.clear(run)
     _set_timeouts(config)
     while True:
+        # A controller that died while its workers were starting would keep the CPUs from the next one.
+        remove_orphaned_placement_groups()
         try:
             with _told_address():
                 _trainer(config, run, callbacks).fit()
@@ -126,7 +132,7 @@ def _trainer(
             failure_config=ray.train.FailureConfig(
                 max_failures=-1, controller_failure_limit=config.faults.max_restarts
             ),
-            callbacks=[_FaultLog(run.uri, config.faults.max_restarts), *callbacks],
+            callbacks=[_FaultLog(run.uri, config.faults.max_restarts), PlacementGroupCleanup(), *callbacks],
             # At INFO every report of every worker is a line.
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
