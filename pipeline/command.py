@@ -4,12 +4,14 @@ import errno
 import json
 import math
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, without_secrets
 
+EXIT_FAULT = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
@@ -17,7 +19,8 @@ EXIT_INTERRUPTED = 130
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Runs a command on the program's arguments and exits: 0, or 2 after one clear line about what the user can mend.
 
-    Anything else that goes wrong keeps its traceback and exits 1. A command may return another exit code.
+    Anything else that goes wrong keeps its traceback, without passwords, and exits 1. A command may return another
+    exit code.
     """
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     try:
@@ -25,9 +28,11 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(EXIT_BAD_INPUT)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
+    except Exception as error:  # noqa: BLE001 - reported below
+        if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            # Printed here: Python's own way, and Ray's, would show the password of an address.
+            print(without_secrets(traceback.format_exc()), end="", file=sys.stderr, flush=True)
+            sys.exit(EXIT_FAULT)
         where = f" ({error.filename})" if error.filename else ""
         print(
             f"error: no space left on the device{where}; free some, or choose another place, and run the same command "

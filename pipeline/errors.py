@@ -1,8 +1,24 @@
-"""The one error that a user causes and can mend."""
+"""The one error that a user causes and can fix, and the removal of secrets from text."""
+
+import re
+
+MASK = "***"
+# A password may hold / and @, so what has a colon extends to the last @.
+_USER_INFO = re.compile(r"(?<=://)(?:[^/@:\s'\"]*:[^\s'\"]*|[^/@\s'\"]+)(?=@)")
+_SECRET_OPTION = re.compile(r"(?i)(?<=[?&;])([a-z_]*(?:password|passwd|pwd|token|secret)[a-z_]*)=[^&;\s'\"]+")
+
+
+def without_secrets(text: str) -> str:
+    """`text` with user names and passwords in addresses replaced by ***."""
+    return _SECRET_OPTION.sub(rf"\1={MASK}", _USER_INFO.sub(MASK, text))
 
 
 class UserError(Exception):
     """Bad input: one clear line (the file or field, its value, what to do) and exit code 2.
 
-    Anything else that is raised is a fault of ours, or of the machine, and keeps its traceback.
+    The message never holds the password of an address. Anything else that is raised is a fault of ours, or of the
+    machine, and keeps its traceback.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_secrets(message))

@@ -34,9 +34,14 @@ def test_what_a_user_can_mend_is_one_line(
     assert said.count("\n") == 1
 
 
-def test_other_errors_keep_their_traceback() -> None:
+def test_other_errors_keep_their_traceback_without_passwords(capsys: pytest.CaptureFixture[str]) -> None:
     def main(arguments: list[str]) -> int:
-        raise OSError(errno.EIO, "Input/output error")
+        raise OSError(errno.EIO, "http://me:geheim@host: Input/output error")
 
-    with pytest.raises(OSError, match="Input/output"):
+    with pytest.raises(SystemExit) as ended:
         command.run(main)
+    assert ended.value.code == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("Traceback")
+    assert "OSError: [Errno 5] http://***@host: Input/output error" in printed
+    assert "geheim" not in printed

@@ -2,9 +2,9 @@
 
 import pytest
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, without_secrets
 from pipeline.tracking.config import TrackingConfig
-from pipeline.tracking.uri import absolute_uri, artifact_root, known_uri, resolve_uri, without_secrets
+from pipeline.tracking.uri import absolute_uri, artifact_root, known_uri, resolve_uri
 
 
 @pytest.mark.parametrize(
@@ -17,6 +17,9 @@ from pipeline.tracking.uri import absolute_uri, artifact_root, known_uri, resolv
             "postgresql://db/x?password=***&sslmode=require",
         ),
         ("http://token@host/", "http://***@host/"),
+        ("postgresql://me:p@s/s@db/x", "postgresql://***@db/x"),
+        ("mssql://me:p@db/x?PWD=geheim", "mssql://***@db/x?PWD=***"),
+        ("http://host:5000/x and s3://bucket/a@b", "http://host:5000/x and s3://bucket/a@b"),
         (
             "tracking: {uri: 'http://me:pass@host'}\nmail: a@b",
             "tracking: {uri: 'http://***@host'}\nmail: a@b",
@@ -68,6 +71,31 @@ def test_what_is_no_store_is_refused_in_one_line(uri: str, message: str) -> None
         absolute_uri(uri)
     assert "\n" not in str(caught.value)
     assert "geheim" not in str(caught.value)
+
+
+def test_errors_never_show_a_password() -> None:
+    assert str(UserError("cannot open http://me:geheim@host")) == "cannot open http://***@host"
+
+
+def test_a_written_configuration_holds_no_password_and_a_loaded_one_does() -> None:
+    config = TrackingConfig(uri="http://me:geheim@host:5000")
+    assert config.model_dump(mode="json")["uri"] == "http://***@host:5000"
+    assert "geheim" not in config.model_dump_json() + repr(config)
+    assert TrackingConfig.model_validate(config.model_dump()).uri == config.uri
+
+
+def test_an_address_whose_password_was_removed_comes_from_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("ESRGAN_TRACKING__URI", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:geheim@host")
+    written = TrackingConfig(uri="http://***@host")
+    assert resolve_uri(written, "/runs") == "http://me:geheim@host"
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    with pytest.raises(UserError, match="no tracking store is known"):
+        resolve_uri(written, "/runs")
+    with pytest.raises(UserError, match="its password was removed"):
+        absolute_uri("http://***@host")
 
 
 def test_runs_on_s3_need_a_server() -> None:

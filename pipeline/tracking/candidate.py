@@ -17,14 +17,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, without_secrets
 from pipeline.storage import Storage
 from pipeline.tracking.config import TrackingConfig
 from pipeline.tracking.model_files import ModelCard
 from pipeline.tracking.records import FOLDER, png
 from pipeline.tracking.registry import RegisteredVersion, log_generator, register_generator
 from pipeline.tracking.runs import TrackedRun
-from pipeline.tracking.uri import without_secrets
 
 PLACE = f"{FOLDER}/candidate"
 FILE = f"{PLACE}/candidate.json"

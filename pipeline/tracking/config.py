@@ -2,8 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, field_serializer
 
+from pipeline.errors import without_secrets
 from pipeline.section import Section
 
 
@@ -19,6 +20,7 @@ class TrackingConfig(Section):
 
     uri: str | None = Field(
         None,
+        repr=False,
         description="MLflow tracking store: sqlite:////absolute/path.db or http(s)://host:port. "
         "Without one: mlflow.db beside the runs, in `storage`.",
     )
@@ -34,3 +36,8 @@ class TrackingConfig(Section):
     metric: str = Field(
         "psnr_y", description="Validation metric that chooses the best generator and guards `champion`."
     )
+
+    @field_serializer("uri", when_used="json")
+    def _without_password(self, uri: str | None) -> str | None:
+        """What is written to a file or sent to a worker: training on a worker does not need the store."""
+        return None if uri is None else without_secrets(uri)

@@ -13,9 +13,9 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types import DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 from PIL import Image
 
+from pipeline.errors import without_secrets
 from pipeline.model import RRDBNet, load_generator
 from pipeline.model.export import export_onnx
-from pipeline.tracking.uri import without_secrets
 
 SERVING_CODE = Path(__file__).with_name("serving_model.py")
 WEIGHTS = "generator.safetensors"

@@ -18,13 +18,13 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, without_secrets
 from pipeline.model import decode_generator, generator_sha256, load_generator
 from pipeline.tracking.config import TrackingConfig
 from pipeline.tracking.model_files import WEIGHTS, ModelCard, card_text, write_model
 from pipeline.tracking.runs import DIGEST_CHARACTERS, TrackedRun
 from pipeline.tracking.store import StoreAway, connect, is_code, reason, waits
-from pipeline.tracking.uri import known_uri, without_secrets
+from pipeline.tracking.uri import known_uri
 
 __all__ = [
     "ModelCard",

@@ -11,13 +11,13 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, without_secrets
 from pipeline.storage import Storage
 from pipeline.tracking.config import TrackingConfig
 from pipeline.tracking.facts import code_and_machine
 from pipeline.tracking.records import FOLDER
 from pipeline.tracking.store import StoreAway, connect, is_code, reason, waits
-from pipeline.tracking.uri import artifact_root, resolve_uri, without_secrets
+from pipeline.tracking.uri import artifact_root, resolve_uri
 
 KEY_TAG = "esrgan.key"
 DATA_TAG = "esrgan.data"

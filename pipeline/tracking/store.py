@@ -14,15 +14,19 @@ from urllib.parse import urlsplit
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from pipeline.errors import UserError
-from pipeline.tracking.uri import DATABASES, without_secrets
+from pipeline.errors import UserError, without_secrets
+from pipeline.tracking.uri import DATABASES
 
 logger = logging.getLogger(__name__)
 
 # MLflow reads its time-outs from the environment at every request, and nowhere else.
 _TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 _RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
-_QUIET = {"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
+_QUIET = {
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # The link that it prints when a run ends holds the address's password.
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
 _lock = threading.Lock()
 _waits: list[dict[str, str]] = []
 _before: dict[str, str | None] = {}

@@ -1,35 +1,30 @@
 """Addresses of tracking stores: one absolute form, and no password in anything that is written or shown."""
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pipeline.errors import UserError
+from pipeline.errors import MASK, UserError, without_secrets
 from pipeline.storage import absolute, is_remote
 from pipeline.tracking.config import TrackingConfig
 
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
-_USER_INFO = re.compile(r"(?<=://)[^/@\s'\"]+(?=@)")
-_SECRET_OPTION = re.compile(r"(?i)(?<=[?&;])([a-z_]*(?:password|passwd|token|secret)[a-z_]*)=[^&;\s'\"]+")
-
-
-def without_secrets(text: str) -> str:
-    """`text` with user names and passwords in addresses replaced by ***."""
-    return _SECRET_OPTION.sub(r"\1=***", _USER_INFO.sub("***", text))
 
 
 def resolve_uri(config: TrackingConfig, storage: str) -> str:
     """The one absolute address of the store; the same in every process and from every folder.
 
     Args:
-        config: `tracking.uri`, or none for mlflow.db in `storage`.
+        config: `tracking.uri`, or none for mlflow.db in `storage`. The form that is written to files, without its
+            password, stands for the address that the environment gives.
         storage: the folder (or s3:// prefix) of the run folders.
 
     Raises:
-        UserError: no address for runs on s3, a folder as address, an unknown form.
+        UserError: no address for runs on s3, a folder as address, an unknown form, a password that was removed.
     """
+    if config.uri is not None and MASK in config.uri:
+        return known_uri(None)
     if config.uri is None:
         if is_remote(storage):
             raise UserError(
@@ -53,6 +48,11 @@ def absolute_uri(uri: str, storage: str | None = None) -> str:
     scheme, colon, rest = uri.partition("://")
     dialect = scheme.split("+")[0]
     shown = without_secrets(uri)
+    if MASK in uri:
+        raise UserError(
+            f"tracking.uri={shown}: its password was removed before it was written; give the whole address with "
+            "ESRGAN_TRACKING__URI"
+        )
     if not colon or dialect == "file":
         raise UserError(
             f"tracking.uri={shown}: not an address of an MLflow store; use sqlite:////absolute/path/mlflow.db or "

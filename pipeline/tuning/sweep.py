@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import optuna
+import ray
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
@@ -31,9 +32,10 @@ from ray.tune.search.optuna import OptunaSearch
 
 from pipeline.config import Config, with_fields
 from pipeline.data import check_source, has_manifest, load_manifest, plans_held_out, prepare
-from pipeline.errors import UserError
+from pipeline.errors import UserError, without_secrets
 from pipeline.storage import Storage
 from pipeline.tracking import TrackedRun, finish_run, open_parent, require_store
+from pipeline.tracking.uri import resolve_uri
 from pipeline.training import identity as identities
 from pipeline.training import ray_trainer
 from pipeline.training.checks import (
@@ -149,7 +151,7 @@ def _base(config: Config) -> TrainConfig:
     tracking = absolute.tracking.model_copy(
         # A trial is a trial: only a run of its own should hand out models.
         update={
-            "uri": absolute.tracking.uri or f"sqlite:///{absolute.storage}/mlflow.db",
+            "uri": resolve_uri(absolute.tracking, absolute.storage),
             "register_model": False,
         }
     )
@@ -196,13 +198,19 @@ def _search(base: TrainConfig, settings: TuneConfig, sweep: Storage, parent: Tra
     if known:
         print(f"sweep {settings.name}: {len(ended)} trials ended before, {len(begun)} go on", flush=True)
 
+    # Tune pickles what it runs into the sweep's folder. So the store's address, with its password, goes by
+    # reference.
+    address, parent_run_id = ray.put(parent.uri), parent.run_id
+    tracking = base.tracking.model_copy(update={"uri": without_secrets(parent.uri)})
+    base = base.model_copy(update={"tracking": tracking})
+
     def driver(values: Values) -> None:
-        trial = _trial_config(base, values, sweep)
+        trial = _trial_config(base, values, sweep, ray.get(address))
         folder = sweep / "trials" / trial.run_name
         folder.write_bytes("values.json", json.dumps(values).encode())
         # A sweep that goes on after an upgrade compares trials, not bits.
         result = run_training(
-            trial, callbacks=[TuneReportCallback()], parent_run_id=parent.run_id, compare_versions=False
+            trial, callbacks=[TuneReportCallback()], parent_run_id=parent_run_id, compare_versions=False
         )
         final = result.final_metrics
         _keep(sweep, Outcome(trial.run_name, result.run_id, values, "finished", result.step, final))
@@ -222,7 +230,7 @@ def _search(base: TrainConfig, settings: TuneConfig, sweep: Storage, parent: Tra
         run_config=tune.RunConfig(
             name=f"{settings.name}-{known}",
             storage_path=sweep.path("ray"),
-            callbacks=[_Watcher(base, settings, sweep, parent)],
+            callbacks=[_Watcher(base, settings, sweep, address, parent.experiment_id)],
             verbose=0,
         ),
     )
@@ -232,8 +240,16 @@ def _search(base: TrainConfig, settings: TuneConfig, sweep: Storage, parent: Tra
 class _Watcher(tune.Callback):
     """Prints a line for each trial, and keeps the outcome of those that did not get to do it themselves."""
 
-    def __init__(self, base: TrainConfig, settings: TuneConfig, sweep: Storage, parent: TrackedRun) -> None:
-        self._settings, self._sweep, self._parent = settings, sweep, parent
+    def __init__(
+        self,
+        base: TrainConfig,
+        settings: TuneConfig,
+        sweep: Storage,
+        address: ray.ObjectRef,
+        experiment_id: str,
+    ) -> None:
+        self._settings, self._sweep = settings, sweep
+        self._address, self._experiment_id = address, experiment_id
         self._last = base.psnr.steps + base.gan.steps
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -265,7 +281,7 @@ class _Watcher(tune.Callback):
             _keep(self._sweep, known[name])
             if run_id is not None:
                 folder = (self._sweep / "trials" / name).uri
-                tracked = TrackedRun(self._parent.uri, run_id, self._parent.experiment_id, folder)
+                tracked = TrackedRun(ray.get(self._address), run_id, self._experiment_id, folder)
                 finish_run(tracked, "KILLED" if status == "stopped" else "FAILED")
         outcome = known[name]
         metric = self._settings.metric
@@ -295,11 +311,18 @@ def _conclude(settings: TuneConfig, sweep: Storage, parent: TrackedRun) -> Sweep
     return SweepResult(parent.run_id, trials, best, sweep.path("tradeoff.png"))
 
 
-def _trial_config(base: TrainConfig, values: Mapping[str, Any], sweep: Storage | None = None) -> TrainConfig:
+def _trial_config(
+    base: TrainConfig,
+    values: Mapping[str, Any],
+    sweep: Storage | None = None,
+    tracking_uri: str | None = None,
+) -> TrainConfig:
     """The base with a trial's values, validated again. Raises UserError naming the field."""
     changes: dict[str, Any] = dict(values)
     if sweep is not None:
         changes |= {"run_name": _run_name(values), "storage": sweep.path("trials")}
+    if tracking_uri is not None:
+        changes["tracking.uri"] = tracking_uri
     try:
         changed = with_fields(Config.model_validate(base.model_dump()), changes)
     except UserError as error:
