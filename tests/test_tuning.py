@@ -105,19 +105,23 @@ def test_a_sweep_that_was_killed_goes_on_and_names_the_best(folder: Path) -> Non
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_trial_that_is_killed_between_validations_resumes(folder: Path) -> None:
-    # Checkpoints at every step, validations at 6 and 12 only.
+    # The only validations are at steps 6 and 306.
     changes = {
         "tune.name": "between",
         "tune.trials": 1,
-        "checkpoint_every_steps": 1,
-        "validate_every_steps": 6,
+        "gan.steps": 300,
+        "checkpoint_every_steps": 10,
+        "validate_every_steps": 1000,
     }
-    tiny.run_until(command(folder, **changes), "step 8/12", environment())
+    tiny.run_until(command(folder, **changes), "step 25/306", environment())
+    sweep = Storage(str(folder / "runs" / "between"))
+    (trial_name,) = sweep.names("trials")
+    assert 20 <= checkpoints.listed(sweep / "trials" / trial_name)[-1].step < 300
     again = command(folder, **changes)
     done = subprocess.run(again, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    (trial,) = outcomes(Storage(str(folder / "runs" / "between")))
-    assert (trial.status, trial.step) == ("finished", 12)
+    (trial,) = outcomes(sweep)
+    assert (trial.status, trial.step) == ("finished", 306)
 
 
 @pytest.mark.ray
