@@ -166,6 +166,23 @@ def test_reports_and_checkpoints_after_a_resume_hold_what_a_validation_measured(
     assert saved() == {12: {name: value for name, value in reports[-1].items() if name != "step"}}
 
 
+def test_a_worker_group_saves_before_it_is_resized(
+    folder: Path, undisturbed: TrainingResult, tmp_path: Path
+) -> None:
+    rare = {"checkpoint_every_steps": 1000, "validate_every_steps": 1000, "psnr.steps": 8, "gan.steps": 0}
+    config, _ = load_config(flags(fields(folder, **rare)), description="", environment={})
+    run = Storage(str(tmp_path))
+    intervals = iter(range(1, 9))
+    written: list[int] = []
+    worker = Worker(
+        resizing=lambda: next(intervals) == 4,
+        ready_to_resize=lambda: written.append(checkpoints.listed(run)[-1].step),
+    )
+    feed = Feed(config.data.root, config.seed, config.batch_size, config.crop_px, rank=0, world_size=1)
+    loop.train(config, worker, run, feed, read_held_out(config.data.root))
+    assert written == [4]
+
+
 def test_the_result_holds_the_final_validation_beside_that_of_the_best(folder: Path) -> None:
     result = train(folder, run_name="overshoots", **{"gan.learning_rate": 1e-2})
     run = Storage(str(folder / "runs" / "overshoots"))

@@ -100,22 +100,27 @@ def train(
             stage_ends = state.step in (config.psnr.steps, last)
             validates = stage_ends or state.step % config.validate_every_steps == 0
             saves = validates or state.step % config.checkpoint_every_steps == 0
+            resizes = False
             # A checkpoint ends an interval, so that a resumed run continues with whole intervals.
             if saves or state.step % config.log_every_steps == 0:
                 values, stops = meter.finish(worker.stopping())
                 _require_healthy(config, state, values)
                 recorder.interval(values)
                 saves = saves or stops or worker.preempted()
+                # Only rank 0 writes, so the others need not know.
+                resizes = worker.leads and not stops and worker.resizing()
             if validates:
                 began = time.perf_counter()
                 recorder.validate()
                 meter.pause(time.perf_counter() - began)
-            if saves:
+            if saves or resizes:
                 if checkpointer is not None:
                     recorder.save(checkpointer)
                 # Only what was measured at this step: the report must not depend on what a restart forgets.
                 if state.validation is not None and state.validation.step == state.step:
                     worker.report({"step": float(state.step), **state.validation.metrics})
+                if resizes and checkpointer is not None and recorder.saved(checkpointer):
+                    worker.ready_to_resize()
                 if stops:
                     break
         if checkpointer is not None:
@@ -285,12 +290,19 @@ class _Recorder:
             keep=frozenset(keep),
         )
 
+    def saved(self, checkpointer: Checkpointer) -> bool:
+        """Waits for the write under way and returns whether it succeeded. Raises UserError, as `save` does."""
+        return self._written(checkpointer, faults=self.config.faults.max_failed_saves)
+
     def finish_saving(self, checkpointer: Checkpointer) -> None:
         """Waits for the last checkpoint. Raises UserError when it could not be written."""
         self._written(checkpointer, faults=0)
 
-    def _written(self, checkpointer: Checkpointer, faults: int) -> None:
-        """Waits for the write under way; up to `faults` failures in a row are only said.
+    def _written(self, checkpointer: Checkpointer, faults: int) -> bool:
+        """Waits for the write under way; up to `faults` consecutive failures are only logged.
+
+        Returns:
+            Whether it succeeded.
 
         Raises:
             UserError: one failure more.
@@ -310,6 +322,7 @@ class _Recorder:
                 raise UserError(f"{text}; free some space and start the same run again") from None
             self._event(f"warning: {text}; trying again at the next one")
         self._handed_over = []
+        return self._failed_saves == 0
 
     def _event(self, text: str) -> None:
         print(text, flush=True)

@@ -1,16 +1,34 @@
 """All uses of Ray's internals in training; checked against Ray 2.60."""
 
 import logging
+from contextlib import suppress
+from typing import Any
 
 import ray
 from ray._private.state import state as cluster_state
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from ray.train.v2._internal.execution import context as reports
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.scaling_policy import (
+    ElasticScalingPolicy,
+    NoopDecision,
+    ResizeDecision,
+    ScalingDecision,
+)
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-__all__ = ["ENV_VARS_TO_PROPAGATE", "PlacementGroupCleanup", "remove_orphaned_placement_groups", "reports"]
+from pipeline.storage import Storage
+from pipeline.training.stopping import end_save_request, request_save, save_requested
+
+__all__ = [
+    "ENV_VARS_TO_PROPAGATE",
+    "PlacementGroupCleanup",
+    "SavingTrainer",
+    "remove_orphaned_placement_groups",
+    "reports",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -55,3 +73,63 @@ class PlacementGroupCleanup(WorkerGroupCallback, ControllerCallback):
 
     def _remove(self) -> None:
         remove_orphaned_placement_groups(of_actor=ray.get_runtime_context().get_actor_id())
+
+
+class SavingTrainer(TorchTrainer):
+    """A TorchTrainer whose elastic worker group saves a checkpoint before it is resized."""
+
+    def __init__(self, *arguments: Any, run: Storage, **options: Any) -> None:
+        """
+        Args:
+            arguments: TorchTrainer's.
+            run: the run's folder.
+            options: TorchTrainer's.
+        """
+        super().__init__(*arguments, **options)
+        self._run = run
+
+    def _initialize_and_run_controller(self, **controller: Any) -> Any:
+        if self.scaling_config.elasticity_enabled:
+            controller["scaling_policy"] = _SaveFirst(self.scaling_config, self._run)
+        return super()._initialize_and_run_controller(**controller)
+
+
+class _SaveFirst(ElasticScalingPolicy):
+    """Ray's elastic policy; a running worker group is asked for a checkpoint first, and resized when it is written.
+
+    Ray's own ends the group at once, and all steps since the newest checkpoint would be lost. The controller goes on
+    polling while it waits, so it notices a worker that dies; then the request is withdrawn.
+    """
+
+    def __init__(self, scaling_config: Any, run: Storage) -> None:
+        super().__init__(scaling_config)
+        self._run, self._asked = run, False
+
+    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        if self._asked:
+            self._asked = False
+            end_save_request(self._run)
+        return super().make_decision_for_non_running_worker_group()
+
+    def make_decision_for_running_worker_group(self, *status: Any, **named: Any) -> ScalingDecision:
+        if self._asked and self._is_unanswered():
+            self._maybe_send_resource_request()
+            return NoopDecision()
+        saved, self._asked = self._asked, False
+        if saved:
+            # Decide now, by the nodes that there are now; Ray's policy looks once in an interval otherwise.
+            self._latest_monitor_time = float("-inf")
+        decision = super().make_decision_for_running_worker_group(*status, **named)
+        if saved or not isinstance(decision, ResizeDecision):
+            return decision
+        with suppress(OSError):  # a storage that refuses: again at the next interval
+            request_save(self._run)
+            self._asked = True
+            print(f"saving a checkpoint before resizing to {decision.num_workers} workers", flush=True)
+        return NoopDecision()
+
+    def _is_unanswered(self) -> bool:
+        try:
+            return save_requested(self._run)
+        except OSError:
+            return True

@@ -27,14 +27,16 @@ from pipeline.training.loop import train
 from pipeline.training.ray_internals import (
     ENV_VARS_TO_PROPAGATE,
     PlacementGroupCleanup,
+    SavingTrainer,
     remove_orphaned_placement_groups,
     reports,
 )
-from pipeline.training.stopping import stop_requested
+from pipeline.training.stopping import end_save_request, save_requested, stop_requested
 from pipeline.training.worker import Worker
 
 REFUSAL = "refusal.json"
 ELASTIC_START_S = 30.0
+RESIZE_S = 10.0
 
 
 def connect(config: TrainConfig) -> None:
@@ -82,6 +84,7 @@ def fit(config: TrainConfig, run: Storage, callbacks: Sequence[UserCallback] = (
     while True:
         # A controller that died while its workers were starting would keep the CPUs from the next one.
         remove_orphaned_placement_groups()
+        end_save_request(run)
         try:
             with _told_address():
                 _trainer(config, run, callbacks).fit()
@@ -98,12 +101,11 @@ def fit(config: TrainConfig, run: Storage, callbacks: Sequence[UserCallback] = (
         return
 
 
-def _trainer(
-    config: TrainConfig, run: Storage, callbacks: Sequence[UserCallback]
-) -> ray.train.torch.TorchTrainer:
+def _trainer(config: TrainConfig, run: Storage, callbacks: Sequence[UserCallback]) -> SavingTrainer:
     low, high = config.worker_range
-    return ray.train.torch.TorchTrainer(
+    return SavingTrainer(
         _worker_loop,
+        run=run,
         # Plain values only: what a worker needs it opens itself.
         train_loop_config={"config": config.model_dump(mode="json"), "run": run.uri},
         scaling_config=ray.train.ScalingConfig(
@@ -157,6 +159,8 @@ def _worker_loop(loop_config: Mapping[str, Any]) -> None:
         report=lambda metrics: ray.train.report(dict(metrics)),
         preempted=lambda: ray.train.get_preemption_info() is not None,
         stopping=lambda: context.get_world_rank() == 0 and stop_requested(run),
+        resizing=lambda: isinstance(config.workers, tuple) and save_requested(run),
+        ready_to_resize=lambda: _await_resize(config, run),
         reason=faults.why_again(run, earlier, context.get_world_size())
         if context.get_world_rank() == 0
         else "",
@@ -172,6 +176,15 @@ def _worker_loop(loop_config: Mapping[str, Any]) -> None:
         # Others may be waiting for this worker; without its connections they fail now and not at the time-out.
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _await_resize(config: TrainConfig, run: Storage) -> None:
+    """Ends the request for a checkpoint, and gives the controller time to end this worker group.
+
+    Steps from here on would be lost. The other ranks wait for rank 0 in their next collective.
+    """
+    end_save_request(run)
+    time.sleep(min(RESIZE_S, config.faults.collective_timeout_s / 2))
 
 
 class _FaultLog(UserCallback):

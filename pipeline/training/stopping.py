@@ -1,4 +1,4 @@
-"""A request to save and end: SIGTERM in the driver, told to the workers through the run's folder."""
+"""Requests to the workers through files in the run's folder: to save and end (SIGTERM), or to save before a resize."""
 
 import os
 import signal
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pipeline.storage import Storage
 
 FILE = "stop"
+SAVE_FILE = "save"
 # `ray job stop` waits so long, unless RAY_JOB_STOP_WAIT_TIME_S is in the job's environment.
 RAY_JOB_GRACE_S = 3.0
 USUAL_GRACE_S = 30.0  # What Kubernetes and Slurm give.
@@ -19,6 +20,21 @@ _LEFT_FOR_THE_END_S = 5.0
 def stop_requested(run: Storage) -> bool:
     """Whether the run was asked to save and end."""
     return run.exists(FILE)
+
+
+def request_save(run: Storage) -> None:
+    """Requests a checkpoint at the end of the workers' interval. Raises OSError."""
+    run.write_bytes(SAVE_FILE, b"")
+
+
+def save_requested(run: Storage) -> bool:
+    """Whether a requested checkpoint has not been written yet."""
+    return run.exists(SAVE_FILE)
+
+
+def end_save_request(run: Storage) -> None:
+    """The checkpoint has been written, or is not needed anymore."""
+    run.remove(SAVE_FILE)
 
 
 def grace_s() -> float:

@@ -14,6 +14,10 @@ def _never() -> bool:
     return False
 
 
+def _done() -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class Worker:
     """One process of a training run."""
@@ -27,6 +31,10 @@ class Worker:
     """Whether this worker's machine is about to be taken away; every worker calls it equally often."""
     stopping: Callable[[], bool] = _never
     """Whether somebody asked the run to save and end; one worker that says so is enough."""
+    resizing: Callable[[], bool] = _never
+    """Whether the worker group will be replaced by one of another size as soon as it has saved; rank 0 is asked."""
+    ready_to_resize: Callable[[], None] = _done
+    """Called on rank 0 when that checkpoint is written."""
     reason: str = ""
     """Why this group of workers follows another one ("after a fault (...)"); worker 0 knows it."""
 
