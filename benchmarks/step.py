@@ -23,7 +23,7 @@ from basicsr_step import Generator as PlainGenerator
 from torch import Tensor, nn
 from turns import abba, as_text, machine, ratios, summary
 
-from pipeline.model import VGGFeatures
+from pipeline.model import VGGFeatures, set_precision
 from pipeline.training.config import TrainConfig
 from pipeline.training.state import TrainState, begin_gan, new_state
 from pipeline.training.step import Batch, GanWeights, StepSettings, gan_step, psnr_step
@@ -98,8 +98,7 @@ def basicsr_step(
 
 @contextmanager
 def _tf32(on: bool) -> Iterator[None]:
-    torch.backends.cuda.matmul.allow_tf32 = on
-    torch.backends.cudnn.allow_tf32 = on
+    set_precision("tf32" if on else "fp32")
     yield
 
 

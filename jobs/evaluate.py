@@ -20,6 +20,7 @@ from pipeline.evaluation.models import (
     split_label,
 )
 from pipeline.evaluation.scoring import Scorer, Settings
+from pipeline.model import PRECISIONS
 from pipeline.storage import Storage
 
 
@@ -61,9 +62,10 @@ def parser() -> argparse.ArgumentParser:
     add("--device", default="auto", help="auto, cpu, cuda (default: auto).")
     add(
         "--precision",
-        choices=("fp32", "bf16"),
+        choices=PRECISIONS,
         default="fp32",
-        help="bf16 is faster on GPUs and on CPUs that have it, and off by a level here and there.",
+        help="fp32: IEEE float32. tf32 (GPUs) and bf16 (GPUs and CPUs that have it) are faster; some pixels differ by "
+        "a level.",
     )
     add(
         "--workers",
@@ -95,10 +97,10 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--{flag} {value}: use at least {least}")
     boxes = dict(_box(text) for text in options.crop)
     Storage(options.out).require_writable("--out")
-    device = choose_device(options.device)
+    device = choose_device(options.device, options.workers)
 
     def opened(source: str, bicubic_scale: int = 4):  # type: ignore[no-untyped-def]
-        return open_model(source, options.tracking_uri, device=device, bf16=options.precision == "bf16",
+        return open_model(source, options.tracking_uri, device=device, precision=options.precision,
                           bicubic_scale=bicubic_scale)  # fmt: skip
 
     networks = {source: opened(source) for source in options.model if split_label(source)[1] != BICUBIC}

@@ -9,6 +9,7 @@ from pipeline.config import make_parser
 from pipeline.errors import UserError
 from pipeline.evaluation.models import MODEL_HELP, choose_device, notes, open_model
 from pipeline.evaluation.upscaling import Upscaler, plan, upscale_all
+from pipeline.model import PRECISIONS
 
 EXIT_SOME_FAILED = 1
 
@@ -48,9 +49,10 @@ def parser() -> argparse.ArgumentParser:
     add("--device", default="auto", help="auto, cpu or cuda (default: auto).")
     add(
         "--precision",
-        choices=("fp32", "bf16"),
+        choices=PRECISIONS,
         default="fp32",
-        help="bf16 is faster on GPUs and on CPUs that have it, and off by a level here and there.",
+        help="fp32: IEEE float32. tf32 (GPUs) and bf16 (GPUs and CPUs that have it) are faster; some pixels differ by "
+        "a level.",
     )
     add(
         "--workers",
@@ -83,8 +85,8 @@ def main(argv: list[str]) -> int:
     model = open_model(
         options.model,
         options.tracking_uri,
-        device=choose_device(options.device),
-        bf16=options.precision == "bf16",
+        device=choose_device(options.device, options.workers),
+        precision=options.precision,
     )
     for line in notes([model]):
         print(f"note: {line}")

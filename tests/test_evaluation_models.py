@@ -104,7 +104,7 @@ def test_interpolation_refuses_other_sizes_and_bicubic(tmp_path: Path) -> None:
 def test_bf16_stays_near_fp32(tmp_path: Path) -> None:
     path = str(write_generator(tmp_path / "g.safetensors"))
     lr = picture(24, 20)
-    exact, quick = open_model(path).upscale(lr), open_model(path, bf16=True).upscale(lr)
+    exact, quick = open_model(path).upscale(lr), open_model(path, precision="bf16").upscale(lr)
     assert np.abs(exact.astype(int) - quick).max() <= 4
 
 
@@ -114,7 +114,7 @@ def test_a_cpu_that_only_imitates_bf16_is_said(
 ) -> None:
     path = str(write_generator(tmp_path / "g.safetensors"))
     monkeypatch.setattr(models, "_cpu_has_bf16", lambda: has_it)
-    assert len(notes([open_model(path, bf16=True)])) == lines
+    assert len(notes([open_model(path, precision="bf16")])) == lines
     assert notes([open_model(path)]) == []
 
 

@@ -158,7 +158,7 @@ def test_a_negative_tile_is_refused(model) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_gives_the_same_pixels(registered, images, monkeypatch) -> None:
     # TF32 would round the convolutions' inputs to 10 bits; the comparison is about the network.
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
     weights = pull_generator("models:/esrgan-x4@champion", registered.tracked.uri)
     model = mlflow.pyfunc.load_model(str(weights.parent.parent), model_config={"device": "cuda"})
     for given in images.values():

@@ -105,8 +105,8 @@ def _outcomes(scorer: Scorer, pairs: Sequence[Pair], workers: int) -> Iterable[d
         return map(scorer, pairs)
     from pipeline.evaluation.spread import spread
 
-    on_gpu = any(model.device.startswith("cuda") for model in scorer.models)
-    return spread(scorer, pairs, workers, gpus_per_worker=1 if on_gpu else 0)
+    devices = [model.device for model in scorer.models if model.generator is not None]
+    return spread(scorer, pairs, workers, devices[0] if devices else "cpu")
 
 
 def write_results(evaluation: Evaluation, out: Path) -> None:

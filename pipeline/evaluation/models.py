@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import UserError
 from pipeline.imaging import bicubic_upscale, upscale
-from pipeline.model import RRDBNet, decode_generator
+from pipeline.model import RRDBNet, decode_generator, set_precision
 from pipeline.storage import Storage, is_remote
 from pipeline.tracking.registry import pull_generator
 from pipeline.training import checkpoint
@@ -44,7 +44,9 @@ class Model:
     info: Mapping[str, str] = field(default_factory=dict)
     """What the file says about the network, and where its residual scale comes from."""
     device: str = "cpu"
-    bf16: bool = False
+    """Where the generator computes; auto: on a GPU where the process that does it has one."""
+    precision: str = "fp32"
+    """fp32, tf32 or bf16; see `set_precision`."""
     label: str = ""
     """What tables and reports call it; empty: something short from the name."""
 
@@ -62,18 +64,16 @@ class Model:
             return bicubic_upscale(lr, self.scale)
         if tile_px is None:
             tile_px = AUTO_TILE_PX if lr.shape[0] * lr.shape[1] > WHOLE_UP_TO_PX else 0
-        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        # Here and not where the model is opened: Ray's workers are other processes.
+        set_precision(self.precision)
+        device = choose_device("auto") if self.device == "auto" else self.device
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         try:
             return upscale(
-                self.generator,
-                lr,
-                tile_px=tile_px or None,
-                device=self.device,
-                dtype=dtype,
-                require_finite=True,
+                self.generator, lr, tile_px=tile_px or None, device=device, dtype=dtype, require_finite=True
             )
         except FloatingPointError:
-            hint = "use --precision fp32" if self.bf16 else "use another model"
+            hint = "use --precision fp32" if self.precision == "bf16" else "use another model"
             raise FloatingPointError(
                 f"{self.name} computes non-finite values (NaN or infinity) for it; {hint}"
             ) from None
@@ -84,7 +84,7 @@ def open_model(
     tracking_uri: str | None = None,
     *,
     device: str = "cpu",
-    bf16: bool = False,
+    precision: str = "fp32",
     bicubic_scale: int = 4,
 ) -> Model:
     """Opens a model.
@@ -94,7 +94,7 @@ def open_model(
             checkpoint), a .safetensors or .pth file, or `bicubic`; LABEL=SOURCE gives it a name of your own.
         tracking_uri: the store behind models:/; by default the environment's.
         device: where the generator computes.
-        bf16: convolutions in bfloat16.
+        precision: fp32, tf32 or bf16.
         bicubic_scale: the factor of `bicubic`.
 
     Raises:
@@ -109,7 +109,7 @@ def open_model(
     else:
         content = _weights(source)
     generator, info = decode_generator(content, source)
-    return Model(source, generator.scale, generator.eval(), info, device, bf16, label)
+    return Model(source, generator.scale, generator.eval(), info, device, precision, label)
 
 
 def split_label(source: str) -> tuple[str, str]:
@@ -153,7 +153,9 @@ def interpolated(first: Model, second: Model, alpha: float) -> Model:
 
 def notes(models: Sequence[Model]) -> list[str]:
     """What a user should know about how the files were read and how they compute, one line each."""
-    slow = any(model.bf16 and model.device == "cpu" for model in models) and not _cpu_has_bf16()
+    slow = (
+        any(model.precision == "bf16" and model.device == "cpu" for model in models) and not _cpu_has_bf16()
+    )
     lines = [
         f"{model.name}: the file does not say its residual scale; {model.info['residual_scale']} is taken"
         for model in models
@@ -174,8 +176,19 @@ def _cpu_has_bf16() -> bool:
         return True  # not known: nothing to say
 
 
-def choose_device(name: str) -> str:
-    """`auto` is a CUDA device where torch sees one, else the CPU. Raises UserError for a device that is not there."""
+def choose_device(name: str, workers: int = 0) -> str:
+    """`auto` is a CUDA device where torch sees one, else the CPU.
+
+    With Ray workers the device is theirs, and this process may lack it: `auto` and `cuda` are then kept, and `spread`
+    compares them with the cluster's GPUs.
+
+    Raises:
+        UserError: a device that is not there, or one that Ray is to choose.
+    """
+    if workers:
+        if name not in ("auto", "cpu", "cuda"):
+            raise UserError(f"--device {name}: with --workers Ray assigns the GPUs; use auto, cpu or cuda")
+        return name
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

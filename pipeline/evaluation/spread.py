@@ -17,7 +17,10 @@ _BLOCKS_PER_WORKER = 64
 class _Applied:
     """A worker: it gets the function and the items once, then numbers."""
 
-    def __init__(self, work: ray.ObjectRef) -> None:
+    def __init__(self, work: ray.ObjectRef, on_gpu: bool) -> None:
+        if not on_gpu:
+            # Ray does not always hide GPUs from an actor that has reserved none.
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
         self._function, self._items = ray.get(work)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -25,7 +28,7 @@ class _Applied:
 
 
 def spread(
-    function: Callable[[Any], dict[str, Any]], items: Sequence[Any], workers: int, gpus_per_worker: float = 0
+    function: Callable[[Any], dict[str, Any]], items: Sequence[Any], workers: int, device: str = "cpu"
 ) -> Iterator[dict[str, Any]]:
     """`function` of every item on `workers` Ray actors, as outcomes come in, in any order.
 
@@ -35,7 +38,7 @@ def spread(
         function: picklable; called in the workers; what it returns can be written as JSON.
         items: picklable.
         workers: actors, of one CPU each.
-        gpus_per_worker: GPUs that each actor reserves.
+        device: cuda: each actor reserves a GPU; auto: so it does where the cluster has enough of them; cpu.
 
     Raises:
         UserError: the cluster has fewer CPUs or GPUs than that.
@@ -49,6 +52,8 @@ def spread(
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
         there = ray.cluster_resources()
+        on_gpu = device == "cuda" or (device == "auto" and there.get("GPU", 0) >= workers)
+        gpus_per_worker = 1 if on_gpu else 0
         for name, needed in (("CPU", workers), ("GPU", workers * gpus_per_worker)):
             if needed > there.get(name, 0):
                 raise UserError(
@@ -63,7 +68,7 @@ def spread(
         )
         applied = numbers.map(
             _Applied,
-            fn_constructor_args=(ray.put((function, list(items))),),
+            fn_constructor_args=(ray.put((function, list(items))), on_gpu),
             compute=ray.data.ActorPoolStrategy(size=workers),
             num_cpus=1,
             num_gpus=gpus_per_worker or None,

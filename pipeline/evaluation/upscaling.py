@@ -173,9 +173,8 @@ def _outcomes(upscaler: Upscaler, tasks: Sequence[Task], workers: int) -> Iterab
         return _here(upscaler, tasks)
     from pipeline.evaluation.spread import spread
 
-    return spread(
-        upscaler, tasks, workers, gpus_per_worker=1 if upscaler.model.device.startswith("cuda") else 0
-    )
+    model = upscaler.model
+    return spread(upscaler, tasks, workers, "cpu" if model.generator is None else model.device)
 
 
 def _here(upscaler: Upscaler, tasks: Sequence[Task]) -> Iterator[dict[str, Any]]:

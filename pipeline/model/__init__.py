@@ -11,6 +11,7 @@ from pipeline.model.discriminators import (
 )
 from pipeline.model.features import LAYERS, VGGFeatures, check_layers, find_weights
 from pipeline.model.losses import perceptual_loss, pixel_loss, relativistic_losses
+from pipeline.model.precision import PRECISIONS, set_precision
 from pipeline.model.rrdbnet import RRDBNet
 from pipeline.model.seeding import seeded
 from pipeline.model.weights import (
@@ -24,6 +25,7 @@ from pipeline.model.weights import (
 __all__ = [
     "DISCRIMINATORS",
     "LAYERS",
+    "PRECISIONS",
     "Discriminator",
     "RRDBNet",
     "UNetDiscriminator",
@@ -40,4 +42,5 @@ __all__ = [
     "relativistic_losses",
     "save_generator",
     "seeded",
+    "set_precision",
 ]

@@ -4,6 +4,9 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.spectral_norm import SpectralNorm
+
+from pipeline.model.precision import without_autocast
 
 NEGATIVE_SLOPE = 0.2
 
@@ -46,7 +49,7 @@ class VGGStyleDiscriminator(nn.Module):
         self.linear2 = nn.Linear(100, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, in_channels, input_px, input_px) in [0, 1] to logits (N, 1).
+        """(N, in_channels, input_px, input_px) in [0, 1] to logits (N, 1), under autocast too in the weights' type.
 
         Raises:
             ValueError: another height or width than input_px.
@@ -62,12 +65,31 @@ class VGGStyleDiscriminator(nn.Module):
                 if (level, part) != (0, 0):
                     x = self.get_submodule(f"bn{level}_{part}")(x)
                 x = functional.leaky_relu(x, NEGATIVE_SLOPE, inplace=True)
-        x = functional.leaky_relu(self.linear1(x.flatten(1)), NEGATIVE_SLOPE, inplace=True)
-        return self.linear2(x)
+        # Logits near 8 would come in steps of 1/32 in bfloat16.
+        with without_autocast(x.device):
+            x = x.flatten(1).to(self.linear1.weight.dtype)
+            x = functional.leaky_relu(self.linear1(x), NEGATIVE_SLOPE, inplace=True)
+            return self.linear2(x)
 
 
 def _widths(num_feat: int) -> tuple[int, ...]:
     return (num_feat, 2 * num_feat, 4 * num_feat, 8 * num_feat, 8 * num_feat)
+
+
+class _SpectralNorm(SpectralNorm):
+    """torch's spectral norm outside of autocast, which on CUDA would run the power iteration in bfloat16."""
+
+    def compute_weight(self, module: nn.Module, do_power_iteration: bool) -> Tensor:
+        with without_autocast(getattr(module, f"{self.name}_orig").device):
+            return super().compute_weight(module, do_power_iteration)
+
+
+def _spectral_norm(conv: nn.Conv2d) -> nn.Conv2d:
+    nn.utils.spectral_norm(conv)
+    for hook in conv._forward_pre_hooks.values():
+        if isinstance(hook, SpectralNorm):
+            hook.__class__ = _SpectralNorm
+    return conv
 
 
 class UNetDiscriminator(nn.Module):
@@ -87,7 +109,7 @@ class UNetDiscriminator(nn.Module):
     def __init__(self, num_feat: int = 64, in_channels: int = 3) -> None:
         super().__init__()
         self.num_feat = num_feat
-        norm = nn.utils.spectral_norm
+        norm = _spectral_norm
         self.conv0 = nn.Conv2d(in_channels, num_feat, 3, padding=1)
         self.conv1 = norm(nn.Conv2d(num_feat, num_feat * 2, 4, 2, 1, bias=False))
         self.conv2 = norm(nn.Conv2d(num_feat * 2, num_feat * 4, 4, 2, 1, bias=False))
@@ -100,7 +122,7 @@ class UNetDiscriminator(nn.Module):
         self.conv9 = nn.Conv2d(num_feat, 1, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, in_channels, H, W) in [0, 1] to logits (N, 1, H, W).
+        """(N, in_channels, H, W) in [0, 1] to logits (N, 1, H, W), under autocast too in the weights' type.
 
         Raises:
             ValueError: H or W is not a multiple of 8; three strided convolutions halve them.
@@ -125,7 +147,9 @@ class UNetDiscriminator(nn.Module):
         features = up(self.conv4, eighth) + quarter
         features = up(self.conv5, features) + half
         features = up(self.conv6, features) + full
-        return self.conv9(down(self.conv8, down(self.conv7, features)))
+        features = down(self.conv8, down(self.conv7, features))
+        with without_autocast(x.device):
+            return self.conv9(features.to(self.conv9.weight.dtype))
 
 
 Discriminator = VGGStyleDiscriminator | UNetDiscriminator

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.model.precision import without_autocast
+
 NEGATIVE_SLOPE = 0.2
 # Published x2 and x1 generators fold pixels into channels first and then run the x4 network (Real-ESRGAN, sec. 3.3).
 UNSHUFFLE = {4: 1, 2: 2, 1: 4}
@@ -132,7 +134,7 @@ class RRDBNet(nn.Module):
             x: (N, 3, H, W) RGB in [0, 1]; at scale 2 and 1, H and W are multiples of 2 and 4.
 
         Returns:
-            (N, 3, H * scale, W * scale), about [0, 1], not clamped.
+            (N, 3, H * scale, W * scale), about [0, 1], not clamped; under autocast too in the weights' type.
         """
         if self.unshuffle > 1:
             x = functional.pixel_unshuffle(x, self.unshuffle)
@@ -142,4 +144,8 @@ class RRDBNet(nn.Module):
             features = conv(functional.interpolate(features, scale_factor=2, mode="nearest"))
             features = functional.leaky_relu(features, NEGATIVE_SLOPE, inplace=True)
         features = functional.leaky_relu(self.conv_hr(features), NEGATIVE_SLOPE, inplace=True)
-        return self.conv_last(features)
+        if not torch.is_autocast_enabled(x.device.type):
+            return self.conv_last(features)
+        # In bfloat16 the pixels would come in steps of up to 1/256.
+        with without_autocast(x.device):
+            return self.conv_last(features.to(self.conv_last.weight.dtype))

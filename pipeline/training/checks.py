@@ -53,7 +53,8 @@ def check_before_start(config: TrainConfig, run: Storage) -> None:
         raise UserError("data.scale=3: the generator exists for scale 4 and 2; use one of these to train")
     if config.use_gpu and config.workers == 0 and not torch.cuda.is_available():
         raise UserError(
-            "use_gpu=true: this machine has no GPU that torch can use; use_gpu=false trains on the CPU"
+            "use_gpu=true: this machine has no GPU that torch can use (torch's CUDA 13 wheels need driver 580 or "
+            "newer); use_gpu=false trains on the CPU"
         )
     require_metric("tracking.metric", config.tracking.metric)
     perceptual_features(config)

@@ -157,8 +157,10 @@ class TrainConfig(Section):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.999, description="Decay of the averaged weights."
     )
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="bf16: convolutions in bfloat16; losses, means and logits stay in float32."
+    precision: Literal["fp32", "tf32", "bf16"] = Field(
+        "fp32",
+        description="fp32: IEEE float32. tf32: GPUs (Ampere or newer) round the inputs of convolutions to 10 bits, "
+        "which is faster. bf16: convolutions in bfloat16; losses, logits and the last convolution stay in float32.",
     )
     channels_last: bool = Field(
         True, description="Keep activations channels-last: faster, same result up to rounding."

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from pipeline.data import HeldOutPhoto
 from pipeline.data.feed import Feed
 from pipeline.errors import UserError
-from pipeline.model import RRDBNet
+from pipeline.model import RRDBNet, set_precision
 from pipeline.model.weights import sizes_as_text
 from pipeline.storage import Storage
 from pipeline.tracking.records import Event, Metrics, Picture, discard_after, write_segment
@@ -57,6 +57,7 @@ def train(
         Diverged: gradients stay non-finite.
     """
     device = worker.device
+    set_precision(config.precision)
     state = _resume_or_begin(config, worker, run)
     if worker.leads:
         discard_after(run, state.step)
@@ -169,7 +170,7 @@ def _require_healthy(config: TrainConfig, state: TrainState, values: dict[str, f
         raise Diverged(
             f"step {state.step}: {in_a_row} steps in a row had non-finite gradients "
             f"(faults.max_skipped_steps={config.faults.max_skipped_steps}); lower {state.stage}.learning_rate"
-            + ("" if config.precision == "fp32" else " or use precision=fp32")
+            + (" or use precision=fp32" if config.precision == "bf16" else "")
         )
     state.damaged += int(values["damaged_patches"])
     share = state.damaged / (state.step * config.batch_size)

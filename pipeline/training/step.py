@@ -35,7 +35,8 @@ class StepSettings:
     learning_rate: float
     ema_decay: float
     precision: str = "fp32"
-    """`fp32`, or `bf16`: convolutions in bfloat16 while losses, means and logits stay in float32."""
+    """`fp32`, `tf32` (what `set_precision` was given), or `bf16`: convolutions in bfloat16 while losses, logits and the
+    generator's output stay in float32."""
     clip_norm: float | None = None
     """Largest gradient norm of each network."""
 
@@ -110,14 +111,13 @@ def gan_step(
     with settings.autocast(batch.lr.device):
         real_logits = discriminator(batch.hr)
         fake_logits = discriminator(cut)
-    real_logits, fake_logits = _at_least_float32(real_logits), _at_least_float32(fake_logits)
     mean_real, mean_fake = global_means(real_logits, fake_logits)
     generator_loss, discriminator_loss = relativistic_losses(
         real_logits, fake_logits, mean, (mean_real, mean_fake)
     )
     (adversarial_gradient,) = torch.autograd.grad(generator_loss, cut, retain_graph=True)
     discriminator_loss.backward(inputs=list(discriminator.parameters()))
-    sr.backward(gradient.add_(adversarial_gradient, alpha=weights.adversarial).to(sr.dtype))
+    sr.backward(gradient.add_(adversarial_gradient, alpha=weights.adversarial))
 
     generator_norm, generator_finite = _gradient_norm(state.generator, settings.clip_norm)
     discriminator_norm, discriminator_finite = _gradient_norm(discriminator, settings.clip_norm)
@@ -143,10 +143,6 @@ def gan_step(
             "gradient_norm_generator": generator_norm,
             "gradient_norm_discriminator": discriminator_norm,
         }
-
-
-def _at_least_float32(logits: Tensor) -> Tensor:
-    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
 def _gradient_norm(network: nn.Module, limit: float | None) -> tuple[Tensor, Tensor]:
