@@ -63,7 +63,7 @@ class Upscaler:
             "residual_scale": None if generator is None else generator.residual_scale,
             "scale": self.model.scale,
             "format": self.form,
-            "precision": "bf16" if self.model.bf16 else "fp32",
+            "precision": self.model.precision,
         }
 
     def __call__(self, task: Task) -> dict[str, str]:
