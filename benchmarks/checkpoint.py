@@ -23,7 +23,8 @@ from turns import as_text, machine, summary
 
 from pipeline.model.weights import sizes_as_text
 from pipeline.storage import Storage
-from pipeline.training.checkpoint import Checkpointer, CheckpointName
+from pipeline.training.checkpoint import CheckpointName
+from pipeline.training.checkpointer import CheckpointWriter
 
 STEPS = 500
 SHARE = 0.02
@@ -46,10 +47,10 @@ def measure(options: argparse.Namespace, folder: str) -> dict[str, Any]:
     undisturbed = [timed_step() for _ in range(options.rounds)]
     pauses, writes, disturbed = [], [], []
     count = 0
-    with Checkpointer(Storage(folder) / "run", 2, sizes_as_text(state.ema)) as checkpointer:
+    with CheckpointWriter(Storage(folder) / "run", 2, sizes_as_text(state.ema)) as writer:
         for number in range(1, options.rounds + 1):
             began = time.perf_counter()
-            checkpointer.save(
+            writer.save(
                 CheckpointName(number, "gan"),
                 state.ema.state_dict(),
                 state.tensors(),
@@ -59,18 +60,18 @@ def measure(options: argparse.Namespace, folder: str) -> dict[str, Any]:
             )
             pauses.append(time.perf_counter() - began)
             if number % 2:
-                checkpointer.wait()
+                writer.wait()
                 writes.append(time.perf_counter() - began - pauses[-1])
             else:
                 # Training goes on while the thread writes.
-                pending = checkpointer._pending
+                pending = writer._pending
                 assert pending is not None
                 while True:
                     seconds = timed_step()
                     if pending.done():
                         break
                     disturbed.append(seconds)
-                checkpointer.wait()
+                writer.wait()
         count = sum(value.nbytes for value in [*state.ema.state_dict().values(), *state.tensors().values()])
     step_s = statistics.median(undisturbed)
     pause_s = statistics.median(pauses)

@@ -29,7 +29,7 @@ from pipeline.training import faults
 EVERY_STEPS = 20
 STEPS = 700
 PROGRESS = re.compile(r"\] step (\d+)/")
-GOING_ON = re.compile(r"going on at step (\d+) of")
+RESUMED = re.compile(r"resuming at step (\d+) ")
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Recovery:
     step: int
     """The newest step that was seen before the kill."""
     killed: float
-    going_on_from: int = -1
+    resumed_from: int = -1
     resumed: float = 0.0
     """When the new group of workers had loaded the checkpoint."""
     next_step: float = 0.0
@@ -77,8 +77,8 @@ def disturbed(folder: Path, kills: int, seed: int) -> list[Recovery]:
     with start(folder, "disturbed") as run:
         assert run.stdout is not None
         for line in run.stdout:
-            if found := GOING_ON.search(line):
-                recoveries[-1].going_on_from, recoveries[-1].resumed = int(found[1]), time.time()
+            if found := RESUMED.search(line):
+                recoveries[-1].resumed_from, recoveries[-1].resumed = int(found[1]), time.time()
             elif found := PROGRESS.search(line):
                 step = int(found[1])
                 if recoveries and not recoveries[-1].next_step:
@@ -86,7 +86,7 @@ def disturbed(folder: Path, kills: int, seed: int) -> list[Recovery]:
                         continue  # The last lines of the group that was killed.
                     recoveries[-1].next_step = time.time()
                     # A later checkpoint lies between two kills, so that the run gets on.
-                    due = recoveries[-1].going_on_from + EVERY_STEPS + chance.randint(1, 12)
+                    due = recoveries[-1].resumed_from + EVERY_STEPS + chance.randint(1, 12)
                 if step >= due and len(recoveries) < kills:
                     recoveries.append(Recovery(step, kill_a_worker(run.pid, chance)))
         assert run.wait() == 0
@@ -116,7 +116,7 @@ def main() -> None:
     print(f"{cpu_name()}, {os.cpu_count()} cores, load {load:.1f} before; {len(recoveries)} kills")
     print(f"final weights equal: {results[0]['generator_sha256'] == results[1]['generator_sha256']}")
     print(f"metrics equal: {results[0]['metrics'] == results[1]['metrics']}")
-    repeated = [each.step - each.going_on_from for each in recoveries]
+    repeated = [each.step - each.resumed_from for each in recoveries]
     print(f"steps repeated: {min(repeated)} to {max(repeated)} (a checkpoint every {EVERY_STEPS})")
     parts = {
         "kill to next step": [each.next_step - each.killed for each in recoveries],

@@ -42,6 +42,8 @@ class TrainingResult:
     model_version: int | None
     metrics: dict[str, float]
     """Validation metrics of the registered generator."""
+    final_metrics: dict[str, float]
+    """Validation metrics of the EMA weights at `step`."""
 
 
 FaultKind = Literal["died", "error", "diverged"]

@@ -10,9 +10,10 @@ from pipeline.errors import UserError
 from pipeline.model import load_generator
 from pipeline.storage import Storage
 from pipeline.training import checkpoint as checkpoints
-from pipeline.training.checkpoint import Checkpoint, Checkpointer, CheckpointName
+from pipeline.training.checkpoint import Checkpoint, CheckpointName
+from pipeline.training.checkpointer import CheckpointWriter
 from pipeline.training.config import TrainConfig
-from pipeline.training.state import Best, TrainState, begin_gan, best_of, new_state
+from pipeline.training.state import Best, TrainState, begin_gan, new_state
 from pipeline.training.step import Batch, StepSettings, psnr_step
 
 CPU = torch.device("cpu")
@@ -61,7 +62,7 @@ def run(tmp_path: Path) -> Storage:
 @pytest.mark.parametrize("stage", ["psnr", "gan"])
 def test_a_state_comes_back_bit_for_bit(run: Storage, stage: str) -> None:
     state = trained_state()
-    state.best, state.damaged = (Best(1, 27.5), Best(3, 26.0, "psnr_y")), 3
+    state.best, state.corrupt_patches = (Best(1, 27.5, "psnr_y"), Best(3, 26.0, "psnr_y")), 3
     if stage == "gan":
         begin_gan(state, CONFIG, CPU)
     name = written(run, state, 1)
@@ -111,14 +112,14 @@ def test_a_checkpoint_without_a_manifest_is_not_there(run: Storage) -> None:
     name = written(run, trained_state(), 1)
     run.remove(f"{name.folder}/manifest.json")
     assert checkpoints.newest(run) is None
-    with Checkpointer(run, keep=2, metadata=SIZES):
+    with CheckpointWriter(run, keep=2, metadata=SIZES):
         assert run.names("checkpoints") == []
 
 
 def test_only_damaged_checkpoints_are_an_error(run: Storage) -> None:
     name = written(run, trained_state(), 1)
     (run / name.folder).write_bytes("state.json", b"{}")
-    with pytest.raises(UserError, match="all 1 checkpoints are damaged"):
+    with pytest.raises(UserError, match="all 1 checkpoints are corrupt"):
         checkpoints.newest(run)
 
 
@@ -142,9 +143,9 @@ def test_non_finite_weights_are_never_written(run: Storage) -> None:
 def test_old_checkpoints_go_and_the_kept_ones_stay(run: Storage) -> None:
     state = trained_state()
     order = []
-    with Checkpointer(run, keep=2, metadata=SIZES) as checkpointer:
+    with CheckpointWriter(run, keep=2, metadata=SIZES) as writer:
         for step in range(1, 7):
-            checkpointer.save(
+            writer.save(
                 CheckpointName(step, "psnr"), state.ema.state_dict(), state.tensors(), state.scalars(),
                 before=lambda step=step: order.append((step, len(checkpoints.listed(run)))), keep=frozenset({2}),
             )  # fmt: skip
@@ -159,33 +160,28 @@ def test_a_damaged_checkpoint_does_not_count_among_those_kept(run: Storage) -> N
     for step in (1, 2, 3):
         written(run, state, step)
     (run / CheckpointName(3, "psnr").folder).write_bytes("state.json", b"{}")
-    with Checkpointer(run, keep=2, metadata=SIZES, first_step=2) as checkpointer:
+    with CheckpointWriter(run, keep=2, metadata=SIZES, first_step=2) as writer:
         for step, expected in ((4, [2, 3, 4]), (3, [3, 4])):
-            checkpointer.save(
+            writer.save(
                 CheckpointName(step, "psnr"), state.ema.state_dict(), state.tensors(), state.scalars(),
                 before=lambda: None, keep=frozenset(),
             )  # fmt: skip
-            checkpointer.wait()
+            writer.wait()
             assert [name.step for name in checkpoints.listed(run)] == expected
 
 
 def test_the_best_stay_in_order_and_of_equal_ones_the_earlier() -> None:
     state = new_state(CONFIG, "psnr", CPU)
     for step, value in enumerate((1.0, 3.0, 2.0, 3.0, 0.5), start=1):
-        state.rank(Best(step, value), keep=3)
+        state.insert_best(Best(step, value, "psnr_y"), keep=3)
     assert [best.step for best in state.best] == [2, 4, 3]
-
-
-@pytest.mark.parametrize(("saved", "expected"), [(None, ()), ({"step": 3, "value": 26.5}, (Best(3, 26.5),))])
-def test_the_best_of_an_older_run_is_understood(saved: object, expected: tuple[Best, ...]) -> None:
-    assert best_of({"best": saved}) == expected
 
 
 def test_training_may_go_on_while_a_checkpoint_is_written(run: Storage) -> None:
     state = trained_state()
     expected = state.ema.conv_last.weight.clone()
-    with Checkpointer(run, keep=2, metadata=SIZES) as checkpointer:
-        checkpointer.save(
+    with CheckpointWriter(run, keep=2, metadata=SIZES) as writer:
+        writer.save(
             CheckpointName(1, "psnr"), state.ema.state_dict(), state.tensors(), state.scalars(),
             before=lambda: None, keep=frozenset(),
         )  # fmt: skip
@@ -200,17 +196,17 @@ def test_a_failed_write_reaches_training_with_its_reason(run: Storage) -> None:
     def full_disk() -> None:
         raise OSError(28, "No space left on device")
 
-    def save(checkpointer: Checkpointer) -> None:
-        checkpointer.save(
+    def save(writer: CheckpointWriter) -> None:
+        writer.save(
             CheckpointName(1, "psnr"), state.ema.state_dict(), state.tensors(), state.scalars(),
             before=full_disk, keep=frozenset(),
         )  # fmt: skip
 
     with (
         pytest.raises(OSError, match="No space left"),
-        Checkpointer(run, keep=2, metadata=SIZES) as checkpointer,
+        CheckpointWriter(run, keep=2, metadata=SIZES) as writer,
     ):
-        save(checkpointer)
+        save(writer)
     assert checkpoints.listed(run) == []
 
 
@@ -224,13 +220,13 @@ def test_a_failed_write_leaves_no_parts(run: Storage, monkeypatch: pytest.Monkey
         write_bytes(storage, name, content)
 
     monkeypatch.setattr(Storage, "write_bytes", small_disk)
-    with Checkpointer(run, keep=2, metadata=SIZES) as checkpointer:
-        checkpointer.save(
+    with CheckpointWriter(run, keep=2, metadata=SIZES) as writer:
+        writer.save(
             CheckpointName(1, "psnr"), state.ema.state_dict(), state.tensors(), state.scalars(),
             before=lambda: None, keep=frozenset(),
         )  # fmt: skip
         with pytest.raises(OSError, match="No space left"):
-            checkpointer.wait()
+            writer.wait()
         assert run.names("checkpoints") == []
 
 

@@ -109,12 +109,12 @@ def test_a_run_saves_at_notice_shrinks_grows_and_saves_when_stopped(cluster: Clu
             run.wait_for("step ")
         at_notice = checkpoints.listed(saved)[-1].step
         cluster.remove_node(nodes[1], allow_graceful=False)
-        line = run.wait_for("going on at step", "with 1 workers after a fault (")
-        assert int(line.split("going on at step ")[1].split()[0]) >= at_notice
-        # Another one comes: no step is lost, though no checkpoint was due.
+        line = run.wait_for("resuming at step", "1 worker) after a fault (")
+        assert int(line.split("resuming at step ")[1].split()[0]) >= at_notice
+        # Another node joins: no step is lost, although no checkpoint was due.
         cluster.add_node(**NODE)
-        line = run.wait_for("going on at step", "with 2 workers in place of 1")
-        assert int(line.split("going on at step ")[1].split()[0]) == run.last_step() > at_notice
+        line = run.wait_for("resuming at step", "2 workers) in place of 1")
+        assert int(line.split("resuming at step ")[1].split()[0]) == run.last_step() > at_notice
         run.wait_for("] step ")
         run.process.send_signal(signal.SIGTERM)
         run.wait_for("SIGTERM: saving")

@@ -13,13 +13,14 @@ import tiny
 from tiny import write_sets
 
 from pipeline.errors import UserError
+from pipeline.run_folder import TrainingResult
 from pipeline.storage import Storage
 from pipeline.tracking.records import Event, read_segment, segment_steps
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training import faults, stopping
 from pipeline.training.advice import INTERVALS, Advisor
 from pipeline.training.faults import Fault, verdict
-from pipeline.training.run import TrainingResult
+from pipeline.training.state import TrainState
 
 
 def fault(step: int, text: str = "worker 0: its process ended", kind: faults.Kind = "died") -> Fault:
@@ -102,31 +103,31 @@ def test_sigterm_saves_where_the_run_is_and_the_next_try_goes_on_there(
     monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", "60")
     run = Storage(str(folder / "runs" / "stopped"))
     long = {"checkpoint_every_steps": 1000, "validate_every_steps": 1000, "run_name": "stopped"}
-    from pipeline.training import loop
+    from pipeline.training.run_log import RunLog
 
-    seen = loop.progress_line
+    interval = RunLog.interval
 
-    def line(stage: str, step: int, last: int, values: Any) -> str:
-        if step == 4:
+    def stopped_at_step_4(log: RunLog, state: TrainState, values: Any) -> None:
+        if state.step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
             while not stopping.stop_requested(run):
                 threading.Event().wait(0.01)
-        return seen(stage, step, last, values)
+        interval(log, state, values)
 
-    monkeypatch.setattr(loop, "progress_line", line)
+    monkeypatch.setattr(RunLog, "interval", stopped_at_step_4)
     with pytest.raises(SystemExit) as ended:
         train(folder, **long)
     assert ended.value.code == 128 + signal.SIGTERM
-    # Asked while step 4's line is printed, agreed upon at the next interval's end.
+    # Requested while step 4 is logged, agreed on at the end of the next interval.
     assert [str(name) for name in checkpoints.listed(run)] == ["psnr-00000005"]
     assert not stopping.stop_requested(run)
     assert json.loads(run.read_bytes("tracking/run.json"))["status"] == "KILLED"
 
-    monkeypatch.setattr(loop, "progress_line", seen)
+    monkeypatch.setattr(RunLog, "interval", interval)
     result = train(folder, **long)
     assert result.generator_sha256 == undisturbed.generator_sha256
-    assert events(run) == ["going on at step 5 of stage psnr with 1 workers"]
-    assert "going on at step 5" in capsys.readouterr().out
+    assert events(run) == ["resuming at step 5 (psnr stage, 1 worker)"]
+    assert "resuming at step 5" in capsys.readouterr().out
 
 
 def test_a_grace_time_that_is_too_short_ends_the_run_at_once(
@@ -142,7 +143,9 @@ def test_a_grace_time_that_is_too_short_ends_the_run_at_once(
 
 def full_disk(times: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first checkpoint files find no space."""
-    real = checkpoints.write
+    from pipeline.training import checkpointer
+
+    real = checkpointer.write
     left = [times]
 
     def write(*args: Any) -> None:
@@ -151,7 +154,7 @@ def full_disk(times: int, monkeypatch: pytest.MonkeyPatch) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
         real(*args)
 
-    monkeypatch.setattr(checkpoints, "write", write)
+    monkeypatch.setattr(checkpointer, "write", write)
 
 
 @pytest.mark.slow
@@ -201,9 +204,9 @@ def interval(**changes: float) -> dict[str, float]:
     ("bad", "words"),
     [
         ({"data_wait_share": 0.5}, "wait 50% of the time for data"),
-        ({"discriminator_accuracy": 1.0}, "tells real from fake"),
-        ({"discriminator_accuracy": 0.5}, "hardly more than by chance"),
-        ({"loss_pixel": 0.25}, "has not moved"),
+        ({"discriminator_accuracy": 1.0}, "its gradient vanishes"),
+        ({"discriminator_accuracy": 0.5}, "close to chance level"),
+        ({"loss_pixel": 0.25}, "has not changed"),
     ],
 )
 def test_a_habit_is_said_once_and_again_after_it_stopped(bad: dict[str, float], words: str) -> None:

@@ -1,38 +1,38 @@
-"""Warnings about runs that are going wrong without failing."""
+"""Warnings about runs that are unhealthy but do not fail."""
 
 from collections import deque
 from collections.abc import Mapping
 
 DATA_WAIT_SHARE = 0.2
 INTERVALS = 5
-"""So many intervals in a row make a habit."""
+"""Consecutive intervals before a warning fires."""
 WINS, LOSES = 0.98, 0.52
 STUCK_SPREAD = 1e-4
 
 
 class Advisor:
-    """Looks at every interval's values; says each thing once, and again only after it had stopped."""
+    """Emits each warning once and re-arms it when the condition clears."""
 
     def __init__(self) -> None:
         self._recent: deque[Mapping[str, float]] = deque(maxlen=INTERVALS)
-        self._said: set[str] = set()
+        self._active: set[str] = set()
 
     def look(self, values: Mapping[str, float]) -> list[str]:
         """New warnings after an interval.
 
         Args:
-            values: what `Meter.finish` gave.
+            values: what `Meter.finish` returned.
         """
         self._recent.append(values)
         if len(self._recent) < INTERVALS or set(self._recent[0]) != set(values):
             return []
-        found = {kind: text for kind, applies, text in self._checks() if applies}
-        new = [text for kind, text in found.items() if kind not in self._said]
-        self._said = set(found)
+        warnings = {kind: text for kind, applies, text in self._checks() if applies}
+        new = [text for kind, text in warnings.items() if kind not in self._active]
+        self._active = set(warnings)
         return new
 
     def _checks(self) -> list[tuple[str, bool, str]]:
-        """What is looked for, whether it is so, and what to say then."""
+        """Kind of a warning, whether its condition holds, its text."""
         accuracy = self._all("discriminator_accuracy")
         pixel = self._all("loss_pixel")
         wait = self._all("data_wait_share")
@@ -46,7 +46,7 @@ class Advisor:
             (
                 "stuck",
                 max(pixel) - min(pixel) <= STUCK_SPREAD * max(pixel),
-                f"the pixel loss has not moved for {INTERVALS} intervals ({pixel[-1]:.4g}); raise the learning rate",
+                f"the pixel loss has not changed for {INTERVALS} intervals ({pixel[-1]:.4g}); raise the learning rate",
             ),
         ]
         if accuracy:
@@ -54,13 +54,13 @@ class Advisor:
                 (
                     "wins",
                     min(accuracy) > WINS,
-                    f"the discriminator tells real from fake {accuracy[-1]:.0%} of the time; its gradient fades: "
+                    f"the discriminator accuracy is {accuracy[-1]:.0%}: its gradient vanishes; "
                     "lower gan.learning_rate, or train stage 1 longer",
                 ),
                 (
                     "loses",
                     max(accuracy) < LOSES,
-                    f"the discriminator is right {accuracy[-1]:.0%} of the time, hardly more than by chance; "
+                    f"the discriminator accuracy is {accuracy[-1]:.0%}, close to chance level; "
                     "it adds noise rather than detail",
                 ),
             ]

@@ -1,4 +1,4 @@
-"""What the feed gives, as the step wants it: floats on the device, with their colours shuffled if asked for."""
+"""Moves loader batches to the device and converts them to float; optional channel shuffling."""
 
 import torch
 from torch import Tensor
@@ -11,15 +11,15 @@ from pipeline.training.worker import Worker
 
 
 def on_device(raw: RawBatch, config: TrainConfig, worker: Worker, step: int) -> Batch:
-    """uint8 travels to the device and becomes float there.
+    """Transfers uint8 to the device, then converts to float32 in [0, 1] there.
 
-    With `shuffle_channels`, every sample's channels are permuted, in low and high resolution alike, by an order that
-    (seed, step, place in the global batch) decide.
+    With `shuffle_channels`, the channels of every sample are permuted, the same way in LR and HR; the permutation is a
+    function of seed, step and the sample's index in the global batch.
 
     Args:
-        raw: this worker's part of a step, uint8.
+        raw: this rank's part of a step, uint8 (B, 3, H, W).
         config: the run's configuration.
-        worker: whose part it is.
+        worker: runtime context of this rank.
         step: the step, from 0.
     """
     device = worker.device

@@ -1,23 +1,20 @@
-"""Checkpoints: written whole off the training thread, verified before use, kept by rule.
+"""The checkpoint format: written atomically, verified before use.
 
 A checkpoint is a folder `checkpoints/<stage>-<step>/` in the run's folder:
 
-    generator.safetensors   averaged weights, with the architecture in the metadata: a model file by itself
-    training.safetensors    networks, optimisers, counters on the device
-    state.json              stage, step, best, digests
+    generator.safetensors   EMA weights, with the architecture in the metadata: a model file by itself
+    training.safetensors    networks, optimizers, counters on the device
+    state.json              stage, step, best validations, latest metrics
     manifest.json           size and sha256 of the three, written last
 
-A folder whose manifest is missing or does not agree is never used.
+A folder without a manifest, or with a file that does not match it, is never used.
 """
 
 import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import pyarrow
@@ -39,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, order=True)
 class CheckpointName:
-    """A checkpoint's place in the run; later ones are greater."""
+    """Stage and step of a checkpoint; ordered by step."""
 
     step: int
     stage: str
@@ -49,7 +46,7 @@ class CheckpointName:
 
     @property
     def folder(self) -> str:
-        """Its folder below the run's."""
+        """Path below the run's folder."""
         return f"{FOLDER}/{self}"
 
 
@@ -63,12 +60,12 @@ class Checkpoint:
     scalars: dict[str, Any]
 
 
-class DamagedCheckpoint(Exception):
-    """A checkpoint that does not agree with its own manifest; the message says where."""
+class CorruptCheckpoint(Exception):
+    """A checkpoint that cannot be read or does not match its manifest; the message names the file."""
 
 
 def write(run: Storage, checkpoint: Checkpoint, metadata: dict[str, str]) -> None:
-    """Writes a checkpoint; it counts from the moment when its manifest is there.
+    """Writes a checkpoint; it is valid once its manifest is written.
 
     Args:
         run: the run's folder.
@@ -76,8 +73,8 @@ def write(run: Storage, checkpoint: Checkpoint, metadata: dict[str, str]) -> Non
         metadata: architecture of the generator, kept in its file.
 
     Raises:
-        FloatingPointError: a tensor is not finite; such a checkpoint is never written.
-        OSError: the storage refuses, a full disk for instance.
+        FloatingPointError: a tensor is not finite; nothing is written.
+        OSError: the storage cannot be written (a full disk, for instance).
     """
     for name, value in [*checkpoint.ema.items(), *checkpoint.tensors.items()]:
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
@@ -97,7 +94,7 @@ def write(run: Storage, checkpoint: Checkpoint, metadata: dict[str, str]) -> Non
 
 
 def read(run: Storage, name: CheckpointName) -> Checkpoint:
-    """Reads a checkpoint after checking every byte against its manifest. Raises DamagedCheckpoint."""
+    """Reads a checkpoint and verifies every file against its manifest. Raises CorruptCheckpoint."""
     folder = run / name.folder
     try:
         files = json.loads(folder.read_bytes("manifest.json"))["files"]
@@ -105,7 +102,7 @@ def read(run: Storage, name: CheckpointName) -> Checkpoint:
         for file in _FILES:
             content = folder.read_bytes(file)
             if hashlib.sha256(content).hexdigest() != files[file]["sha256"]:
-                raise DamagedCheckpoint(f"{folder.path(file)}: differs from its checksum")
+                raise CorruptCheckpoint(f"{folder.path(file)}: checksum mismatch")
             contents[file] = content
         return Checkpoint(
             name,
@@ -121,11 +118,11 @@ def read(run: Storage, name: CheckpointName) -> Checkpoint:
         pyarrow.ArrowException,
         safetensors.SafetensorError,
     ) as error:
-        raise DamagedCheckpoint(f"{folder.uri}: {type(error).__name__}: {error}") from error
+        raise CorruptCheckpoint(f"{folder.uri}: {type(error).__name__}: {error}") from error
 
 
 def listed(run: Storage) -> list[CheckpointName]:
-    """All checkpoints that have a manifest, the oldest first; whether they are sound is for `read` to say."""
+    """All checkpoints that have a manifest, the oldest first; integrity is verified by `read`."""
     found = []
     for name in run.names(FOLDER):
         match = _NAME.match(name)
@@ -135,23 +132,21 @@ def listed(run: Storage) -> list[CheckpointName]:
 
 
 def newest(run: Storage) -> Checkpoint | None:
-    """The newest sound checkpoint; None where there never was one.
-
-    A damaged one is named in the log and passed over.
+    """The newest valid checkpoint; None if there never was one. Corrupt checkpoints are logged and skipped.
 
     Raises:
-        UserError: there are checkpoints, and all are damaged or have lost their manifests: starting from zero would
-            hide it. (A process that is killed while it writes its first leaves one without a manifest.)
+        UserError: there are checkpoints, but all are corrupt or have no manifest: starting from zero would hide it. (A
+            process that is killed while writing its first checkpoint leaves one without a manifest.)
     """
     names = listed(run)
     for name in reversed(names):
         try:
             return read(run, name)
-        except DamagedCheckpoint as error:
-            logger.warning("checkpoint passed over: %s", error)
+        except CorruptCheckpoint as error:
+            logger.warning("skipping corrupt checkpoint: %s", error)
     if names:
         raise UserError(
-            f"{run.path(FOLDER)}: all {len(names)} checkpoints are damaged; restore one, "
+            f"{run.path(FOLDER)}: all {len(names)} checkpoints are corrupt; restore one, "
             "or remove the run's folder to start again"
         )
     if len(folders := run.names(FOLDER)) > 1:
@@ -162,107 +157,11 @@ def newest(run: Storage) -> Checkpoint | None:
     return None
 
 
-def any_there(run: Storage) -> bool:
-    """Whether `newest` would not begin from zero."""
+def can_resume(run: Storage) -> bool:
+    """Whether there is a checkpoint to resume from (even if it is corrupt)."""
     return bool(listed(run)) or len(run.names(FOLDER)) > 1
 
 
-class Checkpointer:
-    """Writes checkpoints on a thread of its own, one after the other, and removes old ones.
-
-    Use as a context manager: leaving it waits for the last write.
-    """
-
-    def __init__(self, run: Storage, keep: int, metadata: dict[str, str], first_step: int = 0) -> None:
-        """
-        Args:
-            run: the run's folder.
-            keep: newest checkpoints to keep; the best ones and the last of stage 1 are kept besides.
-            metadata: architecture of the generator, kept in its file.
-            first_step: where training goes on. Later checkpoints that are there were passed over as damaged; they stay
-                until they are written anew, and do not count as kept.
-        """
-        self._run, self._keep, self._metadata = run, keep, metadata
-        self._passed_over = {name for name in listed(run) if name.step > first_step}
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future[None] | None = None
-
-    def __enter__(self) -> "Checkpointer":
-        self._remove_partial()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                self.wait()
-        finally:
-            self._thread.shutdown()
-
-    def save(
-        self,
-        name: CheckpointName,
-        ema: dict[str, Tensor],
-        tensors: dict[str, Tensor],
-        scalars: dict[str, Any],
-        before: Callable[[], None],
-        keep: frozenset[int],
-    ) -> None:
-        """Copies the live tensors and hands them to the thread.
-
-        Args:
-            name: the checkpoint's stage and step.
-            ema: averaged weights.
-            tensors: everything else.
-            scalars: JSON values.
-            before: called on the thread before the checkpoint appears, for what must be durable by then.
-            keep: steps whose checkpoints are kept whatever their age.
-
-        Raises:
-            OSError: an earlier write failed.
-        """
-        self.wait()
-        checkpoint = Checkpoint(name, _copied(ema), _copied(tensors), scalars)
-
-        def work() -> None:
-            before()
-            try:
-                write(self._run, checkpoint, self._metadata)
-            except BaseException:
-                self._run.remove(name.folder)  # on a full disk its parts would be in the way of the next try
-                raise
-            self._passed_over.discard(name)
-            self._remove_old(keep | {name.step})
-
-        self._pending = self._thread.submit(work)
-
-    def wait(self) -> None:
-        """Waits for the write under way, and raises what it raised."""
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending.result()
-
-    def _remove_partial(self) -> None:
-        sound = {str(name) for name in listed(self._run)}
-        for name in self._run.names(FOLDER):
-            if name not in sound:
-                logger.warning("removing the unfinished checkpoint %s", name)
-                self._run.remove(f"{FOLDER}/{name}")
-
-    def _remove_old(self, keep: frozenset[int]) -> None:
-        sound = [name for name in listed(self._run) if name not in self._passed_over]
-        for name in sound[: -self._keep]:
-            if name.step not in keep:
-                # The manifest goes first: a folder half removed must not look like a damaged checkpoint.
-                self._run.remove(f"{name.folder}/manifest.json")
-                self._run.remove(name.folder)
-
-
-def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
-
-
 def _compact(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    # safetensors stores row-major tensors only; channels-last weights are brought into that order.
+    # safetensors stores row-major tensors only; channels-last weights are copied into that order.
     return {name: value.contiguous() for name, value in tensors.items()}

@@ -1,10 +1,10 @@
-"""The one door to training: for the job, for every trial of a sweep, and for tests."""
+"""Entry point for training; shared by the job, sweep trials and tests."""
 
 import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from pipeline.data import Manifest, check_source, has_manifest, load_manifest, p
 from pipeline.data.feed import Feed
 from pipeline.errors import UserError
 from pipeline.model.weights import generator_sha256
+from pipeline.run_folder import IDENTITY, RESULT, RunIdentity, TrainingResult
 from pipeline.section import flat_fields
 from pipeline.storage import Storage, only_writer
 from pipeline.tracking import Sender, TrackedRun, finish_run, open_run, require_store
@@ -21,38 +22,17 @@ from pipeline.tracking.candidate import Candidate, register_candidate, trained_g
 from pipeline.tracking.model_files import ModelCard, example_from, licence_note
 from pipeline.tracking.records import pictures_at
 from pipeline.training import checkpoint as checkpoints
-from pipeline.training import identity as identities
 from pipeline.training.checks import check_before_start, with_absolute_paths
 from pipeline.training.config import TrainConfig
 from pipeline.training.faults import Diverged
-from pipeline.training.identity import RESULT, RunIdentity
+from pipeline.training.identity import check_resume, claim, diff, identity_of, set_tracking_run
 from pipeline.training.loop import train
-from pipeline.training.state import Stage, best_of, by_metric, new_state
+from pipeline.training.state import Stage, best_of, new_state, of_metric
 from pipeline.training.stopping import saving_on_sigterm, stop_requested
 from pipeline.training.worker import Worker
 
-# Fields that only ingest reads, about the images and not about the patches.
+# Fields that only ingest reads: they describe the images, not the patches.
 _INGEST_ONLY = {"source", "held_out", "lr_dir", "licence"}
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """What a finished run leaves behind; also `result.json` in its folder."""
-
-    run_name: str
-    run_id: str | None
-    """MLflow's id."""
-    stage: str
-    step: int
-    """Updates over both stages."""
-    generator_sha256: str
-    """Over the averaged weights' bytes, names sorted."""
-    checkpoint: str
-    model_version: int | None
-    metrics: dict[str, float]
-    """Validation metrics of the registered generator."""
-    final_metrics: dict[str, float] = field(default_factory=dict)
-    """Validation metrics of the EMA weights at `step`; results of older versions lack them."""
 
 
 def run_training(
@@ -64,44 +44,51 @@ def run_training(
     compare_versions: bool = True,
     prepare_command: str | None = None,
 ) -> TrainingResult:
-    """Trains both stages, or goes on where an earlier try stopped, and registers the best generator.
+    """Runs both stages (resuming an earlier attempt if present) and registers the best generator.
 
     Args:
         config: the validated configuration. `workers: 0` trains in this process, without Ray Train.
         callbacks: Ray Train callbacks (a trial's link to Ray Tune).
         parent_run_id: MLflow run that this one belongs to (a sweep).
-        accept_changes: go on although the configuration, the data set or package versions are others than before.
-        compare_versions: whether other package versions are a change (never for a run that has ended).
+        accept_changes: resume although the configuration, the data set or package versions have changed.
+        compare_versions: whether a different package version counts as a change.
         prepare_command: refuse a missing data set with this command in the message, instead of preparing it.
 
     Returns:
-        The result; for a run that had ended before, what it left, and nothing is changed.
+        The result. For a run that already finished: its stored result; nothing is modified.
 
     Raises:
-        UserError: anything that the user can mend; found before Ray starts wherever it can be.
+        UserError: any error the user can fix, detected before Ray starts where possible.
     """
-    # The job hands over all fields; what is not training's (a sweep's) does not travel on.
+    # Sections of other commands (a sweep's) are dropped.
     config = with_absolute_paths(config.alone())
     run = Storage(config.storage) / config.run_name
-    there = identities.load(run)
-    finished = _finished(config, run)
-    if there is not None:
-        identities.require_same(
-            run,
-            there,
-            config,
-            accept_changes=accept_changes,
-            compare_versions=compare_versions and finished is None,
-        )
-    if finished is not None:
+    old, result = IDENTITY.read(run), RESULT.read(run)
+    finished = result is not None and result.step == config.psnr.steps + config.gan.steps
+    manifest = None if finished or not has_manifest(config.data.root) else load_manifest(config.data.root)
+
+    def require_resumable(manifest: Manifest | None) -> tuple[RunIdentity, list[str]]:
+        """The identity that this configuration gives, and its changes, checked; without a manifest all others."""
+        sha256 = manifest.sha256 if manifest else (old.manifest_sha256 if old else "")
+        new = identity_of(config, sha256)
+        if old is None:
+            return new, []
+        if finished or not compare_versions:
+            new = replace(new, versions=old.versions)
+        changes = diff(old, new)
+        check_resume(config, run, old, changes, accept_changes)
+        return new, changes
+
+    new, changes = require_resumable(manifest)
+    if finished:
+        assert result is not None
         print(
-            f"run {config.run_name} has ended at step {finished.step}; nothing to do ({run.path(RESULT)})",
+            f"run {config.run_name} has finished at step {result.step}; nothing to do ({run.path(RESULT.path)})",
             flush=True,
         )
-        return finished
+        return result
     check_before_start(config, run)
-    has_data = has_manifest(config.data.root)
-    if not has_data:
+    if manifest is None:
         check_source(config.data, prepare_command)
     require_store(config.tracking, config.storage)
 
@@ -113,22 +100,24 @@ def run_training(
             from pipeline.training import ray_trainer
 
             ray_trainer.connect(config)
-        if not has_data:
+        was_prepared = manifest is not None
+        if manifest is None:
             prepare(config.data, on_ray=config.worker_range[1] > 0)
-        manifest = load_manifest(config.data.root)
+            manifest = load_manifest(config.data.root)
+            new, changes = require_resumable(manifest)
         _require_fitting_data(config, manifest)
         if accept_changes:
             _require_loadable(config, run)
-        identity = identities.claim(run, config, manifest.sha256, accept_changes, compare_versions)
+        identity = claim(run, old, new, changes)
         if parent_run_id is None:
             print(summary(config, manifest), flush=True)
-        if has_data:
+        if was_prepared:
             config = _without_source(config)
         return _tracked_training(config, run, manifest, identity, callbacks, parent_run_id)
 
 
 def summary(config: TrainConfig, manifest: Manifest) -> str:
-    """What is about to be trained, in four lines: data (as the manifest has it), model, steps, devices."""
+    """What is about to be trained, in four lines: data (from the manifest), model, steps, devices."""
     facts, model = manifest.facts(), config.model
     held_out = f"validation on {facts['held_out']}" if facts["held_out"] else "no validation images"
     networks = (
@@ -153,7 +142,7 @@ def summary(config: TrainConfig, manifest: Manifest) -> str:
 
 
 def _without_source(config: TrainConfig) -> TrainConfig:
-    """`config` as a run records it whose data set was there before: nothing says that it was made from data.source."""
+    """`config` as recorded by a run whose data set existed before: it may not have been made from data.source."""
     unknown = dict.fromkeys(_INGEST_ONLY)
     return config.model_copy(update={"data": config.data.model_copy(update=unknown)})
 
@@ -172,7 +161,7 @@ def _tracked_training(
         config.tracking,
         run,
         run_name=config.run_name,
-        # What the data set was made from is the manifest's to state: the configuration may name other images by now.
+        # The manifest states what the data set was made from; the configuration may name other images by now.
         parameters=flat_fields(
             config.model_dump(mode="json", exclude={"tracking": True, "data": _INGEST_ONLY})
         )
@@ -183,7 +172,7 @@ def _tracked_training(
         run_id=identity.tracking_run_id,
     )
     if tracked is not None:
-        identities.with_tracking(run, identity, tracked.run_id)
+        set_tracking_run(run, identity, tracked.run_id)
     status = "FAILED"
     sender = Sender(run, config.tracking, tracked, published_step=lambda: _published_step(run))
     try:
@@ -193,7 +182,8 @@ def _tracked_training(
             left = sender.flush(timeout_s=60.0)
             if left:
                 print(
-                    f"{left} segments of metrics could not be sent; later: python jobs/send_metrics.py --run {run.uri}",
+                    f"{left} segments of metrics could not be sent; once the server is back, run: "
+                    f"python jobs/send_metrics.py --run {run.uri}",
                     flush=True,
                 )
         result = _conclude(config, run, sender.tracked, text, manifest)
@@ -203,7 +193,7 @@ def _tracked_training(
         status = "KILLED"
         raise
     finally:
-        # A store that was away at the start may be back by now: then the sender has opened the run.
+        # If MLflow was unreachable at the start, the sender may have opened the run since.
         finish_run(sender.tracked, status, run)
 
 
@@ -225,7 +215,7 @@ def _train(config: TrainConfig, run: Storage, callbacks: Sequence[Any]) -> None:
 
 
 def _is_trained(config: TrainConfig, run: Storage) -> bool:
-    """Whether the last checkpoint is there, and sound."""
+    """Whether the final checkpoint exists and passes verification."""
     last = config.psnr.steps + config.gan.steps
     if _published_step(run) < last:
         return False
@@ -234,7 +224,7 @@ def _is_trained(config: TrainConfig, run: Storage) -> bool:
 
 
 def _require_loadable(config: TrainConfig, run: Storage) -> None:
-    """Tries the newest checkpoint on a changed configuration, before that becomes the run's. Raises UserError."""
+    """Loads the newest checkpoint into a changed configuration, before it replaces the run's. Raises UserError."""
     newest = checkpoints.newest(run)
     if newest is not None:
         stage: Stage = "gan" if newest.name.stage == "gan" else "psnr"
@@ -245,7 +235,7 @@ def _require_loadable(config: TrainConfig, run: Storage) -> None:
 def _conclude(
     config: TrainConfig, run: Storage, tracked: TrackedRun | None, text: str, manifest: Manifest
 ) -> TrainingResult:
-    """Registers the best generator and writes the result; a generator that the store does not take waits in the run."""
+    """Registers the best generator and writes the result. If MLflow is unreachable, the generator waits in the run."""
     final = checkpoints.newest(run)
     last = config.psnr.steps + config.gan.steps
     if final is None or final.name.step != last:
@@ -257,12 +247,18 @@ def _conclude(
         candidate.save(run)
         try:
             if tracked is None:
-                raise UserError(f"registering {config.tracking.model_name}: the tracking store is away")
+                raise UserError(
+                    f"registering {config.tracking.model_name}: the tracking server is unreachable"
+                )
             registered = register_candidate(run, tracked, candidate)
             version = registered.version
             print(f"registered {registered.name} version {version}: {registered.reason}", flush=True)
         except UserError as error:
-            print(f"{error}; nothing is lost, later: python jobs/send_metrics.py --run {run.uri}", flush=True)
+            print(
+                f"{error}; no data was lost; once the server is back, run: "
+                f"python jobs/send_metrics.py --run {run.uri}",
+                flush=True,
+            )
     result = TrainingResult(
         run_name=config.run_name,
         run_id=tracked.run_id if tracked else None,
@@ -274,22 +270,22 @@ def _conclude(
         metrics=chosen.scalars["metrics"],
         final_metrics=final.scalars["metrics"],
     )
-    run.write_bytes(RESULT, json.dumps(asdict(result), indent=2).encode())
+    RESULT.write(run, result)
     if version is not None:
         Candidate.discard(run)
     return result
 
 
 def _best(config: TrainConfig, run: Storage, final: checkpoints.Checkpoint) -> checkpoints.Checkpoint:
-    """The best checkpoint of the last stage that can be read; the last one where validation chose none."""
-    for best in by_metric(best_of(final.scalars), config.tracking.metric):
+    """The best readable checkpoint of the last stage; the last one if there was no validation."""
+    for best in of_metric(best_of(final.scalars), config.tracking.metric):
         if best.step == final.name.step:
             return final
         try:
             return checkpoints.read(run, checkpoints.CheckpointName(best.step, final.name.stage))
-        except checkpoints.DamagedCheckpoint as error:
+        except checkpoints.CorruptCheckpoint as error:
             print(
-                f"the best generator, of step {best.step}, cannot be read ({error}); taking the next",
+                f"the best checkpoint, of step {best.step}, is unreadable ({error}); using the next best",
                 flush=True,
             )
     return final
@@ -298,11 +294,11 @@ def _best(config: TrainConfig, run: Storage, final: checkpoints.Checkpoint) -> c
 def _candidate(
     config: TrainConfig, run: Storage, chosen: checkpoints.Checkpoint, text: str, manifest: Manifest
 ) -> Candidate:
-    """What is to be registered: the chosen generator, and the result of stage 1 beside it for comparison."""
+    """What is to be registered: the chosen generator, and stage 1's result for comparison."""
     generators = [chosen]
     stage_one = checkpoints.CheckpointName(config.psnr.steps, "psnr")
     if chosen.name.stage == "gan" and stage_one in checkpoints.listed(run):
-        with suppress(checkpoints.DamagedCheckpoint):
+        with suppress(checkpoints.CorruptCheckpoint):
             generators.insert(0, checkpoints.read(run, stage_one))
     *earlier, best = [
         trained_generator(
@@ -329,17 +325,6 @@ def _candidate(
             example=next((example_from(strip, config.data.scale) for strip in pictures.values()), None),
         ),
     )
-
-
-def _finished(config: TrainConfig, run: Storage) -> TrainingResult | None:
-    """The result of a run that has ended; none where more steps are asked for by now."""
-    if not run.exists(RESULT):
-        return None
-    try:
-        result = TrainingResult(**json.loads(run.read_bytes(RESULT)))
-    except (ValueError, TypeError):
-        return None  # Damaged: concluding again writes it anew.
-    return result if result.step == config.psnr.steps + config.gan.steps else None
 
 
 def _published_step(run: Storage) -> int:

@@ -1,7 +1,7 @@
-"""All that a run knows between two steps, as one value that is saved and loaded in one place."""
+"""Training state: everything needed to resume, saved and loaded together."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -18,12 +18,12 @@ Stage = Literal["psnr", "gan"]
 
 @dataclass(frozen=True)
 class Best:
-    """One of the best validations so far within a stage."""
+    """One of the best validations of the current stage."""
 
     step: int
     value: float
-    metric: str | None = None
-    """Name of what `value` measures; older runs have not noted it, and had one only."""
+    metric: str
+    """The metric that `value` is of."""
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,15 @@ class Validation:
 
 @dataclass
 class TrainState:
-    """Networks, averaged weights, optimisers and counters of a run.
+    """Networks, EMA weights, optimizers and counters of a run.
 
-    `generator` and `discriminator` are what the step calls: wrapped for data-parallel training where there are several
-    workers. Samples, crops and learning rates are functions of `step`, so they need no state of their own.
+    `generator` and `discriminator` are what the step calls: wrapped in DistributedDataParallel if there are several
+    workers. Samples, crops and learning rates are functions of `step` and need no state.
     """
 
     stage: Stage
     step: int
-    """Updates done over both stages."""
+    """Optimizer steps done, over both stages."""
     generator: nn.Module
     ema: RRDBNet
     generator_optimizer: torch.optim.Adam
@@ -54,24 +54,24 @@ class TrainState:
     """The best first."""
     validation: Validation | None = None
     """The latest one."""
-    damaged: int = 0
-    """Damaged patches met so far, over all workers."""
+    corrupt_patches: int = 0
+    """Corrupt patches replaced so far, over all workers."""
     skipped: Tensor = field(default_factory=lambda: torch.zeros(2))
-    """Steps left out for non-finite gradients: in a row, and altogether."""
+    """Skipped optimizer steps (non-finite gradients): consecutive, total."""
 
     @torch.no_grad()
     def count_skipped(self, finite: Tensor) -> None:
-        """Counts a step that was left out, on the device."""
+        """Counts a step as skipped if `finite` (a boolean scalar on the device) is False; does not synchronize."""
         bad = (~finite).to(self.skipped.dtype)
         self.skipped[0] = (self.skipped[0] + 1) * bad
         self.skipped[1] += bad
 
-    def rank(self, one: Best, keep: int) -> None:
-        """Puts a validation in its place among the best `keep`; of equal ones the earlier counts for more."""
-        self.best = tuple(sorted([*self.best, one], key=lambda best: -best.value)[:keep])
+    def insert_best(self, result: Best, keep: int) -> None:
+        """Inserts a result into the top-`keep` list (ties: the earlier step wins)."""
+        self.best = tuple(sorted([*self.best, result], key=lambda best: -best.value)[:keep])
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything but the averaged weights, by name; the tensors are the live ones."""
+        """All tensors but the EMA weights, by name; not copies."""
         named = {f"generator.{name}": value for name, value in bare(self.generator).state_dict().items()}
         named |= _optimizer_tensors("generator_optimizer", bare(self.generator), self.generator_optimizer)
         if self.discriminator is not None and self.discriminator_optimizer is not None:
@@ -86,25 +86,25 @@ class TrainState:
         return {
             "stage": self.stage,
             "step": self.step,
-            "best": [asdict(one) for one in self.best],
-            "damaged": self.damaged,
+            "best": [asdict(best) for best in self.best],
+            "corrupt_patches": self.corrupt_patches,
             "metrics": latest.metrics if latest else {},
             "metrics_step": latest.step if latest else None,
         }
 
     @torch.no_grad()
     def load(self, ema: dict[str, Tensor], tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
-        """Takes over saved values; the networks must be of the saved stage.
+        """Loads a checkpoint; the networks must be of its stage.
 
         Raises:
-            UserError: names or shapes differ from this configuration's.
+            UserError: names or shapes of its tensors do not match this configuration.
         """
-        mine = self.tensors()
+        current = self.tensors()
         optimizer_names = {name for name in tensors if "_optimizer." in name}
-        if set(mine) - {n for n in mine if "_optimizer." in n} != set(tensors) - optimizer_names:
-            odd = sorted(set(mine) ^ set(tensors))[0]
-            raise UserError(f"checkpoint: its tensors are not this configuration's (for one: {odd})")
-        for name, value in mine.items():
+        if {name for name in current if "_optimizer." not in name} != set(tensors) - optimizer_names:
+            first = sorted(set(current) ^ set(tensors))[0]
+            raise UserError(f"checkpoint: its tensors do not match this configuration (the first: {first})")
+        for name, value in current.items():
             if "_optimizer." not in name and value.shape != tensors[name].shape:
                 raise UserError(
                     f"checkpoint: {name} has the shape {list(tensors[name].shape)}, but {list(value.shape)} in this "
@@ -122,26 +122,25 @@ class TrainState:
                 self.discriminator_optimizer, network, _below("discriminator_optimizer.", tensors)
             )
         self.skipped.copy_(tensors["skipped"])
-        self.stage, self.step, self.damaged = scalars["stage"], scalars["step"], scalars["damaged"]
+        self.stage, self.step = scalars["stage"], scalars["step"]
+        self.corrupt_patches = scalars["corrupt_patches"]
         self.best = best_of(scalars)
-        # Checkpoints of older versions have metrics without their step.
-        step = scalars.get("metrics_step")
+        step = scalars["metrics_step"]
         self.validation = None if step is None else Validation(step, scalars["metrics"])
 
 
 def best_of(scalars: dict[str, Any]) -> tuple[Best, ...]:
-    """The best validations that a checkpoint's counters name, the best first; older runs named one or none."""
-    named = scalars["best"] or []
-    return tuple(Best(**one) for one in ([named] if isinstance(named, dict) else named))
+    """The best validations in a checkpoint's state, the best first."""
+    return tuple(Best(**best) for best in scalars["best"])
 
 
-def by_metric(bests: Iterable[Best], metric: str) -> tuple[Best, ...]:
-    """Those that `metric` has measured: values of another one cannot be compared with."""
-    return tuple(replace(best, metric=metric) for best in bests if best.metric in (None, metric))
+def of_metric(bests: Iterable[Best], metric: str) -> tuple[Best, ...]:
+    """Those of `metric`: values of different metrics are not comparable."""
+    return tuple(best for best in bests if best.metric == metric)
 
 
 def new_state(config: TrainConfig, stage: Stage, device: torch.device) -> TrainState:
-    """A state at the beginning of `stage`, its weights drawn from the seed, ready for this group of workers."""
+    """A state at the beginning of `stage`, with weights initialized from the seed, for this worker group."""
     size = config.model
 
     def build() -> RRDBNet:
@@ -171,7 +170,7 @@ def new_state(config: TrainConfig, stage: Stage, device: torch.device) -> TrainS
 def begin_gan(state: TrainState, config: TrainConfig, device: torch.device) -> None:
     """Turns the end of stage 1 into the beginning of stage 2.
 
-    The generator starts from the averaged weights (what stage 1 hands over), with fresh optimisers.
+    The generator starts from the EMA weights of stage 1, with new optimizers.
     """
     generator = bare(state.generator)
     generator.load_state_dict(state.ema.state_dict())
@@ -188,7 +187,7 @@ def _add_discriminator(state: TrainState, config: TrainConfig, device: torch.dev
             return UNetDiscriminator(num_feat=feat)
         return VGGStyleDiscriminator(input_px=config.crop_px, num_feat=feat)
 
-    # Another seed than the generator's: equal draws in both networks would be related.
+    # Different seed from the generator's, so that the initial weights are uncorrelated.
     network = with_global_batch_norm(_placed(seeded(config.seed + 1, build), config, device))
     example = torch.zeros(1, 3, config.crop_px, config.crop_px, device=device)
     state.discriminator = distribute(network, example)

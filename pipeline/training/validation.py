@@ -1,4 +1,4 @@
-"""Validation on whole held-out photographs, shared out over the workers."""
+"""Validation on whole held-out images, distributed over the workers."""
 
 from collections.abc import Sequence
 
@@ -12,9 +12,9 @@ from pipeline.model import RRDBNet
 from pipeline.training.distributed import rank, sum_in_place, world_size
 
 METRICS = ("psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb")
-TILE_PX = 512  # low-resolution pixels; larger photographs go through in tiles
-PICTURES = 4
-_PICTURE_PX = 48  # low-resolution side of the crop that is shown
+TILE_PX = 512  # LR pixels; larger images are upscaled in tiles
+STRIPS = 4  # comparison strips per validation
+_CROP_PX = 48  # side of the crop in a strip, in LR pixels
 
 Image = NDArray[np.uint8]
 
@@ -22,26 +22,25 @@ Image = NDArray[np.uint8]
 def validate(
     generator: RRDBNet, photos: Sequence[HeldOutPhoto], scale: int, device: torch.device
 ) -> dict[str, float]:
-    """Means over photographs of PSNR (dB) and SSIM, on Y and RGB, with a border of `scale` pixels.
+    """Means over images of PSNR (dB) and SSIM, on Y and RGB, with a border of `scale` pixels.
 
-    Photographs go to workers by size, the largest first, so that no worker waits long for another. Every worker gets
-    the same result, which does not depend on their number: each photograph's values are computed by one worker, and
-    the means are taken in the photographs' order.
+    Images are assigned to ranks by size, the largest first, to balance the load. The result is the same on all ranks
+    and does not depend on their number: each image is measured by one rank, and means are taken in the images' order.
     """
     by_size = sorted(range(len(photos)), key=lambda index: -photos[index].hr.size)
     values = torch.zeros(len(photos), len(METRICS), dtype=torch.float64)
     for index in by_size[rank() :: world_size()]:
         values[index] = torch.tensor(
-            _photo_metrics(generator, photos[index], scale, device), dtype=torch.float64
+            _image_metrics(generator, photos[index], scale, device), dtype=torch.float64
         )
     values = values.to(device)
     sum_in_place([values])
     return dict(zip(METRICS, values.mean(0).tolist(), strict=True))
 
 
-def _photo_metrics(generator: RRDBNet, photo: HeldOutPhoto, scale: int, device: torch.device) -> list[float]:
+def _image_metrics(generator: RRDBNet, photo: HeldOutPhoto, scale: int, device: torch.device) -> list[float]:
     sr = upscale(generator, photo.lr, tile_px=TILE_PX, device=device)
-    # Identical images have no finite PSNR; 100 dB keeps a mean meaningful.
+    # Identical images have infinite PSNR; 100 dB keeps the mean finite.
     return [
         min(psnr(sr, photo.hr, border=scale, channel="y"), 100.0),
         ssim(sr, photo.hr, border=scale, channel="y"),
@@ -50,18 +49,18 @@ def _photo_metrics(generator: RRDBNet, photo: HeldOutPhoto, scale: int, device: 
     ]
 
 
-def pictures(
+def comparison_strips(
     generators: Sequence[RRDBNet], photos: Sequence[HeldOutPhoto], scale: int, device: torch.device
 ) -> dict[str, Image]:
-    """A strip for each of the first photographs: input, bicubic, each generator's result, original.
+    """For each of the first images by name: LR, bicubic, each generator's SR, HR side by side, uint8 (H, W, 3).
 
-    All show the same crop, the one with the most detail, at the high resolution.
+    All show the same crop, the one with the most detail, at the size of the HR image.
     """
     strips = {}
-    for photo in photos[:PICTURES]:
+    for photo in photos[:STRIPS]:
         y, x = _most_detailed(photo.lr)
-        lr = np.ascontiguousarray(photo.lr[y : y + _PICTURE_PX, x : x + _PICTURE_PX])
-        hr = photo.hr[scale * y : scale * (y + _PICTURE_PX), scale * x : scale * (x + _PICTURE_PX)]
+        lr = np.ascontiguousarray(photo.lr[y : y + _CROP_PX, x : x + _CROP_PX])
+        hr = photo.hr[scale * y : scale * (y + _CROP_PX), scale * x : scale * (x + _CROP_PX)]
         results = [upscale(generator, lr, device=device) for generator in generators]
         nearest = lr.repeat(scale, axis=0).repeat(scale, axis=1)
         strips[photo.name] = _strip([nearest, bicubic_upscale(lr, scale), *results, hr])
@@ -69,17 +68,17 @@ def pictures(
 
 
 def _most_detailed(lr: Image) -> tuple[int, int]:
-    """Corner of the square crop whose neighbouring pixels differ most."""
-    grey = lr.mean(axis=2)
-    step = _PICTURE_PX // 2
+    """Corner of the square crop whose neighboring pixels differ most."""
+    gray = lr.mean(axis=2)
+    stride = _CROP_PX // 2
     corners = [
         (y, x)
-        for y in range(0, max(1, lr.shape[0] - _PICTURE_PX + 1), step)
-        for x in range(0, max(1, lr.shape[1] - _PICTURE_PX + 1), step)
+        for y in range(0, max(1, lr.shape[0] - _CROP_PX + 1), stride)
+        for x in range(0, max(1, lr.shape[1] - _CROP_PX + 1), stride)
     ]
 
     def detail(corner: tuple[int, int]) -> float:
-        crop = grey[corner[0] : corner[0] + _PICTURE_PX, corner[1] : corner[1] + _PICTURE_PX]
+        crop = gray[corner[0] : corner[0] + _CROP_PX, corner[1] : corner[1] + _CROP_PX]
         return float(np.abs(np.diff(crop, axis=0)).mean() + np.abs(np.diff(crop, axis=1)).mean())
 
     return max(corners, key=detail)

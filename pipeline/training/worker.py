@@ -1,4 +1,4 @@
-"""What the loop needs to know of its surroundings, whoever made them."""
+"""Runtime context of one worker: rank, device, callbacks of the launcher."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 
-def _nothing(metrics: Mapping[str, float]) -> None:
+def _ignore(metrics: Mapping[str, float]) -> None:
     return None
 
 
@@ -20,25 +20,25 @@ def _done() -> None:
 
 @dataclass(frozen=True)
 class Worker:
-    """One process of a training run."""
+    """One process of a training run, as its launcher describes it."""
 
     rank: int = 0
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    report: Callable[[Mapping[str, float]], None] = _nothing
+    report: Callable[[Mapping[str, float]], None] = _ignore
     """Reports a validation, its metrics and its `step`, to the launcher; must be called equally often on all ranks."""
     preempted: Callable[[], bool] = _never
-    """Whether this worker's machine is about to be taken away; every worker calls it equally often."""
+    """Whether this worker's node is about to be preempted; must be called the same number of times on every rank."""
     stopping: Callable[[], bool] = _never
-    """Whether somebody asked the run to save and end; one worker that says so is enough."""
+    """Whether a graceful stop was requested; one rank that returns True is enough."""
     resizing: Callable[[], bool] = _never
-    """Whether the worker group will be replaced by one of another size as soon as it has saved; rank 0 is asked."""
+    """Whether the worker group is to be resized after its next checkpoint; called on rank 0 only."""
     ready_to_resize: Callable[[], None] = _done
-    """Called on rank 0 when that checkpoint is written."""
+    """Called on rank 0 when that checkpoint has been written."""
     reason: str = ""
-    """Why this group of workers follows another one ("after a fault (...)"); worker 0 knows it."""
+    """Why this worker group was restarted, such as "after a fault (...)"; set on rank 0."""
 
     @property
-    def leads(self) -> bool:
-        """Whether this worker writes files and prints."""
+    def is_main(self) -> bool:
+        """Whether this is the main process (rank 0), which writes files and prints."""
         return self.rank == 0

@@ -33,10 +33,10 @@ from ray.tune.search.optuna import OptunaSearch
 from pipeline.config import Config, with_fields
 from pipeline.data import check_source, has_manifest, load_manifest, plans_held_out, prepare
 from pipeline.errors import UserError, without_secrets
+from pipeline.run_folder import IDENTITY
 from pipeline.storage import Storage
 from pipeline.tracking import TrackedRun, finish_run, open_parent, require_store
 from pipeline.tracking.uri import resolve_uri
-from pipeline.training import identity as identities
 from pipeline.training import ray_trainer
 from pipeline.training.checks import (
     check_before_start,
@@ -45,6 +45,7 @@ from pipeline.training.checks import (
     with_absolute_paths,
 )
 from pipeline.training.config import TrainConfig
+from pipeline.training.identity import learning_fields
 from pipeline.training.run import run_training, summary
 from pipeline.tuning.config import Choice, TuneConfig, Uniform
 from pipeline.tuning.picture import tradeoff_picture
@@ -273,7 +274,7 @@ class _Watcher(tune.Callback):
         if name not in known:
             last = trial.last_result or {}
             metrics = {key: value for key, value in last.items() if key.startswith(("psnr_", "ssim_"))}
-            identity = identities.load(self._sweep / "trials" / name)
+            identity = IDENTITY.read(self._sweep / "trials" / name)
             run_id = identity.tracking_run_id if identity else None
             known[name] = Outcome(
                 name, run_id, dict(trial.config), status, int(last.get("step", 0)), metrics, reason
@@ -341,7 +342,7 @@ def _extremes(settings: TuneConfig) -> list[Values]:
 
 def _claim(sweep: Storage, base: TrainConfig, settings: TuneConfig) -> None:
     """Writes what the sweep is, or checks that it is the same. Raises UserError."""
-    fixed = identities.learning_fields(base)
+    fixed = learning_fields(base)
     mine = {
         # Sweeps of older versions compared the best validations; those values do not mix with these.
         "search": settings.model_dump(mode="json", include={"space", "metric", "mode"})

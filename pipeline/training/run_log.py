@@ -1,0 +1,102 @@
+"""The run's log: lines on the console, and records that are spooled for MLflow with the next checkpoint."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from pipeline.storage import Storage
+from pipeline.tracking.records import Event, Metrics, Picture, Record
+from pipeline.tracking.system import system_metrics
+from pipeline.training.advice import Advisor
+from pipeline.training.config import TrainConfig
+from pipeline.training.meter import progress_line
+from pipeline.training.state import TrainState
+from pipeline.training.validation import Image
+from pipeline.training.worker import Worker
+
+
+@dataclass
+class RunLog:
+    """Prints and collects records in the main process; does nothing on other ranks."""
+
+    config: TrainConfig
+    worker: Worker
+    run: Storage
+    _records: list[Record] = field(default_factory=list)
+    _advisor: Advisor = field(default_factory=Advisor)
+    _skipped_steps: float = 0.0
+    """Total up to the last interval."""
+
+    def started(self, state: TrainState) -> None:
+        """Logs the step at which a run resumes, and why the worker group was restarted."""
+        self._skipped_steps = float(state.skipped[1])
+        if state.step or self.worker.reason:
+            workers = self.worker.world_size
+            plural = "s" if workers > 1 else ""
+            reason = f" {self.worker.reason}" if self.worker.reason else ""
+            self.event(
+                state.step,
+                f"resuming at step {state.step} ({state.stage} stage, {workers} worker{plural}){reason}",
+            )
+
+    def interval(self, state: TrainState, values: Mapping[str, float]) -> None:
+        """Logs an interval: means, rates, warnings.
+
+        Args:
+            state: the training state.
+            values: what `Meter.finish` returned, with `skipped_steps` and `learning_rate`.
+        """
+        if not self.worker.is_main:
+            return
+        print(progress_line(self.config, state.stage, state.step, values), flush=True)
+        for warning in self._advisor.look(values):
+            self.event(state.step, f"warning: {warning}")
+        skipped = values["skipped_steps"] - self._skipped_steps
+        if skipped:
+            self.event(state.step, f"warning: skipped {skipped:.0f} optimizer steps (non-finite gradients)")
+        self._skipped_steps = values["skipped_steps"]
+        if values["corrupt_patches"]:
+            self.event(state.step, f"warning: replaced {values['corrupt_patches']:.0f} corrupt patches")
+        named = {_metric_name(name): value for name, value in values.items()}
+        self._metrics(state.step, named | system_metrics(self.run.nearest_folder()))
+
+    def validation(self, state: TrainState, count: int, metrics: Mapping[str, float]) -> None:
+        """Logs the metrics of a validation over `count` images."""
+        if not self.worker.is_main:
+            return
+        means = ", ".join(f"{name} {mean:.4f}" for name, mean in metrics.items())
+        print(f"[{state.stage}] step {state.step} validation ({count} images): {means}", flush=True)
+        self._metrics(state.step, {f"validation/{name}": mean for name, mean in metrics.items()})
+
+    def images(self, step: int, images: Mapping[str, Image]) -> None:
+        """Records validation images."""
+        self._records += [
+            Picture(step, _now_ms(), f"validation/{name}", image) for name, image in images.items()
+        ]
+
+    def event(self, step: int, text: str) -> None:
+        """Prints and records one line."""
+        if self.worker.is_main:
+            print(text, flush=True)
+            self._records.append(Event(step, _now_ms(), text))
+
+    def take(self) -> list[Record]:
+        """The records since the last call."""
+        records, self._records = self._records, []
+        return records
+
+    def put_back(self, records: list[Record]) -> None:
+        """Returns records that could not be written; they come first in the next `take`."""
+        self._records = records + self._records
+
+    def _metrics(self, step: int, values: Mapping[str, float]) -> None:
+        self._records.append(Metrics(step, _now_ms(), dict(values)))
+
+
+def _metric_name(name: str) -> str:
+    """loss_pixel -> loss/pixel; others below train/."""
+    return f"loss/{name.removeprefix('loss_')}" if name.startswith("loss_") else f"train/{name}"
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

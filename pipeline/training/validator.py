@@ -1,0 +1,72 @@
+"""Validation within a run: metrics of the EMA weights, the best checkpoints, comparison strips."""
+
+import copy
+from collections.abc import Sequence
+
+from pipeline.data import HeldOutPhoto
+from pipeline.model import RRDBNet
+from pipeline.storage import Storage
+from pipeline.training import checkpoint as checkpoints
+from pipeline.training.checkpoint import CheckpointName
+from pipeline.training.config import TrainConfig
+from pipeline.training.run_log import RunLog
+from pipeline.training.state import Best, TrainState, Validation
+from pipeline.training.validation import comparison_strips, validate
+from pipeline.training.worker import Worker
+
+
+class Validator:
+    """Validates the EMA weights on the held-out set, on all ranks together.
+
+    Args:
+        config: the run's configuration.
+        worker: runtime context of this process.
+        run: the run's folder.
+        held_out: the images; empty: `validate` does nothing.
+        log: gets metrics and comparison strips.
+    """
+
+    def __init__(
+        self, config: TrainConfig, worker: Worker, run: Storage, held_out: Sequence[HeldOutPhoto], log: RunLog
+    ) -> None:
+        self._config, self._worker, self._run, self._held_out, self._log = config, worker, run, held_out, log
+        self._stage_one: RRDBNet | None = None
+        """Stage 1's result, shown next to stage 2's."""
+
+    def keep_stage_one(self, state: TrainState) -> None:
+        """Keeps stage 1's result, at its end, for the strips of stage 2."""
+        if self._worker.is_main and self._config.psnr.steps and self._held_out:
+            self._stage_one = copy.deepcopy(state.ema)
+
+    def validate(self, state: TrainState) -> None:
+        """Measures the EMA weights and updates `state.validation` and `state.best`."""
+        if not self._held_out:
+            return
+        scale, device = self._config.data.scale, self._worker.device
+        metrics = validate(state.ema, self._held_out, scale, device)
+        state.validation = Validation(state.step, metrics)
+        if state.step:  # Step 0 has no checkpoint that could be the best.
+            metric = self._config.tracking.metric
+            state.insert_best(Best(state.step, metrics[metric], metric), self._config.keep_best_checkpoints)
+        self._log.validation(state, len(self._held_out), metrics)
+        if self._worker.is_main:
+            generators = [state.ema] if state.stage == "psnr" else [*self._read_stage_one(state), state.ema]
+            self._log.images(state.step, comparison_strips(generators, self._held_out, scale, device))
+
+    def _read_stage_one(self, state: TrainState) -> list[RRDBNet]:
+        """Stage 1's result, from its checkpoint after a resume; empty if there is none or it is unreadable."""
+        if not self._config.psnr.steps:
+            return []
+        if self._stage_one is None:
+            name = CheckpointName(self._config.psnr.steps, "psnr")
+            try:
+                weights = checkpoints.read(self._run, name).ema
+            except checkpoints.CorruptCheckpoint as error:
+                self._log.event(
+                    state.step,
+                    f"warning: validation images omit the stage-1 output (checkpoint unreadable): {error}",
+                )
+                return []
+            self._stage_one = copy.deepcopy(state.ema)
+            self._stage_one.load_state_dict(weights)
+        return [self._stage_one]
