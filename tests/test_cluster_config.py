@@ -1,10 +1,19 @@
-"""cluster.yaml passes the checks that `ray up` makes before it talks to AWS."""
+"""cluster.yaml passes the checks that `ray up` makes before it talks to AWS, and its commands start a cluster."""
 
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
+from tracking_helpers import free_port
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,3 +61,125 @@ def test_gpu_recipes_fit_the_gpu_nodes(cluster: dict[str, Any]) -> None:
         assert config.cpus_per_worker <= node["resources"]["CPU"]
         assert config.worker_range[1] <= node["max_workers"]
         assert config.wait_for_nodes_s > 0
+
+
+def test_every_node_gets_the_token(cluster: dict[str, Any]) -> None:
+    # file_mounts go to the head and to the workers; what a setup command makes stays on its own node.
+    assert cluster["file_mounts"]["/home/ray/.ray"] == "~/.ray"
+    assert "RAY_AUTH_MODE=token" in " ".join(cluster["docker"]["run_options"])
+    commands = [line for key, lines in cluster.items() if key.endswith("_commands") for line in lines]
+    assert not [line for line in commands if "auth" in line]
+
+
+class Nodes:
+    """Nodes on this machine, each with its own home folder instead of /home/ray."""
+
+    def __init__(self, cluster: dict[str, Any], folder: Path) -> None:
+        self._cluster, self._folder = cluster, folder
+        self.port = 0
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        self._environment = {
+            **kept, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token",
+        }  # fmt: skip
+
+    def run(self, home: str, command: str, timeout_s: float = 180) -> subprocess.CompletedProcess[str]:
+        environment = {
+            **self._environment, "HOME": str(self.home(home)), "RAY_HEAD_IP": "127.0.0.1",
+        }  # fmt: skip
+        return subprocess.run(
+            ["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=timeout_s,
+            check=False, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    def home(self, name: str) -> Path:
+        path = self._folder / name
+        path.mkdir(exist_ok=True)
+        return path
+
+    def sync(self, source: str, target: str, local: bool) -> None:
+        """Copies the file mounts from the user's machine (`local`) or from the head, but for the code."""
+        for remote, path in self._cluster["file_mounts"].items():
+            below = remote.removeprefix("/home/ray/")
+            if path != ".":
+                path = path.removeprefix("~/") if local else below
+                shutil.copytree(self.home(source) / path, self.home(target) / below)
+
+    def start(self, home: str, kind: str) -> subprocess.CompletedProcess[str]:
+        """The file's start command, with ports and a folder that other Rays on this machine do not use."""
+        (line,) = [line for line in self._cluster[f"{kind}_start_ray_commands"] if "ray start" in line]
+        words = shlex.split(line[line.index("ray start") :])
+        left_out = (
+            "--autoscaling-config",
+            "--port",
+            "--object-manager-port",
+            "--dashboard-port",
+            "--address",
+        )
+        kept = [word for word in words if not word.startswith(left_out)]
+        assert len(words) - len(kept) == (4 if kind == "head" else 2)
+        ours = [
+            "--num-cpus=1",
+            "--object-store-memory=100000000",
+            "--disable-usage-stats",
+            "--node-ip-address=127.0.0.1",
+        ]
+        if kind == "head":
+            self.port = free_port()
+            ours += [f"--port={self.port}", f"--ray-client-server-port={free_port()}"]
+            ours += [f"--temp-dir={self._folder}/ray", "--include-dashboard=false"]
+        else:
+            ours += [f"--address=$RAY_HEAD_IP:{self.port}"]
+        return self.run(home, " ".join([*kept, *ours]))
+
+    def alive(self, home: str) -> int:
+        """How many nodes the cluster has, asked from a home folder."""
+        code = (
+            f"import ray; ray.init('127.0.0.1:{self.port}', logging_level='ERROR', log_to_driver=False); "
+            "print(sum(node['Alive'] for node in ray.nodes()))"
+        )
+        done = self.run(home, f"{shlex.quote(sys.executable)} -c {shlex.quote(code)}")
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout.split()[-1])
+
+    def stop(self) -> None:
+        """Ends the processes that name our folder, and no other Ray's."""
+        ours = []
+        for process in psutil.process_iter():
+            try:
+                if any(str(self._folder) in word for word in process.cmdline()):
+                    ours.append(process)
+            except psutil.Error:
+                continue
+        for process in ours:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        psutil.wait_procs(ours, timeout=20)
+
+
+@pytest.fixture
+def nodes(cluster: dict[str, Any]) -> Iterator[Nodes]:
+    folder = Path(tempfile.mkdtemp(prefix="er", dir="/tmp"))  # Ray's sockets need a short path.
+    nodes = Nodes(cluster, folder)
+    yield nodes
+    nodes.stop()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_worker_joins_by_the_commands_of_the_file_with_the_token_and_not_without(nodes: Nodes) -> None:
+    done = nodes.run("user", "ray get-auth-token --generate >/dev/null && chmod 600 ~/.ray/auth_token")
+    assert done.returncode == 0, done.stderr
+    nodes.sync("user", "head", local=True)
+    started = nodes.start("head", "head")
+    assert started.returncode == 0, started.stdout + started.stderr
+    refused = nodes.start("stranger", "worker")
+    assert refused.returncode != 0
+    assert "authentication token" in refused.stdout + refused.stderr
+    assert nodes.alive("user") == 1
+    nodes.sync("head", "worker", local=False)
+    joined = nodes.start("worker", "worker")
+    assert joined.returncode == 0, joined.stdout + joined.stderr
+    assert nodes.alive("user") == 2
