@@ -181,7 +181,7 @@ FAULTS: JsonFile[list[Fault]] = JsonFile(
 )
 GROUP: JsonFile[WorkerGroup] = JsonFile("group.json", WorkerGroup, "The latest worker group.")
 REFUSAL: JsonFile[Refusal] = JsonFile(
-    "refusal.json", Refusal, "Present while a worker's refusal is on its way."
+    "refusal.json", Refusal, "Why a worker refused to continue; removed at the next submission."
 )
 CHECKPOINT_MANIFEST: JsonFile[CheckpointManifest] = JsonFile(
     "checkpoints/{name}/manifest.json", CheckpointManifest, "Written last: the checkpoint is complete."

@@ -57,7 +57,7 @@ ALLOWED = {
     "command": {"errors"},
 }
 RAY_FILES = {
-    "pipeline/training/ray_internals.py",
+    "pipeline/training/ray_compat.py",
     "pipeline/training/ray_trainer.py",
     "pipeline/data/ray_feed.py",
 }

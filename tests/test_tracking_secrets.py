@@ -59,7 +59,7 @@ def test_a_run_and_its_resumption_with_another_password(folder: Path, server: Se
     values = fields(folder)
     run_until(command("train_gan", folder, values), "[psnr] step 4/12", environment(address(server, SECRET)))
     printed = run("train_gan", folder, values, address(server, OTHER))
-    assert "going on at step" in printed
+    assert "resuming at step" in printed
     assert "registered esrgan-x4 version 1" in printed
     assert SECRET not in printed
     assert OTHER not in printed

@@ -13,65 +13,77 @@ import tiny
 from tiny import write_sets
 
 from pipeline.errors import UserError
-from pipeline.run_folder import TrainingResult
+from pipeline.run_folder import GROUP, Fault, Refusal, TrainingResult
 from pipeline.storage import Storage
 from pipeline.tracking.records import Event, read_segment, segment_steps
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training import faults, stopping
 from pipeline.training.advice import INTERVALS, Advisor
-from pipeline.training.faults import Fault, verdict
+from pipeline.training.restart_policy import Decision, RestartPolicy
 from pipeline.training.state import TrainState
 
 
-def fault(step: int, text: str = "worker 0: its process ended", kind: faults.Kind = "died") -> Fault:
-    return Fault(step, kind, text, 0)
+def died(step: int) -> Fault:
+    return Fault(step, "died", "a worker stopped: its process ended", 0)
 
 
-def test_a_run_that_gets_on_may_be_interrupted_any_number_of_times() -> None:
-    assert verdict([fault(step) for step in range(100)], max_restarts=1) is None
+def error(text: str) -> Fault:
+    return Fault(4, "error", text, 0)
 
 
-def test_deaths_without_a_new_checkpoint_end_the_run() -> None:
-    assert verdict([fault(4)] * 3, max_restarts=3) is None
-    message = verdict([fault(4)] * 4, max_restarts=3)
-    assert message is not None
-    assert "4 faults from step 4 on" in message
+DIVERGED = Fault(4, "diverged", "step 9: non-finite", 0)
 
 
-def test_the_same_error_three_times_ends_the_run_with_its_message() -> None:
-    error = fault(4, "worker 1: KeyError: 'x'", "error")
-    assert verdict([error] * 2, max_restarts=10) is None
-    message = verdict([error] * 3, max_restarts=10)
-    assert message is not None
-    assert message.endswith("worker 1: KeyError: 'x'")
-    other = fault(4, "worker 0: another", "error")
-    assert verdict([error, other, error], max_restarts=10) is None
+@pytest.mark.parametrize(
+    ("faults", "refusal", "done", "expected"),
+    [
+        ([], None, True, Decision("continue")),
+        ([], None, False, Decision("retry")),
+        # A run that makes progress may be restarted any number of times.
+        ([died(step) for step in range(100)], None, False, Decision("retry")),
+        ([died(step) for step in range(100)], None, True, Decision("continue")),
+        ([died(4)] * 3, None, False, Decision("retry")),
+        (
+            [died(4)] * 4, None, False,
+            Decision("give up", "4 faults since step 4 without a new checkpoint (faults.max_restarts=3); the last: "
+                     "a worker stopped: its process ended"),
+        ),
+        ([error("KeyError: 'x'")] * 2, None, False, Decision("retry")),
+        (
+            [error("KeyError: 'x'")] * 3, None, False,
+            Decision("give up", "the same error 3 times since step 4: KeyError: 'x'"),
+        ),
+        ([error("KeyError: 'x'"), error("another"), error("KeyError: 'x'")], None, False, Decision("retry")),
+        ([DIVERGED], None, False, Decision("retry")),
+        ([DIVERGED, DIVERGED], None, False, Decision("give up", "step 9: non-finite", user_error=True)),
+        # The workers of a group that must not start end at once, without a failure.
+        ([DIVERGED, DIVERGED], None, True, Decision("give up", "step 9: non-finite", user_error=True)),
+        ([], Refusal("no weights"), True, Decision("give up", "no weights", user_error=True)),
+        ([died(4)], Refusal("no weights"), False, Decision("give up", "no weights", user_error=True)),
+    ],
+)  # fmt: skip
+def test_restart_policy(faults: list[Fault], refusal: Refusal | None, done: bool, expected: Decision) -> None:
+    assert RestartPolicy(max_restarts=3).decide(faults, refusal, done) == expected
 
 
-def test_divergence_is_tried_once_more() -> None:
-    diverged = fault(4, "step 9: non-finite", "diverged")
-    assert verdict([diverged], max_restarts=10) is None
-    assert verdict([diverged, diverged], max_restarts=10) == "step 9: non-finite"
-
-
-def test_a_group_knows_why_it_follows_another(tmp_path: Path) -> None:
+def test_the_reason_of_a_worker_group_restart(tmp_path: Path) -> None:
     run = Storage(str(tmp_path))
-    assert faults.why_again(run, faults.load(run), 2) == ""
-    faults.note(run, 3, "died", "its process ended")
-    assert faults.why_again(run, faults.load(run), 1) == "after a fault (its process ended)"
-    # A node has come back: the fault of then is not why.
-    assert faults.why_again(run, faults.load(run), 2) == "in place of 1"
-    assert faults.why_again(run, faults.load(run), 2) == ""
+    assert faults.restart_reason(run, faults.load(run), 2) == ""
+    faults.record(run, 3, "died", "its process ended")
+    assert faults.restart_reason(run, faults.load(run), 1) == "after a fault (its process ended)"
+    # A node has joined: the earlier failure is not the reason.
+    assert faults.restart_reason(run, faults.load(run), 2) == "in place of 1"
+    assert faults.restart_reason(run, faults.load(run), 2) == ""
     faults.clear(run)
-    assert faults.why_again(run, faults.load(run), 1) == ""
-    assert list(tmp_path.iterdir()) == [tmp_path / faults.GROUP_FILE]
+    assert faults.restart_reason(run, faults.load(run), 1) == ""
+    assert list(tmp_path.iterdir()) == [tmp_path / GROUP.path]
 
 
-def test_faults_are_kept_in_the_runs_folder(tmp_path: Path) -> None:
+def test_faults_are_recorded_in_the_runs_folder(tmp_path: Path) -> None:
     run = Storage(str(tmp_path))
     assert faults.load(run) == []
-    faults.note(run, 3, "error", "first")
-    faults.note(run, 5, "died", "second")
+    faults.record(run, 3, "error", "first")
+    faults.record(run, 5, "died", "second")
     assert [(each.step, each.text) for each in faults.load(run)] == [(3, "first"), (5, "second")]
     faults.clear(run)
     assert faults.load(run) == []

@@ -1,4 +1,4 @@
-"""What can be found wrong with a run before anything is started."""
+"""Preflight checks: what can be checked before Ray starts."""
 
 import shutil
 from pathlib import Path
@@ -13,7 +13,7 @@ from pipeline.training.validation import METRICS
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    """`config` with every local path absolute, so that it means the same on every worker.
+    """`config` with absolute local paths, which mean the same on every worker.
 
     Raises:
         UserError: a relative path in a job that runs in a temporary copy of the working directory.
@@ -37,7 +37,7 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
 
 
 def require_metric(field: str, name: str) -> None:
-    """Raises UserError, naming `field`, when validation measures no such metric."""
+    """Raises UserError, naming `field`, if `name` is not a validation metric."""
     if name not in METRICS:
         raise UserError(f"{field}={name}: not one of {', '.join(METRICS)}")
 
@@ -48,9 +48,9 @@ def in_copied_folder() -> bool:
 
 
 def check_before_start(config: TrainConfig, run: Storage) -> None:
-    """Finds mistakes that need neither Ray nor the data. Raises UserError."""
+    """Checks everything that needs neither Ray nor the data. Raises UserError."""
     if config.data.scale == 3:
-        raise UserError("data.scale=3: the generator exists for scale 4 and 2; use one of these to train")
+        raise UserError("data.scale=3: the generator supports scale 2 and 4; use one of these")
     if config.use_gpu and config.workers == 0 and not torch.cuda.is_available():
         raise UserError(
             "use_gpu=true: this machine has no GPU that torch can use (torch's CUDA 13 wheels need driver 580 or "
@@ -63,7 +63,7 @@ def check_before_start(config: TrainConfig, run: Storage) -> None:
 
 
 def perceptual_features(config: TrainConfig) -> VGGFeatures | None:
-    """The network of stage 2's perceptual loss, on the CPU; none where the run does not use it.
+    """The network of stage 2's perceptual loss, on the CPU; None if the run does not use it.
 
     Raises:
         UserError: unknown layers, or a file that is missing or is not VGG19's weights.
@@ -75,14 +75,14 @@ def perceptual_features(config: TrainConfig) -> VGGFeatures | None:
 
 
 def _require_space(config: TrainConfig, run: Storage) -> None:
-    """Raises UserError when the checkpoints that will be kept do not fit on the disk."""
+    """Raises UserError if the checkpoints to be kept do not fit on the disk."""
     free = run.free_bytes()
-    # Besides: stage 1's, and one being written.
+    # Two more: stage 1's, and one that is being written.
     needed = checkpoint_bytes(config) * (config.keep_checkpoints + config.keep_best_checkpoints + 2)
     if free is not None and free < needed:
         raise UserError(
             f"storage={config.storage}: {free / 2**20:.0f} MiB free, and checkpoints take about "
-            f"{needed / 2**20:.0f} MiB; free some space, choose another place, or lower keep_checkpoints"
+            f"{needed / 2**20:.0f} MiB; free some space, choose another storage, or lower keep_checkpoints"
         )
     shared_memory = Path("/dev/shm")
     if (
@@ -96,7 +96,7 @@ def _require_space(config: TrainConfig, run: Storage) -> None:
 
 
 def checkpoint_bytes(config: TrainConfig) -> int:
-    """About how large a checkpoint of the run is."""
+    """Approximate size of a checkpoint, in bytes."""
     size = config.model
     feat, grow = size.num_feat, size.num_grow_ch
     dense = sum((feat + index * grow) * (grow if index < 4 else feat) * 9 for index in range(5))
@@ -105,5 +105,5 @@ def checkpoint_bytes(config: TrainConfig) -> int:
     if config.gan.steps:
         base = config.model.discriminator_num_feat
         discriminator = 160 * 9 * base * base + 8 * base * 100 * (config.crop_px // 32) ** 2
-    # Weights, averaged weights and Adam's two moments; the discriminator has no averaged weights.
+    # Weights, EMA weights and Adam's two moments; the discriminator has no EMA weights.
     return 4 * (4 * generator + 3 * discriminator)

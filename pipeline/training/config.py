@@ -1,4 +1,4 @@
-"""The whole of a training run, as typed fields."""
+"""Configuration schema of a training run."""
 
 from typing import Annotated, Literal
 
@@ -12,29 +12,29 @@ from pipeline.tracking.config import TrackingConfig
 
 
 class Schedule(Section):
-    """Learning rate as a function of the stage's step: a warm-up, then one of three shapes."""
+    """Learning rate as a function of the stage's step: linear warm-up, then one of three shapes."""
 
     shape: Literal["constant", "halving", "cosine"] = Field(
         "constant", description="Shape after the warm-up."
     )
-    warmup_steps: int = Field(0, ge=0, description="Steps of linear rise from zero.")
+    warmup_steps: int = Field(0, ge=0, description="Linear warm-up steps.")
     milestones: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (), description="halving: steps at which the rate is halved."
+        (), description="halving: milestones (steps) at which the rate is halved."
     )
     period_steps: int | None = Field(
         None,
         ge=1,
-        description="cosine: length of a period; the rate restarts after each. Default: the whole stage.",
+        description="cosine: length of a period, after which the rate restarts. Default: the whole stage.",
     )
     final_share: float = Field(
-        0.0, ge=0, le=1, description="cosine: the rate at the end of a period, as a share of the peak."
+        0.0, ge=0, le=1, description="cosine: rate at the end of a period, as a share of the peak."
     )
 
 
 class PsnrStage(Section):
     """Stage 1: the generator alone, on the pixel loss (ESRGAN, sec. 4.1)."""
 
-    steps: int = Field(1_000_000, ge=0, description="Optimiser steps of stage 1; 0 skips it.")
+    steps: int = Field(1_000_000, ge=0, description="Optimizer steps of stage 1; 0 skips it.")
     learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate of stage 1.")
     schedule: Schedule = Field(
         Schedule(shape="cosine", period_steps=250_000, final_share=5e-4),
@@ -43,9 +43,9 @@ class PsnrStage(Section):
 
 
 class GanStage(Section):
-    """Stage 2: generator against discriminator, from stage 1's averaged weights (ESRGAN, eq. 3)."""
+    """Stage 2: generator against discriminator, from stage 1's EMA weights (ESRGAN, eq. 3)."""
 
-    steps: int = Field(400_000, ge=0, description="Optimiser steps of stage 2; 0 skips it.")
+    steps: int = Field(400_000, ge=0, description="Optimizer steps of stage 2; 0 skips it.")
     allow_random_start: bool = Field(
         False, description="Accept psnr.steps=0, which starts stage 2 from a randomly initialized generator."
     )
@@ -64,7 +64,7 @@ class PerceptualConfig(Section):
 
     weights: str = Field(
         "imagenet",
-        description="`imagenet` (torchvision's VGG19), `random` (seeded, for tests and demonstrations), or the path of "
+        description="`imagenet` (torchvision's VGG19), `random` (seeded, for tests and the demo), or the path of "
         "a VGG19 state dict.",
     )
     sha256: str | None = Field(
@@ -90,44 +90,44 @@ class AdamConfig(Section):
 
 
 class FaultConfig(Section):
-    """What a run does about faults."""
+    """Timeouts, retries and limits."""
 
     max_restarts: int = Field(
-        10, ge=0, description="Faults without a new checkpoint in between before the run gives up."
+        10, ge=0, description="Failures without a new checkpoint in between that are retried."
     )
     max_failed_saves: int = Field(
-        2, ge=0, description="Checkpoints in a row that may fail to be written, on a full disk for instance."
+        2, ge=0, description="Consecutive checkpoint failures tolerated (e.g. disk full)."
     )
     collective_timeout_s: float = Field(
-        120.0, gt=0, description="A collective that takes longer counts as a lost worker, in seconds."
+        120.0, gt=0, description="Timeout of collectives, in seconds; a worker that does not answer is lost."
     )
     worker_start_timeout_s: float = Field(
         600.0,
         gt=0,
-        description="How long to wait for the workers' processes and their devices, in seconds; an elastic group waits "
-        "30 s at most and is then planned again with what is there.",
+        description="Timeout for starting the worker processes, in seconds; an elastic group waits at most 30 s and is "
+        "then planned again with the nodes that are present.",
     )
     max_skipped_steps: int = Field(
         10,
         ge=0,
-        description="Steps with a non-finite loss or gradient in a row that are skipped before giving up.",
+        description="Consecutive steps with non-finite gradients that are skipped before training fails.",
     )
 
 
 def _single(value: object) -> object:
-    """A flag gives a list even of one number."""
+    """A flag gives a list even for one number."""
     return value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
 
 
 class TrainConfig(Section):
-    """Everything that decides a training run."""
+    """All fields of a training run."""
 
     run_name: str = Field(
         "esrgan",
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$",
         description="Name of the run and of its folder in `storage`; the same name again resumes it.",
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="Decides initial weights, samples, crops and flips.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of initial weights, samples, crops and flips.")
     storage: str = Field(
         "runs", description="Folder (absolute in a Ray job) or s3:// prefix for run folders."
     )
@@ -140,7 +140,7 @@ class TrainConfig(Section):
     wait_for_nodes_s: float = Field(
         0.0,
         ge=0,
-        description="How long to wait for missing CPUs and GPUs where nodes are added on demand, in seconds.",
+        description="How long to wait for nodes that are started on demand, in seconds.",
     )
     data: DataConfig = Field(DataConfig(), description="The data set.")
     model: ModelConfig = Field(ModelConfig(), description="Network sizes.")
@@ -148,15 +148,13 @@ class TrainConfig(Section):
     crop_px: int = Field(128, ge=16, description="Side of the high-resolution crop, in pixels.")
     shuffle_channels: bool = Field(
         False,
-        description="Permute red, green and blue of every patch, for data sets that lack colours.",
+        description="Randomly permute the color channels of every patch, for data sets with few colors.",
     )
     psnr: PsnrStage = Field(PsnrStage(), description="Stage 1.")
     gan: GanStage = Field(GanStage(), description="Stage 2.")
     perceptual: PerceptualConfig = Field(PerceptualConfig(), description="Perceptual features.")
-    adam: AdamConfig = Field(AdamConfig(), description="Optimiser.")
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.999, description="Decay of the averaged weights."
-    )
+    adam: AdamConfig = Field(AdamConfig(), description="Optimizer.")
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="Decay of the EMA weights.")
     precision: Literal["fp32", "tf32", "bf16"] = Field(
         "fp32",
         description="fp32: IEEE float32. tf32: GPUs (Ampere or newer) round the inputs of convolutions to 10 bits, "
@@ -165,17 +163,17 @@ class TrainConfig(Section):
     channels_last: bool = Field(
         True, description="Keep activations channels-last: faster, same result up to rounding."
     )
-    log_every_steps: int = Field(100, ge=1, description="Steps between two lines of progress.")
-    checkpoint_every_steps: int = Field(5000, ge=1, description="Steps between two checkpoints.")
-    validate_every_steps: int = Field(5000, ge=1, description="Steps between two validations.")
+    log_every_steps: int = Field(100, ge=1, description="Logging interval, in steps.")
+    checkpoint_every_steps: int = Field(5000, ge=1, description="Checkpoint interval, in steps.")
+    validate_every_steps: int = Field(5000, ge=1, description="Validation interval, in steps.")
     keep_checkpoints: int = Field(
-        2, ge=1, description="Newest checkpoints to keep; the best are kept besides."
+        2, ge=1, description="Number of newest checkpoints to keep, in addition to the best."
     )
     keep_best_checkpoints: int = Field(
-        1, ge=1, description="Best checkpoints of a stage to keep, by tracking.metric."
+        1, ge=1, description="Number of best checkpoints of a stage to keep, by tracking.metric."
     )
     tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow.")
-    faults: FaultConfig = Field(FaultConfig(), description="Time-outs and restarts.")
+    faults: FaultConfig = Field(FaultConfig(), description="Timeouts, retries and limits.")
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "TrainConfig":
@@ -197,7 +195,7 @@ class TrainConfig(Section):
                 f"batch_size={self.batch_size} is smaller than workers={high}; every worker needs a patch"
             )
         if self.psnr.steps + self.gan.steps == 0:
-            raise ValueError("psnr.steps=0 and gan.steps=0: there is nothing to train")
+            raise ValueError("psnr.steps=0 and gan.steps=0: nothing to train")
         if self.gan.steps:
             self._require_stage_two()
         return self
@@ -225,10 +223,10 @@ class TrainConfig(Section):
             )
 
     def alone(self) -> "TrainConfig":
-        """These fields without what a larger configuration (a sweep's) adds to them."""
+        """These fields only, without those that a larger configuration (a sweep's) adds."""
         return TrainConfig.model_validate(self.model_dump(include=set(TrainConfig.model_fields)))
 
     @property
     def worker_range(self) -> tuple[int, int]:
-        """Fewest and most workers."""
+        """Minimum and maximum number of workers."""
         return self.workers if isinstance(self.workers, tuple) else (self.workers, self.workers)

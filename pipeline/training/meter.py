@@ -88,7 +88,7 @@ def memory_gib(device: torch.device) -> float:
 def progress_line(config: TrainConfig, stage: str, step: int, values: Mapping[str, float]) -> str:
     """Console progress line: step, losses, throughput, time left.
 
-    A stage's rate says nothing about the other's: in stage 1 the time left is that of stage 1, named as such.
+    The rate of a stage does not predict the other's, so the time left is that of the stage, and named as such.
     """
     last = config.psnr.steps + config.gan.steps
     stage_end = config.psnr.steps if stage == "psnr" else last

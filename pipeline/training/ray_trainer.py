@@ -1,6 +1,5 @@
-"""The training loop on Ray Train's workers; with `ray_internals`, the only modules here that import Ray."""
+"""The training loop on Ray Train's workers; with `ray_compat`, the only modules here that import Ray."""
 
-import json
 import logging
 import os
 import time
@@ -19,41 +18,42 @@ from pipeline.data import read_held_out
 from pipeline.data.ingest import join_ray
 from pipeline.data.ray_feed import FeedDataConfig
 from pipeline.errors import UserError
+from pipeline.run_folder import REFUSAL, Fault, FaultKind, Refusal
 from pipeline.storage import Storage
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training import faults
 from pipeline.training.config import TrainConfig
 from pipeline.training.loop import train
-from pipeline.training.ray_internals import (
+from pipeline.training.ray_compat import (
     ENV_VARS_TO_PROPAGATE,
     PlacementGroupCleanup,
     SavingTrainer,
     remove_orphaned_placement_groups,
     reports,
 )
+from pipeline.training.restart_policy import Decision, RestartPolicy
 from pipeline.training.stopping import end_save_request, save_requested, stop_requested
 from pipeline.training.worker import Worker
 
-REFUSAL = "refusal.json"
 ELASTIC_START_S = 30.0
 RESIZE_S = 10.0
 
 
 def connect(config: TrainConfig) -> None:
-    """Joins or starts Ray, and waits for the nodes that the workers need where they start on demand.
+    """Joins or starts Ray, and waits up to `wait_for_nodes_s` for nodes that are started on demand.
 
-    A Ray of our own gets its dashboard: without it Ray Train cannot see that a controller is gone, keeps the CPUs of
-    trials that were stopped, and says so every second.
+    A locally started Ray runs with the dashboard enabled: without it, Ray Train does not notice that a controller died,
+    keeps the CPUs of stopped trials, and logs a warning every second.
 
     Raises:
-        UserError: the workers want more CPUs or GPUs than there are.
+        UserError: the workers need more CPUs or GPUs than there are.
     """
     if not ray.is_initialized() and not os.environ.get("RAY_ADDRESS"):
         _require_cpus(config, {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())})
     join_ray(dashboard=True)
     deadline = time.monotonic() + config.wait_for_nodes_s
     if config.wait_for_nodes_s:
-        _ask_for_nodes(config)
+        _request_nodes(config)
     while True:
         try:
             return _require_cpus(config, ray.cluster_resources())
@@ -66,39 +66,48 @@ def connect(config: TrainConfig) -> None:
 def fit(config: TrainConfig, run: Storage, callbacks: Sequence[UserCallback] = ()) -> None:
     """Trains on Ray's workers until the run is done.
 
-    Workers that die are replaced, and the group goes on from the newest sound checkpoint. So does a new controller
-    when Ray Train's own dies.
+    Ray Train's controller replaces a failed worker group, and this function a failed controller; both resume at the
+    newest valid checkpoint. `RestartPolicy` decides when they no longer do.
 
     Args:
         config: the configuration, with absolute paths.
         run: the run's folder.
-        callbacks: what else listens to reports (a trial's link to Ray Tune).
+        callbacks: further listeners of reports (a trial's link to Ray Tune).
 
     Raises:
-        UserError: a worker refused to go on.
-        RuntimeError: a fault that comes again and again; see `faults.verdict`.
+        UserError: a worker refused to continue, or training diverged.
+        RuntimeError: a recurring failure.
     """
-    run.remove(REFUSAL)
+    REFUSAL.remove(run)
     faults.clear(run)
     _set_timeouts(config)
     while True:
-        # A controller that died while its workers were starting would keep the CPUs from the next one.
+        # A controller that died while its workers were starting would keep their CPUs.
         remove_orphaned_placement_groups()
         end_save_request(run)
+        failure = None
         try:
-            with _told_address():
+            with _exported_address():
                 _trainer(config, run, callbacks).fit()
         except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
-            _raise_refusal(run)
-            _raise_verdict(config, run)
-            # The workers' own faults are dealt with by the controller: this is the controller's.
-            fault = _note(run, "died", f"Ray Train's controller stopped ({_last_line(error)})")
-            print(f"{fault.text}; starting another from step {max(fault.step, 0)}", flush=True)
-            _raise_verdict(config, run)
-            continue
-        _raise_refusal(run)
-        _raise_verdict(config, run)
-        return
+            failure = error
+        if _decide(config, run, done=failure is None).action == "continue":
+            return
+        assert failure is not None
+        # Failures of workers were recorded by the controller: this one is the controller's own.
+        fault = _record(run, "died", f"Ray Train's controller stopped ({_last_line(failure)})")
+        print(f"{fault.text}; starting another at step {max(fault.step, 0)}", flush=True)
+        _decide(config, run, done=False)
+
+
+def _decide(config: TrainConfig, run: Storage, done: bool) -> Decision:
+    """The policy's decision; raises its reason if it is to give up."""
+    decision = RestartPolicy(config.faults.max_restarts).decide(faults.load(run), REFUSAL.read(run), done)
+    if decision.action == "give up":
+        if decision.user_error:
+            raise UserError(decision.reason)
+        raise RuntimeError(f"run {config.run_name} stopped: {decision.reason}")
+    return decision
 
 
 def _trainer(config: TrainConfig, run: Storage, callbacks: Sequence[UserCallback]) -> SavingTrainer:
@@ -106,7 +115,7 @@ def _trainer(config: TrainConfig, run: Storage, callbacks: Sequence[UserCallback
     return SavingTrainer(
         _worker_loop,
         run=run,
-        # Plain values only: what a worker needs it opens itself.
+        # Plain values only: each worker opens its own files.
         train_loop_config={"config": config.model_dump(mode="json"), "run": run.uri},
         scaling_config=ray.train.ScalingConfig(
             num_workers=high if low == high else (low, high),
@@ -127,27 +136,28 @@ def _trainer(config: TrainConfig, run: Storage, callbacks: Sequence[UserCallback
             cpus_per_worker=config.cpus_per_worker,
         ),
         run_config=ray.train.RunConfig(
-            # Our checkpoints are the truth. A name of its own keeps Ray from resuming by what it remembers.
+            # A unique name: runs resume from our checkpoints, never from Ray Train's own state.
             name=f"{config.run_name}-{time.time_ns():x}",
             storage_path=run.path("ray"),
-            # Ray counts over the whole run; we count since the newest checkpoint, in _FaultLog.
+            # Ray counts failures over the whole run; RestartPolicy counts since the newest checkpoint.
             failure_config=ray.train.FailureConfig(
                 max_failures=-1, controller_failure_limit=config.faults.max_restarts
             ),
-            callbacks=[_FaultLog(run.uri, config.faults.max_restarts), PlacementGroupCleanup(), *callbacks],
-            # At INFO every report of every worker is a line.
+            callbacks=[_FaultLog(run.uri), PlacementGroupCleanup(), *callbacks],
+            # At INFO, Ray logs every report of every worker.
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     )
 
 
 def _worker_loop(loop_config: Mapping[str, Any]) -> None:
-    """What runs on every worker: builds its surroundings and enters the loop."""
+    """Runs on every worker: builds its context and enters the loop."""
     config = TrainConfig.model_validate(loop_config["config"])
     run = Storage(loop_config["run"])
     earlier = faults.load(run)
-    if run.exists(REFUSAL) or faults.verdict(earlier, config.faults.max_restarts):
-        return  # The driver raises it.
+    policy = RestartPolicy(config.faults.max_restarts)
+    if policy.decide(earlier, REFUSAL.read(run)).action == "give up":
+        return  # the driver raises the reason
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     if device.type == "cpu":
@@ -161,56 +171,58 @@ def _worker_loop(loop_config: Mapping[str, Any]) -> None:
         stopping=lambda: context.get_world_rank() == 0 and stop_requested(run),
         resizing=lambda: isinstance(config.workers, tuple) and save_requested(run),
         ready_to_resize=lambda: _await_resize(config, run),
-        reason=faults.why_again(run, earlier, context.get_world_size())
+        reason=faults.restart_reason(run, earlier, context.get_world_size())
         if context.get_world_rank() == 0
         else "",
     )
     try:
         feed = ray.train.get_dataset_shard("train")
-        # A line for every report, from a logger that is named after its file and obeys no `logging_config`.
+        # Ray logs every report at INFO, from a logger that ignores `logging_config`.
         logging.getLogger(reports.__file__).setLevel(logging.WARNING)
         train(config, worker, run, feed, read_held_out(config.data.root))
     except UserError as error:
-        # Trying again cannot help, so the worker ends without a failure and leaves the reason to the driver.
-        run.write_bytes(REFUSAL, json.dumps({"message": str(error)}).encode())
-        # Others may be waiting for this worker; without its connections they fail now and not at the time-out.
+        # A restart cannot help: the worker ends without a failure, and the driver raises the reason.
+        REFUSAL.write(run, Refusal(str(error)))
+        # Other ranks may be waiting in a collective: without this rank's connections they fail at once.
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def _await_resize(config: TrainConfig, run: Storage) -> None:
-    """Ends the request for a checkpoint, and gives the controller time to end this worker group.
+    """Ends the request for a checkpoint, and waits for the controller to end this worker group.
 
-    Steps from here on would be lost. The other ranks wait for rank 0 in their next collective.
+    Further steps would be lost. The other ranks wait for rank 0 in their next collective.
     """
     end_save_request(run)
     time.sleep(min(RESIZE_S, config.faults.collective_timeout_s / 2))
 
 
 class _FaultLog(UserCallback):
-    """Says and keeps why a group of workers stopped; runs in Ray Train's controller."""
+    """Logs and records the reason a worker group failed; runs in Ray Train's controller."""
 
-    def __init__(self, run: str, max_restarts: int) -> None:
-        self._run, self._max_restarts = run, max_restarts
+    def __init__(self, run: str) -> None:
+        self._run = run
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """One or more workers stopped with an error."""
+        """One or more workers failed."""
         run = Storage(self._run)
-        rank, error = min(worker_exceptions.items(), key=lambda item: (_BLAME.index(_kind(item[1])), item[0]))
+        rank, error = min(
+            worker_exceptions.items(), key=lambda item: (_ROOT_CAUSES.index(_kind(item[1])), item[0])
+        )
         kind = _kind(error)
-        # Without the worker's number: an error that all of them have is the same whoever reports it first.
+        # Without the rank: an error that all ranks have is the same error, whichever is reported first.
         text = str(_cause(error)) if kind == "diverged" else f"a worker stopped: {_last_line(error)}"
-        fault = _note(run, kind, text)
+        fault = _record(run, kind, text)
         print(
-            f"worker {rank} stopped: {_last_line(error)}; going on from step {max(fault.step, 0)}", flush=True
+            f"worker {rank} stopped: {_last_line(error)}; resuming at step {max(fault.step, 0)}", flush=True
         )
 
 
-# The likeliest cause first: when one worker dies, the others fail in their collectives.
-_BLAME: tuple[faults.Kind, ...] = ("died", "diverged", "error")
+# Root-cause order: when one worker dies, the others fail in collectives.
+_ROOT_CAUSES: tuple[FaultKind, ...] = ("died", "diverged", "error")
 
 
-def _kind(error: Exception) -> faults.Kind:
+def _kind(error: Exception) -> FaultKind:
     if _is_death(error):
         return "died"
     return "diverged" if isinstance(_cause(error), faults.Diverged) else "error"
@@ -222,7 +234,7 @@ def _is_death(error: BaseException) -> bool:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What the training itself raised, inside of Ray Train's wrapping."""
+    """The exception that training raised, without Ray Train's wrapper."""
     return getattr(error, "_base_exc", None) or getattr(error, "cause", None) or error
 
 
@@ -234,33 +246,16 @@ def _last_line(error: BaseException) -> str:
     return f"{type(_cause(error)).__name__}: {lines[-1] if lines else ''}"[:400]
 
 
-def _note(run: Storage, kind: faults.Kind, text: str) -> faults.Fault:
+def _record(run: Storage, kind: FaultKind, text: str) -> Fault:
     names = checkpoints.listed(run)
-    return faults.note(run, names[-1].step if names else -1, kind, text)
-
-
-def _raise_verdict(config: TrainConfig, run: Storage) -> None:
-    noted = faults.load(run)
-    message = faults.verdict(noted, config.faults.max_restarts)
-    if message is not None:
-        if noted[-1].kind == "diverged":
-            raise UserError(message)
-        raise RuntimeError(f"run {config.run_name} stopped: {message}")
-
-
-def _raise_refusal(run: Storage) -> None:
-    if run.exists(REFUSAL):
-        message = json.loads(run.read_bytes(REFUSAL))["message"]
-        run.remove(REFUSAL)
-        raise UserError(message)
+    return faults.record(run, names[-1].step if names else -1, kind, text)
 
 
 @contextmanager
-def _told_address() -> Iterator[None]:
-    """Inside, Ray Train's processes learn which Ray is theirs.
+def _exported_address() -> Iterator[None]:
+    """Exports RAY_ADDRESS to Ray Train's helper processes.
 
-    The one that gives back the CPUs of a controller which died looks for any Ray on the machine otherwise, and may ask
-    the wrong one.
+    The process that frees the CPUs of a dead controller would otherwise connect to any Ray on the machine.
     """
     before = os.environ.get("RAY_ADDRESS")
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
@@ -278,34 +273,34 @@ def _set_timeouts(config: TrainConfig) -> None:
     """Ray Train reads these from the driver's environment."""
     low, high = config.worker_range
     start_s = config.faults.worker_start_timeout_s
-    # A group is planned on nodes that Ray does not know to be gone yet; an elastic one is then planned again, smaller.
+    # A group may be planned on nodes that Ray does not know to be lost; an elastic one is then planned again, smaller.
     start_s = start_s if low == high else min(start_s, ELASTIC_START_S)
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(start_s)
-    # With it, every line that a worker prints appears twice.
+    # With Ray Train's print patch, every line that a worker prints appears twice.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    # One report is taken per poll; two seconds would hold up runs of short intervals.
+    # Ray Train takes one report per poll; its default of 2 s would delay runs with short intervals.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 
 
 def _require_cpus(config: TrainConfig, available: Mapping[str, float]) -> None:
-    """Raises UserError when the fewest workers that the configuration accepts do not fit."""
+    """Raises UserError if the minimum number of workers does not fit."""
     workers = config.worker_range[0]
     for kind, each in (("CPU", config.cpus_per_worker), ("GPU", float(config.use_gpu))):
-        wanted, there = workers * each, available.get(kind, 0.0)
-        if wanted > there:
-            fits = int(there // each)
+        needed, present = workers * each, available.get(kind, 0.0)
+        if needed > present:
+            fits = int(present // each)
             advice = (
                 f"use --workers {fits}"
                 if fits
                 else f"add {kind}s" + (" or set use_gpu=false" if kind == "GPU" else "")
             )
             raise UserError(
-                f"workers={workers}: they need {wanted:g} {kind}s, and Ray has {there:g}; {advice}"
+                f"workers={workers}: they need {needed:g} {kind}s, and Ray has {present:g}; {advice}"
             )
 
 
-def _ask_for_nodes(config: TrainConfig) -> None:
-    """Tells Ray's autoscaler what the workers will want, so that nodes start before the workers wait for them."""
+def _request_nodes(config: TrainConfig) -> None:
+    """Requests the workers' resources from Ray's autoscaler, so that nodes start before the workers wait for them."""
     from ray.autoscaler.sdk import request_resources
 
     bundle = {"CPU": config.cpus_per_worker, **({"GPU": 1.0} if config.use_gpu else {})}

@@ -1,4 +1,4 @@
-"""Requests to the workers through files in the run's folder: to save and end (SIGTERM), or to save before a resize."""
+"""Requests to the workers through files in the run's folder: to save and stop (SIGTERM), or to save before a resize."""
 
 import os
 import signal
@@ -10,15 +10,15 @@ from pipeline.storage import Storage
 
 FILE = "stop"
 SAVE_FILE = "save"
-# `ray job stop` waits so long, unless RAY_JOB_STOP_WAIT_TIME_S is in the job's environment.
+# Default grace period of `ray job stop` (override: RAY_JOB_STOP_WAIT_TIME_S in the job's environment).
 RAY_JOB_GRACE_S = 3.0
-USUAL_GRACE_S = 30.0  # What Kubernetes and Slurm give.
-LEAST_GRACE_S = 10.0  # Less is not enough to end an interval and write a checkpoint.
-_LEFT_FOR_THE_END_S = 5.0
+DEFAULT_GRACE_S = 30.0  # of Kubernetes and Slurm
+MIN_GRACE_S = 10.0  # less does not suffice to end an interval and write a checkpoint
+_SHUTDOWN_S = 5.0
 
 
 def stop_requested(run: Storage) -> bool:
-    """Whether the run was asked to save and end."""
+    """Whether a graceful stop was requested."""
     return run.exists(FILE)
 
 
@@ -28,58 +28,58 @@ def request_save(run: Storage) -> None:
 
 
 def save_requested(run: Storage) -> bool:
-    """Whether a requested checkpoint has not been written yet."""
+    """Whether a requested checkpoint is still to be written."""
     return run.exists(SAVE_FILE)
 
 
 def end_save_request(run: Storage) -> None:
-    """The checkpoint has been written, or is not needed anymore."""
+    """Ends the request: the checkpoint was written, or is no longer needed."""
     run.remove(SAVE_FILE)
 
 
 def grace_s() -> float:
-    """Seconds between SIGTERM and SIGKILL, as far as they can be known."""
+    """Seconds between SIGTERM and SIGKILL, as far as known."""
     set_by_user = os.environ.get("RAY_JOB_STOP_WAIT_TIME_S")
     if set_by_user is not None:
         try:
             return float(set_by_user)
         except ValueError:
             return RAY_JOB_GRACE_S
-    return RAY_JOB_GRACE_S if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else USUAL_GRACE_S
+    return RAY_JOB_GRACE_S if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else DEFAULT_GRACE_S
 
 
 @contextmanager
 def saving_on_sigterm(run: Storage) -> Iterator[None]:
-    """Inside, SIGTERM makes the workers save and end, as far as the grace time allows.
+    """Inside the block, SIGTERM makes the workers save and stop, if the grace period allows.
 
-    The block then ends with SystemExit: when the workers have saved, when the grace time is nearly over, at a second
-    SIGTERM, or at once where the grace time is too short for a checkpoint. Nothing is lost but the steps since the
-    newest checkpoint. Outside of the main thread (a trial's driver) signals are left alone.
+    The block then raises SystemExit: when the workers have saved, shortly before the grace period ends, at a second
+    SIGTERM, or at once if the grace period is too short for a checkpoint. At most the steps since the newest checkpoint
+    are lost. Does nothing outside the main thread (a trial's driver).
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     run.remove(FILE)
-    asked = threading.Event()
+    requested = threading.Event()
     code = 128 + signal.SIGTERM
 
     def end(number: int, frame: object) -> None:
         raise SystemExit(code)
 
-    def ask(number: int, frame: object) -> None:
+    def request(number: int, frame: object) -> None:
         seconds = grace_s()
-        if asked.is_set() or seconds < LEAST_GRACE_S:
+        if requested.is_set() or seconds < MIN_GRACE_S:
             raise SystemExit(code)
-        asked.set()
-        print(f"SIGTERM: saving, then ending (within {seconds:.0f} s)", flush=True)
-        # Storage takes locks, which a signal handler must not wait for.
+        requested.set()
+        print(f"SIGTERM: saving, then stopping (within {seconds:.0f} s)", flush=True)
+        # In a thread: storage takes locks, which a signal handler must not wait for.
         threading.Thread(target=run.write_bytes, args=(FILE, b""), daemon=True).start()
-        signal.setitimer(signal.ITIMER_REAL, seconds - _LEFT_FOR_THE_END_S)
+        signal.setitimer(signal.ITIMER_REAL, seconds - _SHUTDOWN_S)
 
-    before = signal.signal(signal.SIGTERM, ask), signal.signal(signal.SIGALRM, end)
+    before = signal.signal(signal.SIGTERM, request), signal.signal(signal.SIGALRM, end)
     try:
         yield
-        if asked.is_set():
+        if requested.is_set():
             raise SystemExit(code)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -1,4 +1,4 @@
-"""All uses of Ray's internals in training; checked against Ray 2.60."""
+"""All uses of Ray's internals in training; checked against Ray 2.60, the upper bound in pyproject.toml."""
 
 import logging
 from contextlib import suppress
@@ -34,10 +34,10 @@ logger = logging.getLogger(__name__)
 
 
 def remove_orphaned_placement_groups(of_actor: str | None = None) -> None:
-    """Removes this Ray job's placement groups whose creator is a dead actor; their CPUs and GPUs become free.
+    """Removes this Ray job's placement groups whose creator is a dead actor, which frees their CPUs and GPUs.
 
     Ray keeps such a group until the whole job ends. Ray Train's own cleaner removes it only for a controller that died
-    after its worker group had started. Groups of live actors, as other trials' controllers are, stay.
+    after its worker group had started. Groups of live actors (such as other trials' controllers) are kept.
 
     Args:
         of_actor: id of a live actor whose groups are removed as well.
@@ -46,7 +46,7 @@ def remove_orphaned_placement_groups(of_actor: str | None = None) -> None:
     for data in cluster_state._connect_and_get_accessor().get_placement_group_table():
         group = PlacementGroupTableData.FromString(data)
         creator = ray.ActorID(group.creator_actor_id)
-        # A driver's groups have no creator, and Ray marks that one as dead.
+        # A driver's groups have no creator, which Ray marks as dead.
         if creator.is_nil() or group.is_detached or group.creator_job_id.hex() != job:
             continue
         orphaned = group.creator_actor_dead or creator.hex() == of_actor
@@ -56,19 +56,19 @@ def remove_orphaned_placement_groups(of_actor: str | None = None) -> None:
 
 
 class PlacementGroupCleanup(WorkerGroupCallback, ControllerCallback):
-    """Removes what a worker group that failed while starting leaves behind; runs in Ray Train's controller.
+    """Removes the placement group of a worker group that failed while starting; runs in Ray Train's controller.
 
-    When a callback or a worker fails after the workers' processes have started (while they join their process group,
-    for instance), Ray Train forgets the group without removing its placement group. The next one, of this controller
-    or of its successor, would wait for its own CPUs.
+    When a callback or a worker fails after the worker processes have started (while they join their process group, for
+    instance), Ray Train drops the group without removing its placement group. The next group, of this controller or of
+    its successor, would wait for those CPUs.
     """
 
     def before_worker_group_start(self, worker_group_context: object) -> None:
-        """No worker group of this controller is alive here."""
+        """No worker group of this controller is alive at this time."""
         self._remove()
 
     async def before_controller_shutdown(self) -> None:
-        """The worker group has been shut down, if the controller knows one."""
+        """The worker group, if there is one, has been shut down."""
         self._remove()
 
     def _remove(self) -> None:
@@ -95,40 +95,40 @@ class SavingTrainer(TorchTrainer):
 
 
 class _SaveFirst(ElasticScalingPolicy):
-    """Ray's elastic policy; a running worker group is asked for a checkpoint first, and resized when it is written.
+    """Ray's elastic policy, which resizes a running worker group only after it has saved a checkpoint.
 
-    Ray's own ends the group at once, and all steps since the newest checkpoint would be lost. The controller goes on
-    polling while it waits, so it notices a worker that dies; then the request is withdrawn.
+    Ray's own policy ends the group at once, and all steps since the newest checkpoint are lost. While it waits for the
+    checkpoint, the controller keeps polling the workers; if one dies, the request is withdrawn.
     """
 
     def __init__(self, scaling_config: Any, run: Storage) -> None:
         super().__init__(scaling_config)
-        self._run, self._asked = run, False
+        self._run, self._requested = run, False
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
-        if self._asked:
-            self._asked = False
+        if self._requested:
+            self._requested = False
             end_save_request(self._run)
         return super().make_decision_for_non_running_worker_group()
 
     def make_decision_for_running_worker_group(self, *status: Any, **named: Any) -> ScalingDecision:
-        if self._asked and self._is_unanswered():
+        if self._requested and self._is_pending():
             self._maybe_send_resource_request()
             return NoopDecision()
-        saved, self._asked = self._asked, False
+        saved, self._requested = self._requested, False
         if saved:
-            # Decide now, by the nodes that there are now; Ray's policy looks once in an interval otherwise.
+            # Decide now, from the current nodes; Ray's policy would only look once per interval.
             self._latest_monitor_time = float("-inf")
         decision = super().make_decision_for_running_worker_group(*status, **named)
         if saved or not isinstance(decision, ResizeDecision):
             return decision
-        with suppress(OSError):  # a storage that refuses: again at the next interval
+        with suppress(OSError):  # storage cannot be written: retried at the next interval
             request_save(self._run)
-            self._asked = True
+            self._requested = True
             print(f"saving a checkpoint before resizing to {decision.num_workers} workers", flush=True)
         return NoopDecision()
 
-    def _is_unanswered(self) -> bool:
+    def _is_pending(self) -> bool:
         try:
             return save_requested(self._run)
         except OSError:
