@@ -1,0 +1,125 @@
+"""Whole runs: validation on several workers, learning, scale 2, storage in an object store."""
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+import tiny
+import torch
+from gloo import run_workers
+from s3 import s3_bucket
+from tiny import write_photos, write_sets
+
+from pipeline.data import HeldOutPhoto, read_held_out
+from pipeline.imaging import bicubic_upscale, matlab_bicubic_downscale, psnr
+from pipeline.model import RRDBNet, load_generator, seeded
+from pipeline.storage import Storage
+from pipeline.tracking.records import Metrics, read_segment, segment_steps
+from pipeline.training import checkpoint as checkpoints
+from pipeline.training.validation import validate
+
+pytestmark = pytest.mark.slow
+
+
+def held_out_images(count: int) -> list[HeldOutPhoto]:
+    images = []
+    for index in range(count):
+        draws = np.random.default_rng(index)
+        hr = draws.integers(0, 256, (32 + 4 * index, 40, 3), dtype=np.uint8)
+        images.append(HeldOutPhoto(f"image{index}.png", hr, matlab_bicubic_downscale(hr)))
+    return images
+
+
+def validation(rank: int, world_size: int) -> dict[str, float]:
+    """Metrics of a small network on five images of different sizes."""
+    network = seeded(3, lambda: RRDBNet(8, 1, 4)).eval()
+    return validate(network, held_out_images(5), 4, torch.device("cpu"))
+
+
+def test_validation_is_equal_for_one_and_two_workers() -> None:
+    (alone,) = run_workers(1, validation)
+    first, second = run_workers(2, validation)
+    assert first == second == alone
+    assert set(alone) == {"psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb"}
+
+
+def validated_psnr(run: Storage) -> list[float]:
+    """PSNR (Y) of every validation, in order."""
+    return [
+        record.values["validation/psnr_y"]
+        for step in segment_steps(run)
+        for record in read_segment(run, step).records
+        if isinstance(record, Metrics) and "validation/psnr_y" in record.values
+    ]
+
+
+def test_psnr_rises_and_passes_bicubic(tmp_path: Path) -> None:
+    """Smooth images with edges are easy: some hundred steps of a tiny network beat bicubic by a wide margin."""
+    write_photos(tmp_path / "photos", 6, 128, seed=1)
+    write_photos(tmp_path / "held_out", 2, 96, seed=2)
+    tiny.train(
+        tmp_path,
+        **{
+            "psnr.steps": 400, "gan.steps": 0, "psnr.learning_rate": 3e-3, "model.num_feat": 16,
+            "model.num_grow_ch": 8, "batch_size": 8, "ema_decay": 0.95, "log_every_steps": 100,
+            "checkpoint_every_steps": 100, "validate_every_steps": 100, "tracking.register_model": False,
+        },
+    )  # fmt: skip
+    values = validated_psnr(Storage(str(tmp_path / "runs" / "tiny")))
+    assert values == sorted(values)
+    images = read_held_out(str(tmp_path / "data"))
+    bicubic = np.mean([psnr(bicubic_upscale(image.lr, 4), image.hr, border=4) for image in images])
+    assert values[-1] > bicubic + 0.5
+
+
+def test_scale_2_from_images_to_a_registered_model(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    result = tiny.train(write_sets(tmp_path), **{"data.scale": 2, "tracking.uri": uri})
+    assert result.model_version == 1
+    run = Storage(str(tmp_path / "runs" / "tiny"))
+    best = next(
+        name for name in checkpoints.listed(run)
+        if checkpoints.read(run, name).scalars["metrics"] == result.metrics and name.stage == "gan"
+    )  # fmt: skip
+    generator, info = load_generator(Path(run.path(f"{best.folder}/generator.safetensors")))
+    assert info["scale"] == "2"
+    mlflow.set_tracking_uri(uri)
+    lr = np.random.default_rng(0).integers(0, 256, (1, 9, 7, 3), dtype=np.uint8)
+    sr = mlflow.pyfunc.load_model("models:/esrgan-x4/1").predict(lr)
+    assert sr.shape == (1, 18, 14, 3)
+    assert generator.scale == 2
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    with s3_bucket(monkeypatch) as address:
+        yield address
+
+
+@pytest.mark.ray
+def test_ray_train_with_storage_and_data_on_s3_gives_the_same_bits(tmp_path: Path, bucket: str) -> None:
+    folder = write_sets(tmp_path)
+    changes = {"tracking.register_model": False, "tracking.uri": f"sqlite:///{tmp_path}/mlflow.db"}
+    local = tiny.train(folder, **changes)
+    # A process with a Ray of its own, which inherits the address of the S3 server.
+    remote = tiny.fields(
+        folder,
+        **changes,
+        workers=1,
+        run_name="remote",
+        storage=f"{bucket}/runs",
+        **{"data.root": f"{bucket}/data"},
+    )
+    result = tmp_path / "result.json"
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = [*tiny.command("train_gan", folder, remote), "--json", str(result)]
+    subprocess.run(command, env=environment, check=True, timeout=400)
+    finished = json.loads(result.read_text())
+    assert finished["generator_sha256"] == local.generator_sha256
+    assert finished["metrics"] == local.metrics
+    assert [str(name) for name in checkpoints.listed(Storage(f"{bucket}/runs/remote"))][-1] == "gan-00000012"
