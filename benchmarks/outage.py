@@ -1,4 +1,4 @@
-"""Steps per second while MLflow takes everything, and while its server is away: in turns, the same tiny run.
+"""Steps per second of a tiny run with a reachable and with an unreachable MLflow server, in turns.
 
 python benchmarks/outage.py
 """
@@ -19,18 +19,18 @@ STEPS, EVERY = 600, 20
 
 
 def rate(folder: Path, name: str, uri: str) -> float:
-    """Median steps/s of a run in one process, the first fifth left out."""
+    """Median steps/s of a run in one process, without the first fifth."""
     run_command = command(
         folder, run_name=name, workers=0, psnr__steps=STEPS, gan__steps=0, log_every_steps=EVERY,
-        checkpoint_every_steps=EVERY, validate_every_steps=STEPS, tracking__uri=uri, tracking__if_away="spool",
+        checkpoint_every_steps=EVERY, validate_every_steps=STEPS, tracking__uri=uri, tracking__if_unreachable="spool",
     )  # fmt: skip
     rates = []
     with subprocess.Popen(run_command, cwd=ROOT, text=True, stdout=subprocess.PIPE) as run:
         assert run.stdout is not None
         for line in run.stdout:
-            rates += [float(found) for found in RATE.findall(line)]
+            rates += [float(value) for value in RATE.findall(line)]
             if len(rates) == STEPS // EVERY:
-                # Only steps count here, not the minute in which a run waits for its store at the end.
+                # Only steps are measured, not the minute in which a run waits for the server at the end.
                 run.kill()
     return statistics.median(rates[len(rates) // 5 :])
 
@@ -41,22 +41,20 @@ def main() -> None:
     with socket.socket() as closed, tempfile.TemporaryDirectory(prefix="outage-") as name:
         closed.bind(("127.0.0.1", 0))  # Bound and not listening: connections are refused.
         folder = Path(name)
-        stores = {
-            "there": f"sqlite:///{folder}/mlflow.db",
-            "away": f"http://127.0.0.1:{closed.getsockname()[1]}",
+        uris = {
+            "reachable": f"sqlite:///{folder}/mlflow.db",
+            "unreachable": f"http://127.0.0.1:{closed.getsockname()[1]}",
         }
-        rate(folder, "warm-up", stores["there"])
+        rate(folder, "warm-up", uris["reachable"])
         ratios = []
         for turn in range(4):
-            order = ("there", "away") if turn % 2 == 0 else ("away", "there")
-            found = {kind: rate(folder, f"{kind}-{turn}", stores[kind]) for kind in order}
-            ratios.append(found["away"] / found["there"])
-            print(
-                f"there {found['there']:.1f} steps/s, away {found['away']:.1f}: {ratios[-1]:.3f}", flush=True
-            )
-    print(
-        f"{cpu_name()}, {os.cpu_count()} cores, load {load:.1f} before; away to there {as_text(summary(ratios), 3)}"
-    )
+            order = ("reachable", "unreachable") if turn % 2 == 0 else ("unreachable", "reachable")
+            rates = {kind: rate(folder, f"{kind}-{turn}", uris[kind]) for kind in order}
+            ratios.append(rates["unreachable"] / rates["reachable"])
+            shown = ", ".join(f"{kind} {rates[kind]:.1f} steps/s" for kind in uris)
+            print(f"{shown}: {ratios[-1]:.3f}", flush=True)
+    ratio = as_text(summary(ratios), 3)
+    print(f"{cpu_name()}, {os.cpu_count()} cores, load {load:.1f} before; unreachable to reachable {ratio}")
 
 
 if __name__ == "__main__":

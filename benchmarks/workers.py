@@ -39,7 +39,7 @@ from turns import as_text, machine, summary
 from pipeline.data import prepare
 from pipeline.data.feed import Feed
 from pipeline.storage import Storage
-from pipeline.tracking.records import Metrics, read_segment, segment_steps
+from pipeline.tracking.spool import Metrics, read_segment, segment_steps
 from pipeline.training.config import TrainConfig
 from pipeline.training.loop import train
 from pipeline.training.worker import Worker

@@ -1,4 +1,4 @@
-"""Makes a version of the registered model the champion, by hand, and says which one it was before."""
+"""Makes a version of the registered model the champion, and prints the previous one."""
 
 import argparse
 from pathlib import Path
@@ -13,7 +13,7 @@ DEMO = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's own flags."""
+    """Adds the command's flags."""
     parser.add_argument(
         "--model-version",
         type=int,
@@ -25,16 +25,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Moves the alias in the store that the configuration names."""
+    """Sets the alias on the tracking server of the configuration."""
     config, options = load_config(
         argv, description=__doc__ or "", default_file=DEMO, add_arguments=add_arguments
     )
     command.require_writable_file(options.json, "--json")
     name = config.tracking.model_name
     uri = resolve_uri(config.tracking, absolute(config.storage))
-    was = promote(name, options.model_version, uri)
-    command.write_json(options.json, {"model_name": name, "champion": options.model_version, "was": was})
-    before = "there was none" if was is None else f"it was version {was}"
+    previous = promote(name, options.model_version, uri)
+    command.write_json(options.json, {"model_name": name, "champion": options.model_version, "was": previous})
+    before = "there was none" if previous is None else f"it was version {previous}"
     print(f"champion of {name}: version {options.model_version} ({before})")
 
 

@@ -1,4 +1,4 @@
-"""Sends what MLflow has not got yet of a run: metrics, its end, its generator; for instance after a long outage."""
+"""Uploads what MLflow lacks of a run after an outage: metrics, status and generator."""
 
 import argparse
 import os
@@ -6,7 +6,7 @@ import os
 from pipeline import command
 from pipeline.config import make_parser
 from pipeline.storage import Storage
-from pipeline.tracking.late import send_late
+from pipeline.tracking.candidate import upload_pending
 
 
 def parser() -> argparse.ArgumentParser:
@@ -18,18 +18,18 @@ def parser() -> argparse.ArgumentParser:
         "--tracking.uri",
         dest="tracking_uri",
         metavar="URI",
-        help="The MLflow store (default: ESRGAN_TRACKING__URI, then the one that the run was trained with).",
+        help="The MLflow tracking server (default: ESRGAN_TRACKING__URI, then the one that the run was trained with).",
     )
     add("--json", metavar="FILE", help="Also write {run_id, status, sent, model_version} there.")
     return flags
 
 
 def main(argv: list[str]) -> None:
-    """Sends, and prints how many segments, and what the generator became."""
+    """Uploads, and prints the number of segments and the registered version."""
     options = parser().parse_args(argv)
     command.require_writable_file(options.json, "--json")
     uri = options.tracking_uri or os.environ.get("ESRGAN_TRACKING__URI")
-    result = send_late(Storage(options.run), uri)
+    result = upload_pending(Storage(options.run), uri)
     registered = result.registered
     content = {
         "run_id": result.run_id,
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
         "model_version": registered.version if registered else None,
     }
     command.write_json(options.json, content)
-    what = f"{result.sent} segments sent" if result.sent else "nothing was left to send"
+    what = f"{result.sent} segments sent" if result.sent else "nothing to send"
     print(f"{what}; run {result.run_id} is marked {result.status}")
     if registered:
         print(f"registered {registered.name} version {registered.version}: {registered.reason}")

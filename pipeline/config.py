@@ -20,6 +20,8 @@ from pipeline.training.config import TrainConfig
 from pipeline.tuning.config import TuneConfig
 
 ENV_PREFIX = "ESRGAN_"
+# Old to new name; the old one is refused with a message that has the new one.
+RENAMED = {"tracking.if_away": "tracking.if_unreachable"}
 
 
 class Config(TrainConfig):
@@ -46,6 +48,8 @@ class _Parser(argparse.ArgumentParser):
             known = [option for action in self._actions for option in action.option_strings]
             near = difflib.get_close_matches(flag, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else "; --help lists the flags"
+            if flag.removeprefix("--") in RENAMED:
+                hint = f"; renamed to --{RENAMED[flag.removeprefix('--')]}"
         raise UserError(f"{message}{hint}")
 
 
@@ -213,6 +217,8 @@ def _explain(error: ValidationError, sources: Sequence[tuple[str, Mapping[str, A
         known = sorted(model.model_fields) if model else []
         near = difflib.get_close_matches(path[-1], known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+        if ".".join(path) in RENAMED:
+            hint = f"renamed to {RENAMED['.'.join(path)]}"
         return f"{where}{'.'.join(path)}: there is no such field; {hint}{more}"
     if first["type"] == "value_error":
         message = str(first["ctx"]["error"])

@@ -107,7 +107,7 @@ class TrackingDescription:
     run_id: str | None = None
     status: str = "RUNNING"
     reason: str = ""
-    """Why the run failed."""
+    """Why the run failed; empty otherwise."""
     started_ms: int | None = None
     """When it was first submitted, in milliseconds since 1970."""
     ended_ms: int | None = None
@@ -148,9 +148,14 @@ class CandidateDescription:
     """Digest of the images that the metrics were measured on."""
     config_text: str
     data_sha256: str
-    licence: str
-    pictures: list[str]
+    data: str
+    """The images that the manifest lists, in a few words."""
+    license: str
+    """Note on the license of the training images."""
+    images: list[str]
+    """Titles of the model card's images, in the order of their files."""
     example: bool
+    """Whether there is an input example."""
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,12 @@ def test_workers_come_from_the_environment_alike(text: str, range_: tuple[int, i
             {"ESRGAN_GAN__STEPZ": "5"},
             "environment: gan.stepz: there is no such field; did you mean steps?",
         ),
+        (["--tracking.if_away", "spool"], {}, "renamed to --tracking.if_unreachable"),
+        (
+            [],
+            {"ESRGAN_TRACKING__IF_AWAY": "spool"},
+            "tracking.if_away: there is no such field; renamed to tracking.if_",
+        ),
         ([], {"ESRGAN_GEN": "5"}, "environment ESRGAN_GEN: there is no field gen"),
         ([], {"ESRGAN_WORKERS": "x"}, "environment: workers='x'"),
     ],
@@ -141,6 +147,10 @@ def test_a_mistake_is_one_line_with_field_and_value(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        (
+            "tracking: {if_away: spool}",
+            "tracking.if_away: there is no such field; renamed to tracking.if_unreachable",
+        ),
         ("gan: {stepz: 7}", "gan.stepz: there is no such field; did you mean steps?"),
         ("gan: [1]", "gan"),
         ("a: b: c", "line 1: not valid YAML"),

@@ -1,8 +1,9 @@
-"""What a finished run wants registered waits in its folder until the store has it."""
+"""The generator of a finished run is kept in its folder until it is registered."""
 
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,19 +13,21 @@ from s3 import s3_bucket
 from tracking_helpers import DATA, client_of, free_port, open_small, small_generator, write_segments
 
 from pipeline.errors import UserError
+from pipeline.run_folder import RESULT, TrainingResult
 from pipeline.storage import Storage
-from pipeline.tracking import finish_run, open_run
 from pipeline.tracking.candidate import Candidate, register_candidate, trained_generator
 from pipeline.tracking.config import TrackingConfig
-from pipeline.tracking.records import pictures_at
-from pipeline.tracking.registry import ModelCard, pull_generator
+from pipeline.tracking.logged_model import ModelCard
+from pipeline.tracking.lookup import pull_generator
+from pipeline.tracking.run import finish_run, open_run
+from pipeline.tracking.spool import images_at
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "jobs"))
 import send_metrics
 
 
 def candidate_of(run: Storage, folder: Path) -> Candidate:
-    """Generators of two stages in the run's folder, and what is to be registered of them."""
+    """Writes generators of two stages into the run's folder; returns the candidate to be registered."""
     generators = []
     for step in (10, 20):
         path = folder / f"{step}.safetensors"
@@ -38,12 +41,12 @@ def candidate_of(run: Storage, folder: Path) -> Candidate:
     run.write_bytes("checkpoints/gan-00000020/manifest.json", b"{}")
     noise = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
     card = ModelCard(
-        "uri: http://me:geheim@host\n", DATA, licence="CC0", pictures={"flower": noise[:8]}, example=noise
+        "uri: http://me:geheim@host\n", DATA, license="CC0", images={"flower": noise[:8]}, example=noise
     )
-    return Candidate("waiting-x4", "psnr_y", generators[1], (generators[0],), DATA, card)
+    return Candidate("candidate-x4", "psnr_y", generators[1], (generators[0],), DATA, card)
 
 
-def test_it_comes_back_as_it_was_and_holds_no_secret(tmp_path: Path) -> None:
+def test_a_candidate_is_read_back_as_it_was_without_secrets(tmp_path: Path) -> None:
     run = Storage(str(tmp_path)) / "run"
     assert Candidate.load(run) is None
     saved = candidate_of(run, tmp_path)
@@ -51,13 +54,17 @@ def test_it_comes_back_as_it_was_and_holds_no_secret(tmp_path: Path) -> None:
     loaded = Candidate.load(run)
     assert loaded is not None
     assert (loaded.generator, loaded.earlier) == (saved.generator, saved.earlier)
-    assert np.array_equal(loaded.card.pictures["flower"], saved.card.pictures["flower"])
+    assert np.array_equal(loaded.card.images["flower"], saved.card.images["flower"])
     assert loaded.card.example is not None
     assert saved.card.example is not None
     assert np.array_equal(loaded.card.example, saved.card.example)
     assert loaded.card.config_text == "uri: http://***@host\n"
     run.write_bytes("tracking/candidate/candidate.json", b"{")
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match=r"candidate\.json: corrupt \(.+\); start the training again"):
+        Candidate.load(run)
+    saved.save(run)
+    run.write_bytes("tracking/candidate/image-0.png", b"not an image")
+    with pytest.raises(UserError, match=r"candidate: corrupt \(.+\); start the training again"):
         Candidate.load(run)
     Candidate.discard(run)
     assert Candidate.load(run) is None
@@ -69,14 +76,14 @@ def test_a_run_on_s3_registers_its_generator(tmp_path: Path, monkeypatch: pytest
         config = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")
         tracked = open_small(config, run, "on-s3")
         write_segments(run, 20)
-        assert list(pictures_at(run, 20)) == ["validation/astronaut"]
-        assert pictures_at(run, 15) == {}
+        assert list(images_at(run, 20)) == ["validation/astronaut"]
+        assert images_at(run, 15) == {}
         candidate = candidate_of(run, tmp_path)
         candidate.save(run)
         assert Candidate.load(run) is not None
         registered = register_candidate(run, tracked, candidate)
         assert (registered.version, registered.champion) == (1, True)
-    path = pull_generator("models:/waiting-x4@champion", config.uri)
+    path = pull_generator("models:/candidate-x4@champion", config.uri)
     assert path.read_bytes() == (tmp_path / "20.safetensors").read_bytes()
     models = client_of(tracked).search_logged_models(
         [tracked.experiment_id], order_by=[{"field_name": "name"}]
@@ -87,34 +94,43 @@ def test_a_run_on_s3_registers_its_generator(tmp_path: Path, monkeypatch: pytest
     ]
 
 
-@pytest.mark.parametrize("content", [None, b"damaged"])
-def test_a_generator_that_is_gone_or_damaged_is_not_registered(tmp_path: Path, content: bytes | None) -> None:
+@pytest.mark.parametrize("content", [None, b"corrupt"])
+def test_a_missing_or_corrupt_generator_is_not_registered(tmp_path: Path, content: bytes | None) -> None:
     run = Storage(str(tmp_path)) / "run"
-    tracked = open_small(TrackingConfig(), run, "damaged")
+    tracked = open_small(TrackingConfig(), run, "corrupt")
     candidate = candidate_of(run, tmp_path)
     run.remove(candidate.generator.file)
     if content:
         run.write_bytes(candidate.generator.file, content)
-    with pytest.raises(UserError, match=r"cannot be registered, the file is (gone|damaged)"):
+    with pytest.raises(UserError, match=r"cannot be registered, its file is (missing|corrupt)"):
         register_candidate(run, tracked, candidate)
     assert client_of(tracked).search_registered_models() == []
 
 
-def test_a_store_that_was_always_away_gets_the_model_by_a_command(
+def test_a_server_unreachable_throughout_training_gets_the_model_by_a_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     began_ms = time.time_ns() // 1_000_000
-    away = TrackingConfig(uri=f"http://127.0.0.1:{free_port()}", if_away="spool")
+    unreachable = TrackingConfig(uri=f"http://127.0.0.1:{free_port()}", if_unreachable="spool")
     run = Storage(str(tmp_path)) / "run"
     opened = open_run(
-        away, run, run_name="late", parameters={}, tags={"esrgan.key": "late"}, config_text="a: 1\n"
+        unreachable, run, run_name="late", parameters={}, tags={"esrgan.key": "late"}, config_text="a: 1\n"
     )
     assert opened is None
     write_segments(run, 20)
     candidate_of(run, tmp_path).save(run)
-    run.write_bytes(
-        "result.json", json.dumps({"run_name": "late", "run_id": None, "model_version": None}).encode()
+    result = TrainingResult(
+        "late",
+        None,
+        "gan",
+        20,
+        "0" * 64,
+        "checkpoints/gan-00000020",
+        None,
+        {"psnr_y": 40.0},
+        {"psnr_y": 39.0},
     )
+    RESULT.write(run, result)
     finish_run(None, "FINISHED", run)
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
@@ -122,10 +138,8 @@ def test_a_store_that_was_always_away_gets_the_model_by_a_command(
     send_metrics.main(["--run", run.uri, "--tracking.uri", uri, "--json", str(out)])
     sent = json.loads(out.read_text())
     assert (sent["status"], sent["sent"], sent["model_version"]) == ("FINISHED", 2, 1)
-    assert json.loads(run.read_bytes("result.json")) == {
-        "run_name": "late", "run_id": sent["run_id"], "model_version": 1,
-    }  # fmt: skip
-    assert "registered waiting-x4 version 1: there was no champion" in capsys.readouterr().out
+    assert RESULT.read(run) == replace(result, run_id=sent["run_id"], model_version=1)
+    assert "registered candidate-x4 version 1: there was no champion" in capsys.readouterr().out
     assert Candidate.load(run) is None
     info = MlflowClient(uri).get_run(sent["run_id"]).info
     assert began_ms <= info.start_time <= info.end_time < began_ms + 60_000

@@ -9,9 +9,10 @@ from tracking_helpers import DATA, open_small, small_generator, write_segments
 
 from pipeline.errors import UserError
 from pipeline.storage import Storage
-from pipeline.tracking import TrackedRun
 from pipeline.tracking.config import TrackingConfig
-from pipeline.tracking.registry import ModelCard, register_generator
+from pipeline.tracking.logged_model import ModelCard
+from pipeline.tracking.registry import register_generator
+from pipeline.tracking.run import TrackedRun
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "jobs"))
 import promote
@@ -20,7 +21,7 @@ import send_metrics
 
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory: pytest.TempPathFactory) -> TrackedRun:
-    """A run with two registered generators, and two segments that were never sent."""
+    """A run with two registered generators, and two segments that are not sent."""
     storage = tmp_path_factory.mktemp("runs")
     run = Storage(str(storage)) / "run"
     tracked = open_small(TrackingConfig(), run, "commands")
@@ -35,14 +36,16 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> TrackedRun:
     return tracked
 
 
-def test_promote_moves_the_champion_and_says_what_it_was(tracked: TrackedRun, tmp_path: Path, capsys) -> None:
+def test_promote_moves_the_champion_and_prints_the_previous_one(
+    tracked: TrackedRun, tmp_path: Path, capsys
+) -> None:
     out = tmp_path / "out.json"
     promote.main(["--model-version", "2", "--tracking.uri", tracked.uri, "--json", str(out)])
     assert capsys.readouterr().out == "champion of esrgan-x4: version 2 (it was version 1)\n"
     assert json.loads(out.read_text()) == {"model_name": "esrgan-x4", "champion": 2, "was": 1}
 
 
-def test_promote_finds_the_store_beside_the_runs(tracked: TrackedRun, capsys) -> None:
+def test_promote_uses_the_database_next_to_the_runs(tracked: TrackedRun, capsys) -> None:
     storage = str(Path(tracked.folder).parent)
     promote.main(["--model-version", "1", "--storage", storage])
     assert "champion of esrgan-x4: version 1" in capsys.readouterr().out
@@ -51,10 +54,10 @@ def test_promote_finds_the_store_beside_the_runs(tracked: TrackedRun, capsys) ->
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model-version", "9"], "models:/esrgan-x4/9: there is no such version; known: 1, 2"),
+        (["--model-version", "9"], "models:/esrgan-x4/9: no such version; known: 1, 2"),
         (
             ["--model-version", "1", "--tracking.model_name", "x"],
-            "models:/x: there is no such registered model",
+            "models:/x: no such registered model",
         ),
         (["--model-version", "one"], "invalid int value"),
         ([], "--model-version"),
@@ -65,8 +68,8 @@ def test_promote_refuses_in_one_line(tracked: TrackedRun, arguments: list[str], 
         promote.main([*arguments, "--tracking.uri", tracked.uri])
 
 
-def test_promote_makes_no_database_where_there_is_none(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is no such file"):
+def test_promote_creates_no_database(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
         promote.main(["--model-version", "1", "--tracking.uri", f"sqlite:///{tmp_path}/none.db"])
     assert list(tmp_path.iterdir()) == []
 
@@ -81,9 +84,9 @@ def test_send_metrics_sends_once(tracked: TrackedRun, tmp_path: Path, capsys, mo
     send_metrics.main(["--run", tracked.folder])
     first, second = capsys.readouterr().out.splitlines()
     assert first == f"2 segments sent; run {tracked.run_id} is marked RUNNING"
-    assert second.startswith("nothing was left to send")
+    assert second.startswith("nothing to send")
 
 
-def test_send_metrics_refuses_what_is_no_run(tmp_path: Path) -> None:
+def test_send_metrics_refuses_a_folder_without_a_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not the folder of a run"):
         send_metrics.main(["--run", str(tmp_path)])

@@ -1,4 +1,4 @@
-"""The registered model on a machine that has MLflow, torch or onnxruntime, and nothing of this project."""
+"""The registered model in a process with MLflow, torch or onnxruntime, and without this project."""
 
 import subprocess
 import sys
@@ -13,12 +13,14 @@ from tracking_helpers import DATA, open_small, small_generator
 
 from pipeline.model import RRDBNet
 from pipeline.storage import Storage
-from pipeline.tracking import TrackedRun
 from pipeline.tracking.config import TrackingConfig
-from pipeline.tracking.registry import ModelCard, pull_generator, register_generator
+from pipeline.tracking.logged_model import ModelCard
+from pipeline.tracking.lookup import pull_generator
+from pipeline.tracking.registry import register_generator
+from pipeline.tracking.run import TrackedRun
 
-# Runs away from the project, which cannot be imported, and where nothing can be unpickled by MLflow.
-ELSEWHERE = """
+# Runs in another folder: the project cannot be imported, and MLflow must not unpickle anything.
+OUTSIDE_CODE = """
 import sys
 for name in {blocked!r}:
     sys.modules[name] = None
@@ -36,7 +38,7 @@ np.savez("out.npz", **results)
 
 @dataclass(frozen=True)
 class Registered:
-    """A registered generator, and the network that it came from."""
+    """A registered generator, and its network."""
 
     tracked: TrackedRun
     generator: RRDBNet
@@ -63,20 +65,20 @@ def images() -> dict[str, np.ndarray]:
     }
 
 
-def in_project(generator: RRDBNet, images: np.ndarray) -> np.ndarray:
-    """What the network gives here, as uint8 (N, 4H, 4W, 3)."""
+def run_here(generator: RRDBNet, images: np.ndarray) -> np.ndarray:
+    """The network's result in this process, uint8 (N, 4H, 4W, 3)."""
     with torch.inference_mode():
         result = generator.eval()(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255)
     return (result.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
-def elsewhere(
+def run_outside(
     folder: Path, registered: Registered, images: dict[str, np.ndarray], blocked: list[str]
 ) -> dict:
-    """The model's results in a process that has no project."""
+    """The model's results in a process without the project."""
     np.savez(folder / "in.npz", **images)
-    code = ELSEWHERE.format(blocked=[*blocked, "safetensors", "pipeline"], uri=registered.tracked.uri)
-    done = subprocess.run(
+    code = OUTSIDE_CODE.format(blocked=[*blocked, "safetensors", "pipeline"], uri=registered.tracked.uri)
+    finished = subprocess.run(
         [sys.executable, "-I", "-c", code],
         cwd=folder,
         capture_output=True,
@@ -84,27 +86,27 @@ def elsewhere(
         timeout=300,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert finished.returncode == 0, finished.stderr
     with np.load(folder / "out.npz") as results:
         return dict(results)
 
 
-def most_different(a: np.ndarray, b: np.ndarray) -> int:
-    """Largest difference in levels."""
+def max_difference(a: np.ndarray, b: np.ndarray) -> int:
+    """Largest difference, in levels."""
     return int(np.abs(a.astype(int) - b.astype(int)).max())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("blocked", [["onnxruntime"], ["torch"]], ids=["torch alone", "onnxruntime alone"])
-def test_it_gives_the_same_pixels_with_mlflow_and(tmp_path, registered, images, blocked) -> None:
-    results = elsewhere(tmp_path, registered, images, blocked)
+def test_the_pixels_are_equal_with_mlflow_and(tmp_path, registered, images, blocked) -> None:
+    results = run_outside(tmp_path, registered, images, blocked)
     for name in ("small", "large"):
-        expected = in_project(registered.generator, images[name])
-        assert expected.std() > 5  # There is something to compare.
+        expected = run_here(registered.generator, images[name])
+        assert expected.std() > 5  # Not a constant image.
         assert results[name].dtype == np.uint8
         assert results[name].shape == expected.shape
-        assert most_different(results[name], expected) <= 1
-    assert most_different(results["tiled"], results["large"]) <= 1
+        assert max_difference(results[name], expected) <= 1
+    assert max_difference(results["tiled"], results["large"]) <= 1
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +115,7 @@ def model(registered: Registered) -> mlflow.pyfunc.PyFuncModel:
     return mlflow.pyfunc.load_model(str(weights.parent.parent), model_config={"device": "cpu"})
 
 
-def test_its_input_example_and_signature_are_true(model) -> None:
+def test_its_input_example_and_signature_match_its_results(model) -> None:
     folder = model._model_meta
     example = folder.load_input_example()
     result = model.predict(example)
@@ -129,9 +131,9 @@ def test_its_input_example_and_signature_are_true(model) -> None:
     ("size", "tile"),
     [((1, 1), 1), ((3, 50), 1), ((3, 50), 48), ((49, 48), 48), ((97, 20), 17), ((97, 20), 1000)],
 )
-def test_tiles_change_at_most_a_level(model, size, tile) -> None:
+def test_tiles_change_pixels_by_at_most_one_level(model, size, tile) -> None:
     image = np.random.default_rng(1).integers(0, 256, (1, *size, 3), dtype=np.uint8)
-    assert most_different(model.predict(image, params={"tile": tile}), model.predict(image)) <= 1
+    assert max_difference(model.predict(image, params={"tile": tile}), model.predict(image)) <= 1
 
 
 @pytest.mark.parametrize(
@@ -156,10 +158,10 @@ def test_a_negative_tile_is_refused(model) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_gives_the_same_pixels(registered, images, monkeypatch) -> None:
+def test_the_pixels_are_equal_on_a_gpu(registered, images, monkeypatch) -> None:
     # TF32 would round the convolutions' inputs to 10 bits; the comparison is about the network.
     monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
     weights = pull_generator("models:/esrgan-x4@champion", registered.tracked.uri)
     model = mlflow.pyfunc.load_model(str(weights.parent.parent), model_config={"device": "cuda"})
-    for given in images.values():
-        assert most_different(model.predict(given), in_project(registered.generator, given)) <= 1
+    for batch in images.values():
+        assert max_difference(model.predict(batch), run_here(registered.generator, batch)) <= 1

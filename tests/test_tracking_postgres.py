@@ -1,4 +1,4 @@
-"""An MLflow server as teams run it: PostgreSQL for the records, S3 for the files, which clients reach through it."""
+"""An MLflow server as teams run it: records in PostgreSQL, files in S3, which clients access through the server."""
 
 import importlib.util
 import os
@@ -15,6 +15,7 @@ import pytest
 from tracking_helpers import (
     DATA,
     Server,
+    champion_version,
     client_of,
     everything,
     free_port,
@@ -25,9 +26,11 @@ from tracking_helpers import (
 )
 
 from pipeline.storage import Storage
-from pipeline.tracking import Sender
 from pipeline.tracking.config import TrackingConfig
-from pipeline.tracking.registry import ModelCard, champion_version, pull_generator, register_generator
+from pipeline.tracking.logged_model import ModelCard
+from pipeline.tracking.lookup import pull_generator
+from pipeline.tracking.registry import register_generator
+from pipeline.tracking.sender import Sender
 
 PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
 pytestmark = [
@@ -41,7 +44,7 @@ BUCKET = "mlflow-files"
 
 @pytest.fixture(scope="module")
 def postgres() -> Iterator[str]:
-    """A database of its own on a free port; PostgreSQL does not run as root, so root becomes its user."""
+    """A separate database on a free port; PostgreSQL does not run as root, so root switches to its user."""
     user = "postgres" if os.geteuid() == 0 else None
     folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))
     if user:
@@ -77,7 +80,7 @@ def s3() -> Iterator[str]:
         [sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
 
-    def made() -> bool:
+    def has_bucket() -> bool:
         assert process.poll() is None
         try:
             urllib.request.urlopen(
@@ -88,7 +91,7 @@ def s3() -> Iterator[str]:
         return True
 
     try:
-        wait_until(made)
+        wait_until(has_bucket)
         yield address
     finally:
         process.kill()
@@ -99,7 +102,7 @@ def s3() -> Iterator[str]:
 def server(postgres: str, s3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(
         tmp_path_factory.mktemp("server"), "--serve-artifacts", "--artifacts-destination", f"s3://{BUCKET}/files",
-        store=postgres,
+        backend=postgres,
         environment={
             "MLFLOW_S3_ENDPOINT_URL": s3, "AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s",
             "AWS_DEFAULT_REGION": "us-east-1",
@@ -110,7 +113,7 @@ def server(postgres: str, s3: str, tmp_path_factory: pytest.TempPathFactory) -> 
     server.kill()
 
 
-def test_records_pictures_and_generators_take_the_same_way(
+def test_records_images_and_generators_are_stored_through_the_server(
     server: Server, tmp_path: Path, monkeypatch
 ) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "MLFLOW_S3_ENDPOINT_URL"):
@@ -123,9 +126,9 @@ def test_records_pictures_and_generators_take_the_same_way(
         with Sender(run, config, tracked, published_step=lambda: 30) as sender:
             assert sender.flush(120) == 0
         run.remove("tracking/sent.json")
-    there = everything(tracked)
-    assert [point[0] for point in there["curves"]["loss/pixel"]] == list(range(1, 31))
-    assert len(there["images"]) == 3 * 2
+    logged = everything(tracked)
+    assert [point[0] for point in logged["curves"]["loss/pixel"]] == list(range(1, 31))
+    assert len(logged["images"]) == 3 * 2
     assert open_small(config, run, "run") == tracked
 
     small_generator(tmp_path / "g.safetensors", 0)
@@ -137,11 +140,11 @@ def test_records_pictures_and_generators_take_the_same_way(
     assert champion_version("esrgan-x4", server.uri) == 1
     path = pull_generator("models:/esrgan-x4@champion", server.uri)
     assert path.read_bytes() == (tmp_path / "g.safetensors").read_bytes()
-    place = client_of(tracked).get_experiment(tracked.experiment_id).artifact_location
-    assert place.startswith("mlflow-artifacts:")
+    location = client_of(tracked).get_experiment(tracked.experiment_id).artifact_location
+    assert location.startswith("mlflow-artifacts:")
 
 
-def test_a_database_is_a_store_by_itself(postgres: str, server: Server, tmp_path: Path) -> None:
+def test_a_database_is_used_without_a_server(postgres: str, server: Server, tmp_path: Path) -> None:
     config = TrackingConfig(uri=postgres, experiment="direct")
     run = Storage(str(tmp_path)) / "run"
     tracked = open_small(config, run, "direct")
@@ -149,6 +152,6 @@ def test_a_database_is_a_store_by_itself(postgres: str, server: Server, tmp_path
     with Sender(run, config, tracked, published_step=lambda: 10) as sender:
         assert sender.flush(120) == 0
     assert len(everything(tracked)["curves"]["loss/pixel"]) == 10
-    assert "geheim" not in run.read_bytes("tracking/run.json").decode()
-    place = client_of(tracked).get_experiment(tracked.experiment_id).artifact_location
-    assert place == f"{tmp_path}/mlartifacts"
+    assert "geheim" not in run.read_bytes("tracking/mlflow.json").decode()
+    location = client_of(tracked).get_experiment(tracked.experiment_id).artifact_location
+    assert location == f"{tmp_path}/mlartifacts"

@@ -1,9 +1,8 @@
-"""The registry: one version for one generator, and a champion that only ever gets better by itself."""
+"""The registry: one version per generator, and a champion that jobs replace only by a better one."""
 
 import json
 import re
 import socket
-import threading
 import time
 from pathlib import Path
 
@@ -11,35 +10,29 @@ import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
-from tracking_helpers import DATA, client_of, curve, open_small, small_generator
+from tracking_helpers import DATA, champion_version, client_of, curve, open_small, small_generator
 
 from pipeline.errors import UserError
 from pipeline.model import generator_sha256, load_generator, save_generator
 from pipeline.storage import Storage
-from pipeline.tracking import TrackedRun, registry
+from pipeline.tracking import logged_model, registry
 from pipeline.tracking.config import TrackingConfig
-from pipeline.tracking.model_files import example_from, licence_note
-from pipeline.tracking.registry import (
-    ModelCard,
-    RegisteredVersion,
-    champion_version,
-    log_generator,
-    promote,
-    pull_generator,
-    register_generator,
-)
+from pipeline.tracking.logged_model import ModelCard, input_example, license_note
+from pipeline.tracking.lookup import pull_generator
+from pipeline.tracking.registry import RegisteredVersion, log_generator, promote, register_generator
+from pipeline.tracking.run import TrackedRun
 
 
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory: pytest.TempPathFactory) -> TrackedRun:
-    """One open run in one store for the whole module."""
+    """One open run in one database for the whole module."""
     storage = Storage(str(tmp_path_factory.mktemp("runs")))
     return open_small(TrackingConfig(), storage / "run", "registry")
 
 
 @pytest.fixture
 def config(request: pytest.FixtureRequest) -> TrackingConfig:
-    """A registered model of its own for every test."""
+    """A separate registered model for every test."""
     return TrackingConfig(model_name=re.sub(r"\W", "-", request.node.name))
 
 
@@ -50,22 +43,22 @@ def register(
     value: float,
     *,
     seed: int = 0,
-    photos: str = DATA,
+    images: str = DATA,
 ) -> RegisteredVersion:
-    """Registers a generator; its seed stands for what was learned."""
+    """Registers a generator; another seed is another generator."""
     path = folder / f"{seed}.safetensors"
     small_generator(path, seed)
     metrics = {config.metric: value}
     card = ModelCard("seed: 0\n", DATA)
     return register_generator(
-        tracked, config, path, step=10 + seed, metrics=metrics, evaluation_set=photos, card=card
+        tracked, config, path, step=10 + seed, metrics=metrics, evaluation_set=images, card=card
     )
 
 
 def aliases(tracked: TrackedRun, config: TrackingConfig) -> dict[str, int]:
     """Alias to version."""
-    found = client_of(tracked).get_registered_model(config.model_name).aliases
-    return {alias: int(version) for alias, version in found.items()}
+    model = client_of(tracked).get_registered_model(config.model_name)
+    return {alias: int(version) for alias, version in model.aliases.items()}
 
 
 def test_the_first_version_becomes_champion(tracked, config, tmp_path) -> None:
@@ -74,7 +67,7 @@ def test_the_first_version_becomes_champion(tracked, config, tmp_path) -> None:
     assert aliases(tracked, config) == {"champion": 1, "challenger": 1}
 
 
-def test_a_better_one_follows_and_a_worse_one_does_not(tracked, config, tmp_path) -> None:
+def test_a_better_version_becomes_champion_and_a_worse_one_does_not(tracked, config, tmp_path) -> None:
     register(tracked, config, tmp_path, 30.0, seed=1)
     better = register(tracked, config, tmp_path, 31.0, seed=2)
     worse = register(tracked, config, tmp_path, 30.5, seed=3)
@@ -84,34 +77,34 @@ def test_a_better_one_follows_and_a_worse_one_does_not(tracked, config, tmp_path
     assert champion_version(config.model_name, tracked.uri) == 2
 
 
-def test_the_same_value_is_no_improvement(tracked, config, tmp_path) -> None:
+def test_an_equal_value_is_not_better(tracked, config, tmp_path) -> None:
     register(tracked, config, tmp_path, 30.0, seed=1)
     assert not register(tracked, config, tmp_path, 30.0, seed=2).champion
 
 
-def test_distances_are_better_when_small(tracked, config, tmp_path) -> None:
+def test_distances_are_better_when_smaller(tracked, config, tmp_path) -> None:
     config = config.model_copy(update={"metric": "lpips"})
     register(tracked, config, tmp_path, 0.2, seed=1)
     assert not register(tracked, config, tmp_path, 0.3, seed=2).champion
     assert register(tracked, config, tmp_path, 0.1, seed=3).champion
 
 
-def test_values_on_other_photographs_are_not_compared(tracked, config, tmp_path) -> None:
+def test_values_on_other_images_are_not_compared(tracked, config, tmp_path) -> None:
     register(tracked, config, tmp_path, 30.0, seed=1)
-    other = register(tracked, config, tmp_path, 40.0, seed=2, photos="f" * 64)
+    other = register(tracked, config, tmp_path, 40.0, seed=2, images="f" * 64)
     assert not other.champion
-    assert "measured on other photographs" in other.reason
+    assert "measured on other images" in other.reason
     assert "promote.py --model-version 2" in other.reason
 
 
-def test_a_value_that_is_no_number_never_wins(tracked, config, tmp_path) -> None:
+def test_a_value_that_is_not_finite_is_never_better(tracked, config, tmp_path) -> None:
     registered = register(tracked, config, tmp_path, float("nan"))
     assert not registered.champion
     assert "no finite psnr_y" in registered.reason
     assert champion_version(config.model_name, tracked.uri) is None
 
 
-def test_registering_again_gives_the_same_version(tracked, config, tmp_path) -> None:
+def test_registering_again_returns_the_same_version(tracked, config, tmp_path) -> None:
     first = register(tracked, config, tmp_path, 30.0)
     again = register(tracked, config, tmp_path, 30.0)
     assert again.version == first.version
@@ -122,11 +115,11 @@ def test_registering_again_gives_the_same_version(tracked, config, tmp_path) -> 
     assert len(client_of(tracked).search_logged_models([tracked.experiment_id], query)) == 1
 
 
-def test_a_registration_that_was_cut_off_is_completed(tracked, config, tmp_path, monkeypatch) -> None:
-    def cut_off(*given, **named) -> None:
+def test_an_interrupted_registration_is_completed(tracked, config, tmp_path, monkeypatch) -> None:
+    def interrupt(*args, **options) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(registry, "write_model", cut_off)
+    monkeypatch.setattr(logged_model, "write_model", interrupt)
     with pytest.raises(KeyboardInterrupt):
         register(tracked, config, tmp_path, 30.0, seed=50)
     monkeypatch.undo()
@@ -146,60 +139,70 @@ def test_metrics_are_linked_with_the_logged_model(tracked, config, tmp_path) -> 
     assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": config.model_name, "version": 1}]
 
 
-@pytest.mark.parametrize("first", [30.0, 31.0])
-def test_of_two_jobs_at_once_the_better_one_ends_as_champion(
-    tracked, config, tmp_path, monkeypatch, first
+def test_a_champion_replaced_by_a_worse_job_meanwhile_is_promoted_again(
+    tracked, config, tmp_path, monkeypatch
 ) -> None:
     register(tracked, config, tmp_path, 29.0, seed=1)
-    for seed in (2, 3):
-        small_generator(tmp_path / f"{seed}.safetensors", seed)
-    # Both look at the champion before either moves it.
-    both_saw, decide = threading.Barrier(2), registry._better
-
-    def decide_together(*given):
-        both_saw.wait(timeout=60)
-        return decide(*given)
-
-    monkeypatch.setattr(registry, "_better", decide_together)
-    results: dict[float, RegisteredVersion] = {}
-
-    def job(value: float, seed: int) -> None:
-        results[value] = register(tracked, config, tmp_path, value, seed=seed)
-
-    jobs = [threading.Thread(target=job, args=given) for given in ((first, 2), (61.0 - first, 3))]
-    for thread in jobs:
-        thread.start()
-    for thread in jobs:
-        thread.join(timeout=120)
-    assert champion_version(config.model_name, tracked.uri) == results[31.0].version
-    assert results[31.0].champion
-
-
-def test_a_job_that_sets_the_alias_late_corrects_itself(tracked, config, tmp_path, monkeypatch) -> None:
-    register(tracked, config, tmp_path, 29.0, seed=1)
-    decide = registry._better
-
-    def be_overtaken(*given):
-        verdict = decide(*given)
-        monkeypatch.setattr(registry, "_better", decide)
-        assert register(tracked, config, tmp_path, 31.0, seed=3).champion
-        return verdict
-
-    monkeypatch.setattr(registry, "_better", be_overtaken)
-    late = register(tracked, config, tmp_path, 30.0, seed=2)
-    assert not late.champion
-    assert late.reason == "version 3 came at the same time and is better in psnr_y"
+    # Compared with version 1, as the better job below does, and about to set the alias after it.
+    worse = register(tracked, config, tmp_path, 30.0, seed=2).version
+    promote(config.model_name, 1, tracked.uri)
+    overwrite_alias_once(monkeypatch, worse)
+    better = register(tracked, config, tmp_path, 31.0, seed=3)
+    assert better.champion
+    assert better.reason == "better: psnr_y 31.0000 against 30.0000 of version 2"
     assert champion_version(config.model_name, tracked.uri) == 3
 
 
-def test_promotion_by_hand_says_what_it_replaces(tracked, config, tmp_path) -> None:
+def test_a_job_overtaken_by_a_better_one_reports_that_it_is_not_champion(
+    tracked, config, tmp_path, monkeypatch
+) -> None:
+    register(tracked, config, tmp_path, 29.0, seed=1)
+    better = register(tracked, config, tmp_path, 31.0, seed=2).version
+    promote(config.model_name, 1, tracked.uri)
+    overwrite_alias_once(monkeypatch, better)
+    worse = register(tracked, config, tmp_path, 30.0, seed=3)
+    assert not worse.champion
+    assert worse.reason == "not better: psnr_y 30.0000 against 31.0000 of version 2"
+    assert champion_version(config.model_name, tracked.uri) == 2
+
+
+def overwrite_alias_once(monkeypatch: pytest.MonkeyPatch, version: int) -> None:
+    """Another job sets `champion` to `version` right after the next job has set it."""
+    real = MlflowClient.set_registered_model_alias
+
+    def set_and_overwrite(self: MlflowClient, name: str, alias: str, number: str) -> None:
+        real(self, name, alias, number)
+        if alias == "champion":
+            monkeypatch.setattr(MlflowClient, "set_registered_model_alias", real)
+            real(self, name, alias, str(version))
+
+    monkeypatch.setattr(MlflowClient, "set_registered_model_alias", set_and_overwrite)
+
+
+def test_of_two_first_versions_at_once_the_better_one_ends_as_champion(
+    tracked, config, tmp_path, monkeypatch
+) -> None:
+    real = MlflowClient.create_registered_model
+
+    def create_late(self: MlflowClient, name: str) -> None:
+        monkeypatch.setattr(MlflowClient, "create_registered_model", real)
+        # The other job registers and promotes its version between this job's start and its own version.
+        assert register(tracked, config, tmp_path, 30.0, seed=2).champion
+        real(self, name)
+
+    monkeypatch.setattr(MlflowClient, "create_registered_model", create_late)
+    assert register(tracked, config, tmp_path, 31.0, seed=3).champion
+    assert champion_version(config.model_name, tracked.uri) == 2
+
+
+def test_promotion_by_hand_returns_the_previous_champion(tracked, config, tmp_path) -> None:
     register(tracked, config, tmp_path, 31.0, seed=1)
     register(tracked, config, tmp_path, 30.0, seed=2)
     assert promote(config.model_name, 2, tracked.uri) == 1
     assert champion_version(config.model_name, tracked.uri) == 2
 
 
-def test_after_promotion_by_hand_a_version_set_back_stays_back(tracked, config, tmp_path) -> None:
+def test_a_version_replaced_by_hand_is_not_promoted_again(tracked, config, tmp_path) -> None:
     register(tracked, config, tmp_path, 29.0, seed=1)
     register(tracked, config, tmp_path, 31.0, seed=2)
     promote(config.model_name, 1, tracked.uri)
@@ -208,14 +211,14 @@ def test_after_promotion_by_hand_a_version_set_back_stays_back(tracked, config, 
     assert champion_version(config.model_name, tracked.uri) == 3
 
 
-def test_a_champion_removed_by_hand_is_not_crowned_again(tracked, config, tmp_path) -> None:
+def test_a_removed_champion_alias_is_restored_only_by_hand(tracked, config, tmp_path) -> None:
     register(tracked, config, tmp_path, 30.0, seed=1)
     client_of(tracked).delete_registered_model_alias(config.model_name, "champion")
     for value, seed in ((29.0, 2), (31.0, 3), (30.0, 1)):
         after = register(tracked, config, tmp_path, value, seed=seed)
         assert not after.champion
         assert after.reason == (
-            f"somebody removed the champion; by hand: python jobs/promote.py --model-version {after.version}"
+            f"the alias champion was removed; to promote it: python jobs/promote.py --model-version {after.version}"
         )
     assert champion_version(config.model_name, tracked.uri) is None
     promote(config.model_name, 2, tracked.uri)
@@ -234,16 +237,16 @@ def test_earlier_results_are_logged_for_comparison_and_not_registered(tracked, c
 
 
 @pytest.mark.parametrize("suffix", ["@champion", "/1"])
-def test_a_generator_comes_back_as_it_was(tracked, config, tmp_path, suffix) -> None:
+def test_a_generator_is_downloaded_as_it_was(tracked, config, tmp_path, suffix) -> None:
     register(tracked, config, tmp_path, 30.0, seed=4)
     path = pull_generator(f"models:/{config.model_name}{suffix}", tracked.uri)
     pulled, info = load_generator(path)
-    sent, _ = load_generator(tmp_path / "4.safetensors")
-    assert generator_sha256(pulled.state_dict()) == generator_sha256(sent.state_dict())
+    original, _ = load_generator(tmp_path / "4.safetensors")
+    assert generator_sha256(pulled.state_dict()) == generator_sha256(original.state_dict())
     assert info["residual_scale_source"] == "metadata"
 
 
-def test_a_generator_can_be_pulled_into_a_folder_and_by_its_model_id(tracked, config, tmp_path) -> None:
+def test_a_generator_can_be_downloaded_to_a_folder_and_by_its_model_id(tracked, config, tmp_path) -> None:
     register(tracked, config, tmp_path, 30.0, seed=5)
     query = f"name = 'generator-{15:08d}'"
     model = client_of(tracked).search_logged_models([tracked.experiment_id], query)[0]
@@ -252,7 +255,7 @@ def test_a_generator_can_be_pulled_into_a_folder_and_by_its_model_id(tracked, co
     load_generator(path)
 
 
-def test_non_finite_weights_are_not_registered_or_pulled(tracked, config, tmp_path) -> None:
+def test_non_finite_weights_are_neither_registered_nor_downloaded(tracked, config, tmp_path) -> None:
     register(tracked, config, tmp_path, 30.0, seed=78)
     path = pull_generator(f"models:/{config.model_name}/1", tracked.uri)
     generator, _ = load_generator(path)
@@ -272,104 +275,102 @@ def test_non_finite_weights_are_not_registered_or_pulled(tracked, config, tmp_pa
         )
 
 
-def test_a_damaged_file_is_refused(tracked, config, tmp_path) -> None:
+def test_a_corrupt_file_is_refused(tracked, config, tmp_path) -> None:
     register(tracked, config, tmp_path, 30.0, seed=77)
     path = pull_generator(f"models:/{config.model_name}/1", tracked.uri)
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match="corrupt"):
         pull_generator(f"models:/{config.model_name}/1", tracked.uri)
 
 
-def test_what_is_not_there_is_one_clear_line(tracked, config, tmp_path) -> None:
+def test_a_missing_model_alias_version_or_database_is_a_one_line_error(tracked, config, tmp_path) -> None:
     register(tracked, config, tmp_path, 30.0)
     name = config.model_name
-    for uri, store, message in [
-        ("models:/nobody@champion", tracked.uri, "there is no such registered model; known: "),
-        (f"models:/{name}@best", tracked.uri, "has no such alias; known: challenger, champion"),
-        (f"models:/{name}/9", tracked.uri, "there is no such version; known: 1"),
+    for uri, server, message in [
+        ("models:/nobody@champion", tracked.uri, "no such registered model; known: "),
+        (f"models:/{name}@best", tracked.uri, "no such alias; known: challenger, champion"),
+        (f"models:/{name}/9", tracked.uri, "no such version; known: 1"),
         (f"models:/{name}", tracked.uri, "not a registered model; write"),
         (f"models:/{name}/latest", tracked.uri, "not a registered model; write"),
-        (f"models:/{name}/1", f"sqlite:///{tmp_path}/none.db", "there is no such file"),
-        (f"models:/m-{'0' * 32}", tracked.uri, "refused by"),
+        (f"models:/{name}/1", f"sqlite:///{tmp_path}/none.db", "no such file"),
+        (f"models:/m-{'0' * 32}", tracked.uri, "rejected by"),
     ]:
         with pytest.raises(UserError, match=message) as caught:
-            pull_generator(uri, store)
+            pull_generator(uri, server)
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "none.db").exists()
-    with pytest.raises(UserError, match="there is no such version"):
+    with pytest.raises(UserError, match="no such version"):
         promote(name, 9, tracked.uri)
-    with pytest.raises(UserError, match="there is no such registered model"):
+    with pytest.raises(UserError, match="no such registered model"):
         promote("nobody", 1, tracked.uri)
 
 
-def test_a_name_that_mlflow_refuses_is_told(tracked, config, tmp_path) -> None:
+def test_a_name_that_mlflow_rejects_is_a_user_error(tracked, config, tmp_path) -> None:
     with pytest.raises(UserError, match="registering a/b"):
         register(tracked, config.model_copy(update={"model_name": "a/b"}), tmp_path, 30.0)
 
 
-def test_the_card_tells_where_the_generator_comes_from(tracked, config, tmp_path) -> None:
+def test_the_card_contains_the_generators_origin(tracked, config, tmp_path) -> None:
     path = tmp_path / "g.safetensors"
     small_generator(path, 88)
     card = ModelCard(
-        "seed: 3\nuri: http://me:geheim@host\n", DATA, licence="CC0 photographs",
-        example=np.zeros((64, 64, 3), np.uint8), pictures={"bicubic, stage 1, stage 2": np.zeros((4, 12, 3), np.uint8)},
+        "seed: 3\nuri: http://me:geheim@host\n", DATA, license="CC0 images",
+        example=np.zeros((64, 64, 3), np.uint8), images={"bicubic, stage 1, stage 2": np.zeros((4, 12, 3), np.uint8)},
     )  # fmt: skip
     register_generator(
         tracked, config, path, step=98, metrics={"psnr_y": 30.0}, evaluation_set=DATA, card=card
     )
     folder = pull_generator(f"models:/{config.model_name}/1", tracked.uri).parent.parent
     text = (folder / "README.md").read_text()
-    for part in ("CC0 photographs", DATA, "| psnr_y | 30.0000 |", tracked.run_id, "(picture-0.png)"):
+    for part in ("CC0 images", DATA, "| psnr_y | 30.0000 |", tracked.run_id, "(image-0.png)"):
         assert part in text
-    assert (folder / "picture-0.png").is_file()
+    assert (folder / "image-0.png").is_file()
     assert (folder / "config.yaml").read_text() == "seed: 3\nuri: http://***@host\n"
     assert not list(folder.rglob("*.pkl"))
     version = client_of(tracked).get_model_version(config.model_name, "1")
     assert version.description.startswith(f"# {config.model_name}")
-    # MLflow's page resolves no links to a version's own files.
+    # MLflow's page does not resolve links to a version's files.
     assert "](" not in version.description
-    assert "- bicubic, stage 1, stage 2: `picture-0.png`" in version.description
+    assert "- bicubic, stage 1, stage 2: `image-0.png`" in version.description
     example = json.loads((folder / "serving_input_example.json").read_text())
     assert np.asarray(example["inputs"]).shape == (1, 24, 32, 3)
 
 
-def test_a_licence_note_quotes_what_came_with_the_photographs() -> None:
-    assert licence_note({"train": None, "held_out": " \n"}).startswith("Not stated.")
-    note = licence_note({"train": "CC0\nby all", "held_out": "CC0\nby all\n"})
-    assert note.endswith("Photographs (train, held_out):\n\n    CC0\n    by all")
-    assert len(licence_note({"train": "x" * 9000})) < 1700
+def test_a_license_note_quotes_the_text_that_came_with_the_images() -> None:
+    assert license_note({"train": None, "held_out": " \n"}).startswith("Not stated.")
+    note = license_note({"train": "CC0\nby all", "held_out": "CC0\nby all\n"})
+    assert note.endswith("Images (train, held_out):\n\n    CC0\n    by all")
+    assert len(license_note({"train": "x" * 9000})) < 1700
 
 
-def test_the_example_is_the_input_that_a_validation_picture_begins_with() -> None:
+def test_the_example_is_the_input_at_the_start_of_a_validation_image() -> None:
     lr = np.random.default_rng(0).integers(0, 256, (48, 48, 3), np.uint8)
     strip = np.concatenate([lr.repeat(4, 0).repeat(4, 1), np.zeros((192, 400, 3), np.uint8)], axis=1)
-    assert np.array_equal(example_from(strip, 4), lr[:24, :32])
+    assert np.array_equal(input_example(strip, 4), lr[:24, :32])
 
 
-def test_a_silent_server_is_given_up_in_bounded_time(config, tmp_path) -> None:
+def test_a_silent_server_fails_in_bounded_time(config, tmp_path) -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()  # Accepts, and never answers.
-        away = TrackedRun(f"http://127.0.0.1:{silent.getsockname()[1]}", "0" * 32, "1", str(tmp_path))
+        unreachable = TrackedRun(f"http://127.0.0.1:{silent.getsockname()[1]}", "0" * 32, "1", str(tmp_path))
         began = time.monotonic()
         with pytest.raises(UserError, match=r"^registering [\w-]+: .*no answer in time$"):
-            register(away, config, tmp_path, 30.0)
+            register(unreachable, config, tmp_path, 30.0)
         assert time.monotonic() - began < 30
 
 
 @pytest.mark.slow
-def test_a_server_that_falls_silent_in_between_is_given_up_in_bounded_time(
-    config, tmp_path, monkeypatch
-) -> None:
+def test_a_server_that_stops_answering_fails_in_bounded_time(config, tmp_path, monkeypatch) -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        # It answered to the first question.
+        # It answered the first request.
         monkeypatch.setattr(registry, "connect", lambda uri: MlflowClient(uri, uri))
         began = time.monotonic()
-        with pytest.raises(UserError, match=r"^registering [\w-]+: refused by .*no answer in time\)$"):
+        with pytest.raises(UserError, match=r"^registering [\w-]+: rejected by .*no answer in time\)$"):
             register(TrackedRun(uri, "0" * 32, "1", str(tmp_path)), config, tmp_path, 30.0)
         assert time.monotonic() - began < 90

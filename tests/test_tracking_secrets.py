@@ -1,4 +1,4 @@
-"""The password of `tracking.uri` is in no file of a run, in nothing that is printed, and nowhere in MLflow."""
+"""The password of `tracking.uri` is not in a run's files, not in the output and not in MLflow."""
 
 import os
 import subprocess
@@ -28,26 +28,26 @@ def folder(tmp_path: Path) -> Path:
     return write_sets(tmp_path)
 
 
-def address(server: Server, password: str) -> str:
+def uri_with(server: Server, password: str) -> str:
     return server.uri.replace("://", f"://trainer:{password}@")
 
 
 def environment(uri: str) -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    return {**kept, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "ESRGAN_TRACKING__URI": uri}
+    variables = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    return {**variables, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "ESRGAN_TRACKING__URI": uri}
 
 
 def run(job: str, folder: Path, values: dict[str, Any], uri: str) -> str:
-    """What the job prints; it must succeed."""
-    done = subprocess.run(
+    """The output of a job, which must succeed."""
+    finished = subprocess.run(
         command(job, folder, values), capture_output=True, text=True, env=environment(uri), check=False
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return finished.stdout + finished.stderr
 
 
-def holding(folder: Path, *secrets: str) -> list[str]:
-    """Files below `folder` that hold one of the secrets."""
+def files_with(folder: Path, *secrets: str) -> list[str]:
+    """Files below `folder` that contain one of the secrets."""
     return [
         str(path.relative_to(folder))
         for path in sorted(folder.rglob("*"))
@@ -57,31 +57,31 @@ def holding(folder: Path, *secrets: str) -> list[str]:
 
 def test_a_run_and_its_resumption_with_another_password(folder: Path, server: Server) -> None:
     values = fields(folder)
-    run_until(command("train_gan", folder, values), "[psnr] step 4/12", environment(address(server, SECRET)))
-    printed = run("train_gan", folder, values, address(server, OTHER))
+    run_until(command("train_gan", folder, values), "[psnr] step 4/12", environment(uri_with(server, SECRET)))
+    printed = run("train_gan", folder, values, uri_with(server, OTHER))
     assert "resuming at step" in printed
     assert "registered esrgan-x4 version 1" in printed
     assert SECRET not in printed
     assert OTHER not in printed
-    assert holding(folder, SECRET, OTHER) == []
+    assert files_with(folder, SECRET, OTHER) == []
     written = folder / "runs" / "tiny" / "config.yaml"
     assert f"uri: {server.uri.replace('://', '://***@')}" in written.read_text()
 
 
 def test_an_outage_is_reported_without_the_password(folder: Path, server: Server) -> None:
     server.kill()
-    values = fields(folder, **{"tracking.if_away": "spool"})
-    printed = run("train_gan", folder, values, address(server, SECRET))
-    assert "metrics wait in" in printed
+    values = fields(folder, **{"tracking.if_unreachable": "spool"})
+    printed = run("train_gan", folder, values, uri_with(server, SECRET))
+    assert "metrics are stored in" in printed
     assert SECRET not in printed
-    assert holding(folder, SECRET) == []
+    assert files_with(folder, SECRET) == []
 
 
 @pytest.mark.ray
 @pytest.mark.parametrize("job", ["train_gan", "tune_gan"])
-def test_ray_writes_no_password_beside_the_runs(folder: Path, server: Server, job: str) -> None:
+def test_ray_writes_no_password_next_to_the_runs(folder: Path, server: Server, job: str) -> None:
     space = {"gan.adversarial_weight": {"low": 1e-4, "high": 5e-2}}
     sweep = {"tune.name": "sweep", "tune.trials": 1, "tune.space": space} if job == "tune_gan" else {}
-    printed = run(job, folder, fields(folder, workers=1, **sweep), address(server, SECRET))
+    printed = run(job, folder, fields(folder, workers=1, **sweep), uri_with(server, SECRET))
     assert SECRET not in printed
-    assert holding(folder, SECRET) == []
+    assert files_with(folder, SECRET) == []

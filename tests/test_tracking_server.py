@@ -1,4 +1,4 @@
-"""A real MLflow server that goes away and comes back; slow, and worth it."""
+"""A real MLflow server that is killed and restarted."""
 
 import errno
 import os
@@ -10,6 +10,7 @@ import pytest
 from tracking_helpers import (
     DATA,
     Server,
+    champion_version,
     client_of,
     event,
     everything,
@@ -22,12 +23,15 @@ from tracking_helpers import (
 
 from pipeline.errors import UserError
 from pipeline.storage import Storage
-from pipeline.tracking import Sender, finish_run, open_run
-from pipeline.tracking import sender as sender_module
+from pipeline.tracking import upload
+from pipeline.tracking.candidate import upload_pending
 from pipeline.tracking.config import TrackingConfig
-from pipeline.tracking.late import send_late
-from pipeline.tracking.records import segment_steps, write_segment
-from pipeline.tracking.registry import ModelCard, champion_version, pull_generator, register_generator
+from pipeline.tracking.logged_model import ModelCard
+from pipeline.tracking.lookup import pull_generator
+from pipeline.tracking.registry import register_generator
+from pipeline.tracking.run import finish_run, open_run
+from pipeline.tracking.sender import Sender
+from pipeline.tracking.spool import segment_steps, write_segment
 
 pytestmark = pytest.mark.slow
 
@@ -42,14 +46,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 def running(server: Server) -> Server:
-    """The module's server, up again whatever the test before did to it."""
+    """The module's server, restarted."""
     server.kill()
     server.start()
     return server
 
 
 def publish(run: Storage, step: int) -> None:
-    """A checkpoint's manifest, which is what makes segments count."""
+    """Writes a checkpoint's manifest, after which its segments are sent."""
     run.write_bytes(f"checkpoints/psnr-{step:08d}/manifest.json", b"{}")
 
 
@@ -59,7 +63,7 @@ def newest(run: Storage) -> int:
 
 
 def train(run: Storage, step: int) -> float:
-    """One interval of a run that writes and publishes a segment; gives the seconds that writing took."""
+    """One interval of a run: writes and publishes a segment; returns the seconds that this took."""
     began = time.perf_counter()
     extra = [event(step, "resumed")] if step == 30 else []
     write_segment(run, step, [*records_between(step - 10, step), *extra])
@@ -68,7 +72,7 @@ def train(run: Storage, step: int) -> float:
 
 
 def fill_disk(patch: pytest.MonkeyPatch) -> None:
-    """Every write fails from here on, until the patch is undone."""
+    """Every write fails until the patch is undone."""
 
     def full(self: Storage, name: str, content: bytes) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -76,7 +80,7 @@ def fill_disk(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Storage, "write_bytes", full)
 
 
-def test_three_outages_and_a_full_disk_leave_no_trace(
+def test_three_outages_and_a_full_disk_change_nothing_in_mlflow(
     tmp_path: Path, running: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = TrackingConfig(uri=running.uri)
@@ -86,13 +90,13 @@ def test_three_outages_and_a_full_disk_leave_no_trace(
         for step in range(10, 101, 10):
             if step in (20, 50, 80):
                 running.kill()
-            if step == 50:  # The try fails as a whole, and the interval is trained again.
+            if step == 50:  # The write fails as a whole, and the interval is trained again.
                 fill_disk(monkeypatch)
                 with pytest.raises(OSError, match="No space"):
                     train(disturbed, step)
                 monkeypatch.undo()
             took = train(disturbed, step)
-            assert took < 5  # Nothing here waits for the server, whose time-outs add up to more.
+            assert took < 5  # Nothing here waits for the server, whose timeouts add up to more.
             if step in (30, 60, 90):
                 running.start()
             if step == 60:
@@ -106,45 +110,45 @@ def test_three_outages_and_a_full_disk_leave_no_trace(
     with Sender(quiet, config, undisturbed, published_step=lambda: newest(quiet)) as sender:
         assert sender.flush(120) == 0
 
-    there, expected = everything(tracked), everything(undisturbed)
-    assert there == expected
-    assert [point[0] for point in there["curves"]["loss/pixel"]] == list(range(1, 101))
-    assert len(there["images"]) == 10 * 2
+    logged = everything(tracked)
+    assert logged == everything(undisturbed)
+    assert [point[0] for point in logged["curves"]["loss/pixel"]] == list(range(1, 101))
+    assert len(logged["images"]) == 10 * 2
     assert client_of(tracked).get_run(tracked.run_id).info.status == "FINISHED"
 
 
-def test_a_server_killed_in_the_middle_of_a_segment_gets_it_once(
+def test_a_server_killed_within_a_segment_gets_it_once(
     tmp_path: Path, running: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = TrackingConfig(uri=running.uri)
     run = Storage(str(tmp_path)) / "middle"
     tracked = open_small(config, run, "middle")
     write_segments(run, 20)
-    real, kills = sender_module._log_pictures, [10, 20]
+    real, kills = upload._log_images, [10, 20]
 
-    def killed_after_the_first_picture(*given) -> None:
+    def kill_server_after_the_images(*args) -> None:
         if kills:
             kills.pop()
-            real(*given)  # The pictures are there, the mark is not.
+            real(*args)  # The images are logged, sent.json is not written.
             running.kill()
-        real(*given)
+        real(*args)
 
-    monkeypatch.setattr(sender_module, "_log_pictures", killed_after_the_first_picture)
+    monkeypatch.setattr(upload, "_log_images", kill_server_after_the_images)
     with Sender(run, config, tracked, published_step=lambda: 20, poll_s=0.05) as sender:
-        for left in (1, 0):
-            wait_until(lambda: len(kills) == left and not running.alive)  # noqa: B023
+        for remaining in (1, 0):
+            wait_until(lambda: len(kills) == remaining and not running.alive)  # noqa: B023
             running.start()
         assert sender.flush(120) == 0
-    there = everything(tracked)
-    assert [point[0] for point in there["curves"]["loss/pixel"]] == list(range(1, 21))
-    assert len(there["images"]) == 2 * 2
+    logged = everything(tracked)
+    assert [point[0] for point in logged["curves"]["loss/pixel"]] == list(range(1, 21))
+    assert len(logged["images"]) == 2 * 2
 
 
-def test_a_server_that_is_away_at_the_start_gets_everything_when_it_is_back(
+def test_a_server_unreachable_at_the_start_gets_everything_once_it_answers(
     tmp_path: Path, running: Server
 ) -> None:
     running.kill()
-    config = TrackingConfig(uri=running.uri, if_away="spool")
+    config = TrackingConfig(uri=running.uri, if_unreachable="spool")
     run = Storage(str(tmp_path)) / "late"
     opened = open_run(
         config,
@@ -164,7 +168,7 @@ def test_a_server_that_is_away_at_the_start_gets_everything_when_it_is_back(
         assert client_of(sender.tracked).get_run(sender.tracked.run_id).info.status == "RUNNING"
 
 
-def test_a_server_that_is_away_until_after_the_end_gets_everything_by_a_command(
+def test_a_server_unreachable_until_after_the_end_gets_everything_by_a_command(
     tmp_path: Path, running: Server
 ) -> None:
     config = TrackingConfig(uri=running.uri)
@@ -176,10 +180,10 @@ def test_a_server_that_is_away_until_after_the_end_gets_everything_by_a_command(
     with Sender(run, config, tracked, published_step=lambda: newest(run)) as sender:
         assert sender.flush(1) == 3
     assert not finish_run(tracked, "FINISHED")
-    with pytest.raises(UserError, match="connection refused; nothing is lost"):
-        send_late(run, None)
+    with pytest.raises(UserError, match="connection refused; no data was lost"):
+        upload_pending(run, None)
     running.start()
-    assert send_late(run, None).sent == len(segment_steps(run))
+    assert upload_pending(run, None).sent == len(segment_steps(run))
     assert len(everything(tracked)["curves"]["loss/pixel"]) == 30
     assert client_of(tracked).get_run(tracked.run_id).info.status == "FINISHED"
 
@@ -188,14 +192,14 @@ def test_generators_are_registered_and_pulled_through_the_server(tmp_path: Path,
     config = TrackingConfig(uri=running.uri, model_name="served-x4")
     tracked = open_small(config, Storage(str(tmp_path)) / "run", "registering")
     small_generator(tmp_path / "g.safetensors", 0)
-    given = {
+    arguments = {
         "step": 5,
         "metrics": {"psnr_y": 30.0},
         "evaluation_set": DATA,
         "card": ModelCard("a: 1\n", DATA),
     }
-    first = register_generator(tracked, config, tmp_path / "g.safetensors", **given)
-    again = register_generator(tracked, config, tmp_path / "g.safetensors", **given)
+    first = register_generator(tracked, config, tmp_path / "g.safetensors", **arguments)
+    again = register_generator(tracked, config, tmp_path / "g.safetensors", **arguments)
     assert (first.version, again.version, first.champion) == (1, 1, True)
     assert champion_version("served-x4", running.uri) == 1
     path = pull_generator("models:/served-x4@champion", running.uri)

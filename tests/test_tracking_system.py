@@ -1,12 +1,13 @@
-"""System metrics: names that MLflow's page groups, values that can be true, and no GPU touched in passing."""
+"""System metrics: MLflow's names, plausible values, and no GPU initialized by the query."""
 
 import pytest
 import torch
 
-from pipeline.tracking.system import system_metrics
+from pipeline.tracking import system_metrics as system_metrics_module
+from pipeline.tracking.system_metrics import system_metrics
 
 
-def test_it_tells_of_the_machine_under_mlflows_names() -> None:
+def test_the_metrics_have_mlflows_names() -> None:
     from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
     from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
     from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
@@ -26,9 +27,7 @@ def test_it_tells_of_the_machine_under_mlflows_names() -> None:
 def test_traffic_counts_from_the_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
     from types import SimpleNamespace
 
-    from pipeline.tracking import system
-
-    system._traffic_before.cache_clear()
+    system_metrics_module._first_traffic.cache_clear()
     counted = iter([5e6, 5e6, 5e6, 7e6, 7e6])
     monkeypatch.setattr(
         "psutil.net_io_counters",
@@ -36,11 +35,11 @@ def test_traffic_counts_from_the_first_call(monkeypatch: pytest.MonkeyPatch) -> 
     )
     assert system_metrics()["system/network_receive_megabytes"] == 0.0
     assert system_metrics()["system/network_transmit_megabytes"] == 4.0
-    system._traffic_before.cache_clear()
+    system_metrics_module._first_traffic.cache_clear()
 
 
 @pytest.mark.parametrize("has_nvml", [True, False])
-def test_a_gpu_in_use_is_told_of(monkeypatch: pytest.MonkeyPatch, has_nvml: bool) -> None:
+def test_a_gpu_in_use_is_measured(monkeypatch: pytest.MonkeyPatch, has_nvml: bool) -> None:
     def utilization(device: int) -> int:
         if not has_nvml:
             raise ModuleNotFoundError("pynvml")
@@ -60,7 +59,7 @@ def test_a_gpu_in_use_is_told_of(monkeypatch: pytest.MonkeyPatch, has_nvml: bool
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_real_gpu_is_told_of() -> None:
+def test_a_real_gpu_is_measured() -> None:
     torch.zeros(1, device="cuda")
     values = system_metrics()
     assert 0 < values[f"system/gpu_{torch.cuda.current_device()}_memory_usage_percentage"] <= 100

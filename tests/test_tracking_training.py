@@ -1,4 +1,4 @@
-"""Whole runs and their record: away stores, object storage, what the registered model tells."""
+"""Whole runs in MLflow: unreachable servers, object storage, the registered model's card."""
 
 import json
 import sys
@@ -12,8 +12,8 @@ from tiny import train, write_photos
 from tracking_helpers import Server
 
 from pipeline.storage import Storage
-from pipeline.tracking import Sender
-from pipeline.tracking.registry import pull_generator
+from pipeline.tracking.lookup import pull_generator
+from pipeline.tracking.sender import Sender
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "jobs"))
 import send_metrics
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("recorded")
+    folder = tmp_path_factory.mktemp("tracked")
     write_photos(folder / "photos", 3, 96, seed=1)
     write_photos(folder / "held_out", 2, 128, seed=2)
     (folder / "photos" / "LICENSE.txt").write_text("CC0, drawn for a test\n")
@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def metrics_of(client: MlflowClient, run_id: str) -> dict[str, list[tuple[int, float]]]:
-    """Every curve that does not tell of times, rates and the machine."""
+    """Every curve that does not depend on times, rates and the machine."""
     keys = [
         key
         for key in client.get_run(run_id).data.metrics
@@ -43,21 +43,21 @@ def metrics_of(client: MlflowClient, run_id: str) -> dict[str, list[tuple[int, f
     }
 
 
-def test_a_store_away_until_after_the_end_loses_neither_metrics_nor_the_model(
+def test_a_server_unreachable_until_after_the_end_loses_neither_metrics_nor_the_model(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flush = Sender.flush
     server = Server(tmp_path)
-    changes = {"tracking.uri": server.uri, "tracking.if_away": "spool"}
-    # Only here the wait is in vain: the undisturbed run below has all the time that a busy machine needs.
-    with monkeypatch.context() as impatient:
-        impatient.setattr(Sender, "flush", lambda self, timeout_s: flush(self, 1.0))
-        result = train(folder, run_name="away", **changes)
+    changes = {"tracking.uri": server.uri, "tracking.if_unreachable": "spool"}
+    # Only here flush() cannot succeed: the undisturbed run below gets all the time that a busy machine needs.
+    with monkeypatch.context() as patch:
+        patch.setattr(Sender, "flush", lambda self, timeout_s: flush(self, 1.0))
+        result = train(folder, run_name="unreachable", **changes)
     assert (result.run_id, result.model_version, result.step) == (None, None, 12)
-    run = Storage(str(folder / "runs" / "away"))
+    run = Storage(str(folder / "runs" / "unreachable"))
     lines = [line for line in capsys.readouterr().out.splitlines() if "send_metrics.py" in line]
     assert lines[-1] == (
-        "registering esrgan-x4: the tracking store is away; nothing is lost, later: "
+        "registering esrgan-x4: the tracking server is unreachable; no data was lost; once the server is back, run: "
         f"python jobs/send_metrics.py --run {run.uri}"
     )
     server.start()
@@ -70,13 +70,13 @@ def test_a_store_away_until_after_the_end_loses_neither_metrics_nor_the_model(
         assert client.get_run(late["run_id"]).info.status == "FINISHED"
         assert undisturbed.run_id is not None
         assert metrics_of(client, late["run_id"]) == metrics_of(client, undisturbed.run_id)
-        # The same result, as it should be: the later one is not better.
+        # The results are equal: the later one is not better.
         assert client.get_registered_model("esrgan-x4").aliases == {"champion": "1", "challenger": "2"}
     finally:
         server.kill()
 
 
-def test_a_run_on_s3_registers_a_model_with_a_true_card(
+def test_a_run_on_s3_registers_a_model_with_its_card(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
@@ -89,8 +89,8 @@ def test_a_run_on_s3_registers_a_model_with_a_true_card(
     model = pull_generator("models:/esrgan-x4@champion", uri).parent.parent
     card = (model / "README.md").read_text()
     assert "CC0, drawn for a test" in card
-    assert "![picture0.png](picture-0.png)" in card
-    assert (model / "picture-1.png").is_file()
+    assert "![picture0.png](image-0.png)" in card
+    assert (model / "image-1.png").is_file()
     example = np.asarray(json.loads((model / "serving_input_example.json").read_text())["inputs"])
     assert example.shape == (1, 24, 32, 3)
     client = MlflowClient(uri, uri)
@@ -99,6 +99,6 @@ def test_a_run_on_s3_registers_a_model_with_a_true_card(
     names = {logged.name for logged in client.search_logged_models([experiment.experiment_id])}
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.data.metrics["system/system_memory_usage_megabytes"] > 0
-    # Stage 1's result beside the registered one, to be compared.
+    # Stage 1's result is logged as well, to be compared.
     assert "generator-00000006" in names
     assert len(names) == 2

@@ -1,4 +1,4 @@
-"""Addresses of stores: absolute, understood or refused in one line, and never with a password."""
+"""Tracking URIs: absolute, accepted or refused in one line, and never shown with a password."""
 
 import pytest
 
@@ -31,13 +31,13 @@ def test_secrets_are_masked(text: str, shown: str) -> None:
     assert without_secrets(text) == shown
 
 
-def test_the_default_store_lies_beside_the_runs(tmp_path) -> None:
+def test_the_default_database_is_next_to_the_runs(tmp_path) -> None:
     uri = resolve_uri(TrackingConfig(), str(tmp_path))
     assert uri == f"sqlite:///{tmp_path}/mlflow.db"
     assert artifact_root(uri, str(tmp_path)) == f"{tmp_path}/mlartifacts"
 
 
-def test_a_database_may_be_in_the_storage_that_the_first_run_makes(tmp_path) -> None:
+def test_a_database_may_be_in_the_storage_that_the_first_run_creates(tmp_path) -> None:
     storage, uri = str(tmp_path / "runs"), f"sqlite:///{tmp_path}/runs/mlflow.db"
     assert resolve_uri(TrackingConfig(uri=uri), storage) == uri
     with pytest.raises(UserError, match="not a file in an existing folder"):
@@ -49,24 +49,24 @@ def test_a_relative_file_becomes_absolute(tmp_path, monkeypatch: pytest.MonkeyPa
     assert absolute_uri("sqlite:///my.db") == f"sqlite:///{tmp_path}/my.db"
 
 
-def test_a_server_decides_where_its_files_go() -> None:
+def test_a_server_chooses_its_artifact_location() -> None:
     assert artifact_root("http://host:5000", "/runs") is None
 
 
 @pytest.mark.parametrize(
     ("uri", "message"),
     [
-        ("mlruns", "not an address"),
-        ("file:///tmp/mlruns", "not an address"),
+        ("mlruns", "not the URI of an MLflow server"),
+        ("file:///tmp/mlruns", "not the URI of an MLflow server"),
         ("ftp://host/x", "ftp:// is not supported"),
-        ("http://", "names no host"),
-        ("http://host:port", "names no host, or its port"),
+        ("http://", "has no host"),
+        ("http://host:port", "has no host, or its port"),
         ("sqlite:////no/such/folder/mlflow.db", "not a file in an existing folder"),
         ("sqlite://", "name a file"),
         ("http2://me:geheim@host", "http2://"),
     ],
 )
-def test_what_is_no_store_is_refused_in_one_line(uri: str, message: str) -> None:
+def test_an_invalid_uri_is_refused_in_one_line(uri: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         absolute_uri(uri)
     assert "\n" not in str(caught.value)
@@ -77,24 +77,24 @@ def test_errors_never_show_a_password() -> None:
     assert str(UserError("cannot open http://me:geheim@host")) == "cannot open http://***@host"
 
 
-def test_a_written_configuration_holds_no_password_and_a_loaded_one_does() -> None:
+def test_a_written_configuration_masks_the_password_and_a_loaded_one_has_it() -> None:
     config = TrackingConfig(uri="http://me:geheim@host:5000")
     assert config.model_dump(mode="json")["uri"] == "http://***@host:5000"
     assert "geheim" not in config.model_dump_json() + repr(config)
     assert TrackingConfig.model_validate(config.model_dump()).uri == config.uri
 
 
-def test_an_address_whose_password_was_removed_comes_from_the_environment(
+def test_a_masked_uri_is_replaced_by_the_environments(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("ESRGAN_TRACKING__URI", raising=False)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:geheim@host")
-    written = TrackingConfig(uri="http://***@host")
-    assert resolve_uri(written, "/runs") == "http://me:geheim@host"
+    masked = TrackingConfig(uri="http://***@host")
+    assert resolve_uri(masked, "/runs") == "http://me:geheim@host"
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    with pytest.raises(UserError, match="no tracking store is known"):
-        resolve_uri(written, "/runs")
-    with pytest.raises(UserError, match="its password was removed"):
+    with pytest.raises(UserError, match="no tracking server is configured"):
+        resolve_uri(masked, "/runs")
+    with pytest.raises(UserError, match="its password is masked"):
         absolute_uri("http://***@host")
 
 
@@ -103,10 +103,10 @@ def test_runs_on_s3_need_a_server() -> None:
         resolve_uri(TrackingConfig(), "s3://bucket/runs")
 
 
-def test_the_store_is_found_in_this_order() -> None:
+def test_the_argument_precedes_the_environment() -> None:
     both = {"ESRGAN_TRACKING__URI": "http://ours:1", "MLFLOW_TRACKING_URI": "http://mlflow:1"}
     assert known_uri("http://given:1", both) == "http://given:1"
     assert known_uri(None, both) == "http://ours:1"
     assert known_uri(None, {"MLFLOW_TRACKING_URI": "http://mlflow:1"}) == "http://mlflow:1"
-    with pytest.raises(UserError, match="no tracking store is known"):
+    with pytest.raises(UserError, match="no tracking server is configured"):
         known_uri(None, {})

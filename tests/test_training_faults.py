@@ -15,7 +15,7 @@ from tiny import write_sets
 from pipeline.errors import UserError
 from pipeline.run_folder import GROUP, Fault, Refusal, TrainingResult
 from pipeline.storage import Storage
-from pipeline.tracking.records import Event, read_segment, segment_steps
+from pipeline.tracking.spool import Event, read_segment, segment_steps
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training import faults, stopping
 from pipeline.training.advice import INTERVALS, Advisor
@@ -133,7 +133,7 @@ def test_sigterm_saves_where_the_run_is_and_the_next_try_goes_on_there(
     # Requested while step 4 is logged, agreed on at the end of the next interval.
     assert [str(name) for name in checkpoints.listed(run)] == ["psnr-00000005"]
     assert not stopping.stop_requested(run)
-    assert json.loads(run.read_bytes("tracking/run.json"))["status"] == "KILLED"
+    assert json.loads(run.read_bytes("tracking/mlflow.json"))["status"] == "KILLED"
 
     monkeypatch.setattr(RunLog, "interval", interval)
     result = train(folder, **long)
@@ -181,7 +181,7 @@ def test_a_disk_that_is_full_for_a_while_costs_no_metrics_and_changes_no_bits(
     said = [text for text in events(run) if "could not be written" in text]
     assert said
     assert "No space left on device" in said[0]
-    from pipeline.tracking.records import Metrics
+    from pipeline.tracking.spool import Metrics
 
     points = {
         (record.step, key)

@@ -19,7 +19,7 @@ from pipeline.data.feed import Feed
 from pipeline.errors import UserError
 from pipeline.run_folder import TrainingResult
 from pipeline.storage import Storage
-from pipeline.tracking.records import Metrics, read_segment, segment_steps
+from pipeline.tracking.spool import Metrics, read_segment, segment_steps
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training import loop
 from pipeline.training.worker import Worker

@@ -1,4 +1,4 @@
-"""What the tests of tracking share: records, runs, small generators, and a real MLflow server."""
+"""Shared by the tests of tracking: records, runs, small generators, and a real MLflow server."""
 
 import os
 import signal
@@ -17,15 +17,15 @@ from mlflow import MlflowClient
 
 from pipeline.model import RRDBNet, save_generator
 from pipeline.storage import Storage
-from pipeline.tracking import TrackedRun, open_run
 from pipeline.tracking.config import TrackingConfig
-from pipeline.tracking.records import Event, Metrics, Picture, Record, write_segment
+from pipeline.tracking.run import TrackedRun, open_run
+from pipeline.tracking.spool import Event, ImageRecord, Metrics, Record, write_segment
 
 DATA = "0123456789abcdef" * 4
 
 
 def records_between(after: int, last: int) -> list[Record]:
-    """Records of the steps in (after, last]: two curves, and a picture at the end."""
+    """Records of the steps in (after, last]: two curves, and an image at the end."""
     points: list[Record] = [
         Metrics(
             step, 1_700_000_000_000 + step, {"loss/pixel": 1 / step, "train/steps_per_s": 10.0 + step % 3}
@@ -33,7 +33,7 @@ def records_between(after: int, last: int) -> list[Record]:
         for step in range(after + 1, last + 1)
     ]
     image = np.full((8, 12, 3), last % 256, np.uint8)
-    return [*points, Picture(last, 1_700_000_000_000 + last, "validation/astronaut", image)]
+    return [*points, ImageRecord(last, 1_700_000_000_000 + last, "validation/astronaut", image)]
 
 
 def write_segments(run: Storage, last: int, every: int = 10) -> None:
@@ -44,19 +44,19 @@ def write_segments(run: Storage, last: int, every: int = 10) -> None:
 
 def open_small(config: TrackingConfig, run: Storage, key: str, **changes: Any) -> TrackedRun:
     """An open run with one parameter."""
-    given: dict[str, Any] = {
+    defaults: dict[str, Any] = {
         "run_name": key,
         "parameters": {"gan.steps": 5},
         "tags": {"esrgan.key": key, "esrgan.data": DATA},
         "config_text": "gan: {steps: 5}\n",
     }
-    tracked = open_run(config, run, **{**given, **changes})
+    tracked = open_run(config, run, **{**defaults, **changes})
     assert tracked is not None
     return tracked
 
 
 def client_of(tracked: TrackedRun) -> MlflowClient:
-    """MLflow's client of the run's store."""
+    """MLflow's client for the run's tracking server."""
     return MlflowClient(tracked.uri, tracked.uri)
 
 
@@ -80,7 +80,7 @@ def events_of(tracked: TrackedRun) -> list[str]:
 
 
 def everything(tracked: TrackedRun) -> dict[str, Any]:
-    """The record that people see: curves, names of pictures, events."""
+    """Everything that MLflow's page shows: curves, names of images, events."""
     keys = client_of(tracked).get_run(tracked.run_id).data.metrics
     return {
         "curves": {key: curve(tracked, key) for key in sorted(keys)},
@@ -101,40 +101,50 @@ def small_generator(path: Path, seed: int) -> RRDBNet:
     return generator
 
 
+def champion_version(name: str, uri: str) -> int | None:
+    """Number of the champion; None without one."""
+    version = MlflowClient(uri, uri).get_registered_model(name).aliases.get("champion")
+    return None if version is None else int(version)
+
+
 def event(step: int, text: str) -> Event:
-    """Something that happened."""
+    """An event at a time that is derived from its step."""
     return Event(step, 1_700_000_000_000 + step, text)
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    """Returns when the condition holds; fails after the time."""
+    """Waits for a condition; fails after the timeout."""
     ends = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < ends, "did not happen in time"
+        assert time.monotonic() < ends, f"timeout after {timeout_s} s"
         time.sleep(0.05)
 
 
 def free_port() -> int:
-    """A port that nothing listens on."""
+    """A port on which nothing listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 class Server:
-    """A real `mlflow server` in a process group of its own, on one port however often it is started."""
+    """A real `mlflow server` in its own process group; the port stays the same over restarts."""
 
     def __init__(
-        self, folder: Path, *options: str, store: str | None = None, environment: dict[str, str] | None = None
+        self,
+        folder: Path,
+        *options: str,
+        backend: str | None = None,
+        environment: dict[str, str] | None = None,
     ):
         self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self._log = folder / "server.log"
-        store = store or f"sqlite:///{folder}/server.db"
+        backend = backend or f"sqlite:///{folder}/server.db"
         artifacts = options or ("--artifacts-destination", str(folder / "server-artifacts"))
         self._command = [
             sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port),
-            "--workers", "1", "--backend-store-uri", store, *artifacts,
+            "--workers", "1", "--backend-store-uri", backend, *artifacts,
         ]  # fmt: skip
         self._environment = {
             **os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -143,7 +153,7 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Starts it, and waits until it answers."""
+        """Starts the server and waits until it answers."""
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 self._command, stdout=log, stderr=log, env=self._environment, start_new_session=True
@@ -151,7 +161,7 @@ class Server:
         wait_until(self._answers, timeout_s=120)
 
     def kill(self) -> None:
-        """Ends it at once, with its workers."""
+        """Kills the server and its workers."""
         if self._process is not None:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
@@ -159,14 +169,14 @@ class Server:
 
     @property
     def alive(self) -> bool:
-        """Whether it was started and not killed."""
+        """Whether the server was started and not killed."""
         return self._process is not None
 
     def _answers(self) -> bool:
         assert self._process is not None
         assert self._process.poll() is None, self._log.read_text()[-2000:]
         try:
-            with urllib.request.urlopen(f"{self.uri}/health", timeout=2) as answer:
-                return answer.status == 200
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=2) as response:
+                return response.status == 200
         except OSError:
             return False

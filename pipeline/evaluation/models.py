@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 from pipeline.imaging import bicubic_upscale, upscale
 from pipeline.model import RRDBNet, decode_generator, set_precision
 from pipeline.storage import Storage, is_remote
-from pipeline.tracking.registry import pull_generator
+from pipeline.tracking.lookup import pull_generator
 from pipeline.training import checkpoint
 
 BICUBIC = "bicubic"

@@ -1,125 +1,112 @@
-"""The generator that a finished run wants registered: kept in the run's folder until the store has it.
+"""The generator of a finished run, kept in the run's folder until it is registered.
 
-    tracking/candidate/candidate.json   what is to be registered, written last
-    tracking/candidate/*.png            the card's pictures and its example
-
-So a store that is away when training ends costs nothing: a later command registers what lies here.
+If the tracking server is unreachable when training ends, `upload_pending` sends the remaining metrics and registers
+the generator later.
 """
 
 import hashlib
-import io
-import json
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from PIL import Image
+from mlflow.exceptions import MlflowException
 
 from pipeline.errors import UserError, without_secrets
+from pipeline.run_folder import CANDIDATE, RESULT, CandidateDescription, TrainedGenerator
 from pipeline.storage import Storage
 from pipeline.tracking.config import TrackingConfig
-from pipeline.tracking.model_files import ModelCard
-from pipeline.tracking.records import FOLDER, png
+from pipeline.tracking.connection import TrackingUnreachable, cause
+from pipeline.tracking.logged_model import ModelCard
 from pipeline.tracking.registry import RegisteredVersion, log_generator, register_generator
-from pipeline.tracking.runs import TrackedRun
+from pipeline.tracking.run import TrackedRun, require_description
+from pipeline.tracking.sender import Sender
+from pipeline.tracking.spool import FOLDER, from_png, published_step, to_png
+from pipeline.tracking.uri import absolute_uri
 
-PLACE = f"{FOLDER}/candidate"
-FILE = f"{PLACE}/candidate.json"
-EXAMPLE = f"{PLACE}/example.png"
-
-
-@dataclass(frozen=True)
-class TrainedGenerator:
-    """A generator of the run, and what it achieved."""
-
-    file: str
-    """Its .safetensors file, below the run's folder."""
-    sha256: str
-    """Of the file."""
-    step: int
-    metrics: dict[str, float]
-    """Validation metrics."""
+CANDIDATE_FOLDER = f"{FOLDER}/candidate"
+EXAMPLE = f"{CANDIDATE_FOLDER}/example.png"
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """All that is needed to register a run's generator at any later time."""
+    """Everything that is needed to register a run's generator at any later time."""
 
     model_name: str
     metric: str
-    """Guards `champion`."""
+    """Compared with the champion's."""
     generator: TrainedGenerator
     earlier: tuple[TrainedGenerator, ...]
-    """Results of earlier stages: logged with their metrics, to be compared, and not registered."""
+    """Results of earlier stages: logged with their metrics for comparison, not registered."""
     evaluation_set: str
-    """Digest of the photographs that the metrics were measured on."""
+    """Digest of the images that the metrics were measured on."""
     card: ModelCard
 
     def save(self, run: Storage) -> None:
-        """Writes it into the run's folder, whole or not at all, without secrets. Raises OSError."""
-        run.remove(PLACE)
-        for index, picture in enumerate(self.card.pictures.values()):
-            run.write_bytes(_picture_file(index), png(picture))
+        """Writes it atomically into the run's folder, without secrets. Raises OSError."""
+        run.remove(CANDIDATE_FOLDER)
+        for index, image in enumerate(self.card.images.values()):
+            run.write_bytes(_image_file(index), to_png(image))
         if self.card.example is not None:
-            run.write_bytes(EXAMPLE, png(self.card.example))
-        content = {
-            "model_name": self.model_name,
-            "metric": self.metric,
-            "generator": asdict(self.generator),
-            "earlier": [asdict(each) for each in self.earlier],
-            "evaluation_set": self.evaluation_set,
-            "config_text": without_secrets(self.card.config_text),
-            "data_sha256": self.card.data_sha256,
-            "data": self.card.data,
-            "licence": self.card.licence,
-            "pictures": list(self.card.pictures),
-            "example": self.card.example is not None,
-        }
-        run.write_bytes(FILE, json.dumps(content, indent=2, ensure_ascii=False).encode())
+            run.write_bytes(EXAMPLE, to_png(self.card.example))
+        description = CandidateDescription(
+            model_name=self.model_name,
+            metric=self.metric,
+            generator=self.generator,
+            earlier=list(self.earlier),
+            evaluation_set=self.evaluation_set,
+            config_text=without_secrets(self.card.config_text),
+            data_sha256=self.card.data_sha256,
+            data=self.card.data,
+            license=self.card.license,
+            images=list(self.card.images),
+            example=self.card.example is not None,
+        )
+        CANDIDATE.write(run, description)
 
     @staticmethod
     def load(run: Storage) -> "Candidate | None":
-        """The run's candidate; None where nothing waits to be registered. Raises UserError for a damaged one."""
-        try:
-            text = run.read_bytes(FILE)
-        except FileNotFoundError:
+        """The run's candidate; None if there is none. Raises UserError if it is corrupt."""
+        saved = CANDIDATE.read(run)
+        if saved is None:
             return None
         try:
-            content: dict[str, Any] = json.loads(text)
-            titles = enumerate(content["pictures"])
-            return Candidate(
-                model_name=content["model_name"],
-                metric=content["metric"],
-                generator=TrainedGenerator(**content["generator"]),
-                earlier=tuple(TrainedGenerator(**each) for each in content["earlier"]),
-                evaluation_set=content["evaluation_set"],
-                card=ModelCard(
-                    config_text=content["config_text"],
-                    data_sha256=content["data_sha256"],
-                    data=content.get("data", ""),  # absent in candidates of earlier releases
-                    licence=content["licence"],
-                    pictures={title: _image(run, _picture_file(index)) for index, title in titles},
-                    example=_image(run, EXAMPLE) if content["example"] else None,
-                ),
-            )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{run.path(PLACE)}: damaged ({error}); start the training again") from None
+            images = {
+                title: from_png(run.read_bytes(_image_file(index)))
+                for index, title in enumerate(saved.images)
+            }
+            example = from_png(run.read_bytes(EXAMPLE)) if saved.example else None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{run.path(CANDIDATE_FOLDER)}: corrupt ({error}); {CANDIDATE.remedy}") from None
+        card = ModelCard(saved.config_text, saved.data_sha256, saved.data, saved.license, images, example)
+        return Candidate(
+            saved.model_name, saved.metric, saved.generator, tuple(saved.earlier), saved.evaluation_set, card
+        )
 
     @staticmethod
     def discard(run: Storage) -> None:
-        """Forgets it: the store has it."""
-        run.remove(PLACE)
+        """Deletes the saved candidate (already registered)."""
+        run.remove(CANDIDATE_FOLDER)
+
+
+@dataclass(frozen=True)
+class UploadResult:
+    """What was sent, and the run that received it."""
+
+    run_id: str
+    status: str
+    sent: int
+    """Segments sent by this call."""
+    registered: RegisteredVersion | None = None
+    """The version registered by this call; None if there was no candidate."""
 
 
 def trained_generator(run: Storage, file: str, step: int, metrics: dict[str, float]) -> TrainedGenerator:
-    """Describes a generator's file as it is now. Raises OSError."""
+    """Describes a generator's file by its present content. Raises OSError."""
     return TrainedGenerator(file, hashlib.sha256(run.read_bytes(file)).hexdigest(), step, metrics)
 
 
 def register_candidate(run: Storage, tracked: TrackedRun, candidate: Candidate) -> RegisteredVersion:
-    """Logs and registers what a run made; doing it again gives the same version.
+    """Logs and registers a run's generators; repeating it returns the same version.
 
     Args:
         run: the run's folder, on this machine or under an s3:// prefix.
@@ -127,46 +114,73 @@ def register_candidate(run: Storage, tracked: TrackedRun, candidate: Candidate) 
         candidate: what to register.
 
     Raises:
-        UserError: the store is away or refuses, or a file is damaged; run the same command again.
+        UserError: the server is unreachable or rejects it, or a file is corrupt; run the same command again.
     """
     config = TrackingConfig(model_name=candidate.model_name, metric=candidate.metric)
-    plain = replace(candidate.card, pictures={})
+    data, best = candidate.evaluation_set, candidate.generator
+    without_images = replace(candidate.card, images={})
     with tempfile.TemporaryDirectory(prefix="esrgan-generator-") as folder:
         for earlier in candidate.earlier:
             path = _fetch(run, earlier, Path(folder))
-            log_generator(
-                tracked, config, path, earlier.step, earlier.metrics, candidate.evaluation_set, plain
-            )
-        best = candidate.generator
+            log_generator(tracked, config, path, earlier.step, earlier.metrics, data, without_images)
         return register_generator(
             tracked,
             config,
             _fetch(run, best, Path(folder)),
             step=best.step,
             metrics=best.metrics,
-            evaluation_set=candidate.evaluation_set,
+            evaluation_set=data,
             card=candidate.card,
         )
 
 
+def upload_pending(run: Storage, tracking_uri: str | None) -> UploadResult:
+    """Opens the run in MLflow, sends the segments that it lacks, sets the run's status, registers its candidate.
+
+    The registered version is also written to the run's result.
+
+    Args:
+        run: the run's folder.
+        tracking_uri: the tracking server; without it, the one that the run was trained with.
+
+    Raises:
+        UserError: not a run's folder, the server is unreachable, or its URI is masked and must be set.
+    """
+    description = require_description(run)
+    config = TrackingConfig(uri=absolute_uri(tracking_uri or description.uri))
+    sender = Sender(run, config, None, published_step=lambda: published_step(run))
+    try:
+        sent = sender.send_pending()
+    except TrackingUnreachable as error:
+        raise UserError(f"{error}; no data was lost, try again later") from None
+    except MlflowException as error:
+        raise UserError(f"sending failed: {cause(error)}; no data was lost, try again later") from None
+    assert sender.tracked is not None
+    registered = None
+    candidate = Candidate.load(run)
+    if candidate is not None:
+        registered = register_candidate(run, sender.tracked, candidate)
+        result = RESULT.read(run)
+        if result is not None:
+            run_id = sender.tracked.run_id
+            RESULT.write(run, replace(result, run_id=run_id, model_version=registered.version))
+        Candidate.discard(run)
+    return UploadResult(sender.tracked.run_id, description.status, sent, registered)
+
+
 def _fetch(run: Storage, generator: TrainedGenerator, folder: Path) -> Path:
-    """Brings a generator's file here, wherever the run lies. Raises UserError."""
-    where = f"{run.path(generator.file)}: its generator cannot be registered"
+    """Copies a generator's file to a local folder. Raises UserError."""
+    what = f"{run.path(generator.file)}: the generator cannot be registered"
     try:
         content = run.read_bytes(generator.file)
     except FileNotFoundError:
-        raise UserError(f"{where}, the file is gone") from None
+        raise UserError(f"{what}, its file is missing") from None
     if hashlib.sha256(content).hexdigest() != generator.sha256:
-        raise UserError(f"{where}, the file is damaged")
+        raise UserError(f"{what}, its file is corrupt")
     path = folder / "generator.safetensors"
     path.write_bytes(content)
     return path
 
 
-def _picture_file(index: int) -> str:
-    return f"{PLACE}/picture-{index}.png"
-
-
-def _image(run: Storage, file: str) -> np.ndarray:
-    with Image.open(io.BytesIO(run.read_bytes(file))) as image:
-        return np.asarray(image.convert("RGB"))
+def _image_file(index: int) -> str:
+    return f"{CANDIDATE_FOLDER}/image-{index}.png"

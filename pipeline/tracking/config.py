@@ -1,4 +1,4 @@
-"""Where runs are recorded and what the trained generator is called."""
+"""Configuration of tracking: the server, the experiment and the registered model."""
 
 from typing import Annotated, Literal
 
@@ -16,28 +16,29 @@ def _registrable(name: str) -> str:
 
 
 class TrackingConfig(Section):
-    """MLflow: the store, the experiment and the registered model."""
+    """MLflow: the tracking server, the experiment and the registered model."""
 
     uri: str | None = Field(
         None,
         repr=False,
-        description="MLflow tracking store: sqlite:////absolute/path.db or http(s)://host:port. "
-        "Without one: mlflow.db beside the runs, in `storage`.",
+        description="MLflow tracking server: sqlite:////absolute/path.db or http(s)://host:port. "
+        "Without one: mlflow.db next to the runs, in `storage`.",
     )
     experiment: str = Field("esrgan", min_length=1, max_length=500, description="MLflow experiment.")
     model_name: Annotated[str, AfterValidator(_registrable)] = Field(
         "esrgan-x4", description="Registered model that receives the generator; without / : @ '."
     )
-    if_away: Literal["refuse", "spool"] = Field(
+    if_unreachable: Literal["refuse", "spool"] = Field(
         "refuse",
-        description="When the store cannot be reached at the start: refuse to begin, or train and send later.",
+        description="If the tracking server is unreachable at the start: refuse to start, or train and send "
+        "metrics later.",
     )
     register_model: bool = Field(True, description="Register the best generator when the run ends.")
     metric: str = Field(
-        "psnr_y", description="Validation metric that chooses the best generator and guards `champion`."
+        "psnr_y", description="Validation metric by which the best generator and `champion` are chosen."
     )
 
     @field_serializer("uri", when_used="json")
     def _without_password(self, uri: str | None) -> str | None:
-        """What is written to a file or sent to a worker: training on a worker does not need the store."""
+        """The URI as it is written to files and sent to workers, which need no tracking server."""
         return None if uri is None else without_secrets(uri)

@@ -1,61 +1,40 @@
-"""Carries the spool into MLflow, beside training and never in its way."""
+"""Background thread that sends the spool to MLflow; training never waits for it."""
 
-import json
 import logging
-import re
-import tempfile
 import threading
 import time
-import uuid
-from collections.abc import Callable, Iterable, Iterator
-from datetime import UTC, datetime
-from pathlib import Path
+from collections.abc import Callable
 from types import TracebackType
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric
-from mlflow.exceptions import MlflowException
-from mlflow.tracking.multimedia import compress_image_size
-from PIL import Image
 
+from pipeline.run_folder import SENT, SentMark
 from pipeline.storage import Storage
 from pipeline.tracking.config import TrackingConfig
-from pipeline.tracking.records import (
-    FOLDER,
-    DamagedSegment,
-    Event,
-    Metrics,
-    Picture,
-    Segment,
-    read_segment,
-    segment_steps,
-)
-from pipeline.tracking.runs import TrackedRun, open_described
-from pipeline.tracking.store import is_code, reason, waits
+from pipeline.tracking.connection import cause
+from pipeline.tracking.run import TrackedRun, open_described
+from pipeline.tracking.spool import FOLDER, CorruptSegment, read_segment, segment_steps
+from pipeline.tracking.upload import send_segment
 from pipeline.tracking.uri import resolve_uri
 
-MARK = f"{FOLDER}/sent.json"
-EVENTS, EVENTS_TAG = "events.txt", "esrgan.events"
-POINTS_IN_A_CALL = 500
-LONGEST_PAUSE_S = 30.0
-_PICTURES = uuid.UUID("0f6d0e2c-6a37-4c0e-9c0b-6f0a4f2f7a11")
+MAX_PAUSE_S = 30.0
 
 logger = logging.getLogger(__name__)
 
 
 class Sender:
-    """A thread that sends segments once they count, in order, for as long as the block lasts.
+    """A thread that sends segments in order once their checkpoint is published; it runs as long as the block.
 
-    A store that is away only makes it wait: 1 s, then longer, up to 30 s. Everything that it sends may be sent again
-    without doubling: points keep their step, time and value, pictures their names. So the mark of the last segment
-    sent, `tracking/sent.json`, saves work and is not needed for correctness.
+    If the server is unreachable it retries after 1 s, then after longer pauses of up to 30 s. Everything can be sent
+    again without duplicates: points keep their step, time and value, images their names. `tracking/sent.json`, the
+    last segment sent, therefore only saves work.
 
     Args:
         run: the run's folder.
         config: the tracking section.
-        tracked: the open run; None when the store was away at the start: the sender opens it then.
+        tracked: the open run; None if the server was unreachable at the start: the sender opens the run then.
         published_step: step of the newest published checkpoint; -1 without one.
-        poll_s: pause between two looks at the spool, in seconds.
+        poll_s: seconds between two checks of the spool.
     """
 
     def __init__(
@@ -90,30 +69,30 @@ class Sender:
         with self._changed:
             self._stop = True
             self._changed.notify_all()
-        # A request may be under way; it ends by its own time-out. The thread does not keep the process alive.
+        # A request in progress ends by its own timeout. The thread is a daemon: it does not keep the process alive.
         self._thread.join(timeout=20)
 
     def flush(self, timeout_s: float) -> int:
-        """Sends what counts by now, trying again until it is done or the time is over.
+        """Sends all segments with a published checkpoint, retrying until they are sent or the time is over.
 
         Returns:
-            Segments that are left; 0 when all is sent.
+            Segments not sent; 0 if all are sent.
         """
-        ends = time.monotonic() + timeout_s
+        deadline = time.monotonic() + timeout_s
         with self._changed:
-            # A round that is under way may have begun before the newest segment counted.
+            # A round in progress may have started before the newest segment's checkpoint was published.
             enough = self._rounds + 2
-            while self._thread.is_alive() and time.monotonic() < ends:
+            while self._thread.is_alive() and time.monotonic() < deadline:
                 self._now = True
                 self._changed.notify_all()
-                self._changed.wait(timeout=min(1.0, max(0.0, ends - time.monotonic())))
+                self._changed.wait(timeout=min(1.0, max(0.0, deadline - time.monotonic())))
                 if self._rounds >= enough and not self._failing:
                     return 0
         return len(self.pending())
 
     def pending(self) -> list[int]:
-        """Steps of the segments that count and are not sent."""
-        sent, published = self._mark(), self._published_step()
+        """Steps of the segments with a published checkpoint that are not sent yet."""
+        sent, published = self._last_sent(), self._published_step()
         return [step for step in segment_steps(self.run) if sent < step <= published]
 
     def send_pending(self) -> int:
@@ -123,19 +102,20 @@ class Sender:
             Segments sent.
 
         Raises:
-            StoreAway, MlflowException, OSError: what could not be sent is sent the next time.
+            TrackingUnreachable, MlflowException, OSError: the remaining segments are sent by the next call.
         """
         if self.tracked is None:
             self.tracked = open_described(self.run, self._uri)
+        client = MlflowClient(self.tracked.uri, self.tracked.uri)
         count = 0
         for step in self.pending():
             if self._stop:
                 break
             try:
-                send_segment(self.tracked, read_segment(self.run, step), self._mark())
-            except DamagedSegment as error:
-                logger.warning("%s; left out", error)
-            self._keep_mark(step)
+                send_segment(client, self.tracked.run_id, read_segment(self.run, step), self._last_sent())
+            except CorruptSegment as error:
+                logger.warning("%s; skipped", error)
+            self._mark_sent(step)
             count += 1
         return count
 
@@ -145,129 +125,35 @@ class Sender:
             try:
                 self.send_pending()
                 failing, pause_s = False, self._poll_s
-            except Exception as error:  # noqa: BLE001 - whatever it is, training must go on, and nothing is lost
-                failing, pause_s = True, min(LONGEST_PAUSE_S, max(1.0, 2 * pause_s))
+            except Exception as error:  # noqa: BLE001 - training must not stop, and the spool keeps the segments
+                failing, pause_s = True, min(MAX_PAUSE_S, max(1.0, 2 * pause_s))
                 if not self._failing:
-                    logger.warning("metrics wait in %s: %s", self.run.path(FOLDER), reason(error))
+                    logger.warning("metrics are kept in %s: %s", self.run.path(FOLDER), cause(error))
             with self._changed:
                 self._failing = failing
                 self._rounds += 1
                 self._changed.notify_all()
-                least_s = 1.0 if failing else 0.0  # Also when somebody waits in flush().
-                self._changed.wait_for(lambda: self._stop, timeout=least_s)
-                self._changed.wait_for(lambda: self._stop or self._now, timeout=pause_s - least_s)
+                min_pause_s = 1.0 if failing else 0.0  # Also while flush() waits.
+                self._changed.wait_for(lambda: self._stop, timeout=min_pause_s)
+                self._changed.wait_for(lambda: self._stop or self._now, timeout=pause_s - min_pause_s)
                 self._now = False
 
-    def _mark(self) -> int:
-        """Step of the last segment sent to this very run; -1 without one."""
+    def _last_sent(self) -> int:
+        """Step of the last segment sent to this MLflow run; -1 without one."""
         if self._sent is None:
             try:
-                mark = json.loads(self.run.read_bytes(MARK))
-                mine = self.tracked is not None and mark["run_id"] == self.tracked.run_id
-                if not mine:
-                    return -1
-                self._sent = int(mark["step"])
-            except (OSError, ValueError, KeyError, TypeError):
+                mark = SENT.read(self.run)
+            except OSError:
+                mark = None
+            if mark is None or self.tracked is None or mark.run_id != self.tracked.run_id:
                 return -1
+            self._sent = mark.step
         return self._sent
 
-    def _keep_mark(self, step: int) -> None:
+    def _mark_sent(self, step: int) -> None:
         assert self.tracked is not None
         self._sent = step
         try:
-            self.run.write_bytes(MARK, json.dumps({"run_id": self.tracked.run_id, "step": step}).encode())
-        except (
-            OSError
-        ) as error:  # A full disk: a later process sends these segments again, which changes nothing.
-            logger.warning("%s not written: %s", self.run.path(MARK), reason(error))
-
-
-def send_segment(tracked: TrackedRun, segment: Segment, sent: int) -> None:
-    """Sends one segment; sending it again changes nothing.
-
-    Args:
-        tracked: the open run.
-        segment: what to send.
-        sent: step of the last segment sent. When the run went back behind it (its newest checkpoint was damaged),
-            points up to that step are there already, and are left out.
-    """
-    client = MlflowClient(tracked.uri, tracked.uri)
-    behind = segment.after < sent
-    records = [record for record in segment.records if not (behind and record.step <= sent)]
-    with waits(timeout_s=10, retries=1):
-        for points in _chunks(_points(record for record in records if isinstance(record, Metrics))):
-            _log_points(client, tracked, points)
-        pictures = [record for record in records if isinstance(record, Picture)]
-        if pictures:
-            _log_pictures(client, tracked, pictures)
-        # Unlike points, what happened is never trained again: also events before `sent` are new.
-        events = [record for record in segment.records if isinstance(record, Event)]
-        if events:
-            _log_events(client, tracked, events)
-
-
-def _points(records: Iterable[Metrics]) -> Iterator[Metric]:
-    for record in records:
-        for key, value in record.values.items():
-            yield Metric(_key(key), value, record.time_ms, record.step)
-
-
-def _chunks(points: Iterable[Metric]) -> Iterator[list[Metric]]:
-    chunk: list[Metric] = []
-    for point in points:
-        chunk.append(point)
-        if len(chunk) == POINTS_IN_A_CALL:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
-
-
-def _log_points(client: MlflowClient, tracked: TrackedRun, points: list[Metric]) -> None:
-    try:
-        client.log_batch(tracked.run_id, metrics=points)
-    except MlflowException as error:
-        # What MLflow will never take must not stop what comes after; a run deleted in its page may come back.
-        deleted = client.get_run(tracked.run_id).info.lifecycle_stage == "deleted"
-        if deleted or not is_code(error, "INVALID_PARAMETER_VALUE"):
-            raise
-        logger.warning("%d points refused by MLflow: %s", len(points), reason(error))
-
-
-def _log_pictures(client: MlflowClient, tracked: TrackedRun, pictures: list[Picture]) -> None:
-    """Puts pictures where MLflow's page looks for its slider.
-
-    `log_image` gives them random names, so that a repeated one is shown twice; here the name follows from the
-    picture's key, step and time. The layout is that of MLflow 3.17's `log_image`.
-    """
-    with tempfile.TemporaryDirectory(prefix="esrgan-pictures-") as folder:
-        for picture in pictures:
-            key = re.sub(r"[^\w\-. ]", "~", picture.key)
-            place = f"{key}+step+{picture.step}+timestamp+{picture.time_ms}"
-            name = f"{place}+{uuid.uuid5(_PICTURES, place)}"
-            image = Image.fromarray(picture.image)
-            image.save(Path(folder) / f"{name}.png")
-            compress_image_size(image).save(Path(folder) / f"{name}+compressed.webp")
-        client.log_artifacts(tracked.run_id, folder, "images")
-    client.set_tag(tracked.run_id, "mlflow.loggedImages", "True")
-
-
-def _log_events(client: MlflowClient, tracked: TrackedRun, events: list[Event]) -> None:
-    """Adds to the run's one list of events, a line each, in the order of steps; the same event is there once."""
-    lines = {_event_line(event) for event in events}
-    if any(file.path == EVENTS for file in client.list_artifacts(tracked.run_id)):
-        with tempfile.TemporaryDirectory(prefix="esrgan-events-") as folder:
-            there = client.download_artifacts(tracked.run_id, EVENTS, folder)
-            lines |= set(Path(there).read_text(encoding="utf-8").splitlines())
-    client.log_text(tracked.run_id, "\n".join(sorted(lines)) + "\n", EVENTS)
-    client.set_tag(tracked.run_id, EVENTS_TAG, str(len(lines)))
-
-
-def _event_line(event: Event) -> str:
-    time = datetime.fromtimestamp(event.time_ms / 1000, UTC)
-    text = " ".join(event.text.split())
-    return f"step {event.step:8d}  {time:%Y-%m-%d %H:%M:%S}.{event.time_ms % 1000:03d} UTC  {text}"
-
-
-def _key(key: str) -> str:
-    return re.sub(r"[^\w\-. /]", "_", key)[:250]
+            SENT.write(self.run, SentMark(self.tracked.run_id, step))
+        except OSError as error:  # A full disk: the next process sends these segments again.
+            logger.warning("%s not written: %s", self.run.path(SENT.path), cause(error))

@@ -1,11 +1,11 @@
-"""The generator as MLflow serves it: this one file, and the files logged beside it.
+"""The generator as MLflow serves it: this file, and the files logged with it.
 
-MLflow copies this file into the logged model and runs it where the model is loaded. It therefore imports nothing of
-the project that trained it. Torch computes where it is installed, on a GPU if there is one; else onnxruntime does.
+MLflow copies this file into the logged model and executes it when the model is loaded, so it imports nothing of the
+project that trained it. It runs on torch if that is installed (on a GPU if available), else on onnxruntime.
 
     model = mlflow.pyfunc.load_model("models:/esrgan-x4@champion")
-    high = model.predict(low)                             # uint8 (N, H, W, 3) to uint8 (N, 4H, 4W, 3)
-    high = model.predict(low, params={"tile": 256})       # bounded memory: tiles of 256 low-resolution pixels
+    sr = model.predict(lr)                                # uint8 (N, H, W, 3) to uint8 (N, 4H, 4W, 3)
+    sr = model.predict(lr, params={"tile": 256})          # bounded memory: tiles of 256 low-resolution pixels
     model = mlflow.pyfunc.load_model(uri, model_config={"device": "cpu"})
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
-# Low-resolution pixels around a tile that are computed and thrown away: seams stay under 1/255.
+# Overlap around a tile, in low-resolution pixels; it is discarded from the result. Seams stay below 1/255.
 HALO_PX = 48
 NEGATIVE_SLOPE = 0.2
 
@@ -34,12 +34,12 @@ class Generator(PythonModel):
     multiple: int
 
     def load_context(self, context: Any) -> None:
-        """Loads the network from the files that were logged with it."""
+        """Loads the network from the files that are logged with it."""
         files = {name: Path(path) for name, path in context.artifacts.items()}
         sizes = json.loads(files["architecture"].read_text())
         device = (context.model_config or {}).get("device", "auto")
         self.scale = sizes["scale"]
-        # Generators for x2 and x1 fold pixels into channels first.
+        # Generators for x2 and x1 start with a pixel unshuffle.
         self.multiple = {4: 1, 2: 2, 1: 4}[self.scale]
         try:
             import torch  # noqa: F401
@@ -56,7 +56,7 @@ class Generator(PythonModel):
         Args:
             context: unused.
             model_input: (N, H, W, 3) uint8 RGB.
-            params: `tile`: side of a tile in low-resolution pixels, which bounds memory; 0: the whole image at once.
+            params: `tile`: tile size in low-resolution pixels, which bounds memory; 0: the whole image at once.
 
         Returns:
             (N, H * scale, W * scale, 3) uint8 RGB.
@@ -75,22 +75,22 @@ class Generator(PythonModel):
         height, width = images.shape[1:3]
         bottom, right = -height % self.multiple, -width % self.multiple
         padded = np.pad(images, ((0, 0), (0, bottom), (0, right), (0, 0)), mode="edge")
-        whole = self.upscale(padded) if tile == 0 else self._in_tiles(padded, tile)
-        return np.ascontiguousarray(whole[:, : height * self.scale, : width * self.scale])
+        result = self.upscale(padded) if tile == 0 else self._in_tiles(padded, tile)
+        return np.ascontiguousarray(result[:, : height * self.scale, : width * self.scale])
 
     def _in_tiles(self, images: np.ndarray, tile: int) -> np.ndarray:
         count, height, width, _ = images.shape
         scale = self.scale
-        step = tile + -tile % self.multiple
+        stride = tile + -tile % self.multiple
         result = np.empty((count, height * scale, width * scale, 3), np.uint8)
         for index in range(count):
-            for top in range(0, height, step):
-                for left in range(0, width, step):
-                    bottom, right = min(top + step, height), min(left + step, width)
+            for top in range(0, height, stride):
+                for left in range(0, width, stride):
+                    bottom, right = min(top + stride, height), min(left + stride, width)
                     y, x = max(0, top - HALO_PX), max(0, left - HALO_PX)
                     part = images[index : index + 1, y : bottom + HALO_PX, x : right + HALO_PX]
-                    done = self.upscale(np.ascontiguousarray(part))[0]
-                    result[index, top * scale : bottom * scale, left * scale : right * scale] = done[
+                    tile_result = self.upscale(np.ascontiguousarray(part))[0]
+                    result[index, top * scale : bottom * scale, left * scale : right * scale] = tile_result[
                         (top - y) * scale : (bottom - y) * scale, (left - x) * scale : (right - x) * scale
                     ]
         return result
@@ -102,11 +102,11 @@ def with_torch(weights: Path, sizes: dict[str, Any], unshuffle: int, device: str
     from torch import Tensor
     from torch.nn import functional as F
 
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     state = {
-        name: torch.from_numpy(array).to(place, memory_format=torch.channels_last)
+        name: torch.from_numpy(array).to(target, memory_format=torch.channels_last)
         if array.ndim == 4
-        else torch.from_numpy(array).to(place)
+        else torch.from_numpy(array).to(target)
         for name, array in read_safetensors(weights).items()
     }
     residual_scale = float(sizes["residual_scale"])
@@ -136,7 +136,7 @@ def with_torch(weights: Path, sizes: dict[str, Any], unshuffle: int, device: str
 
     @torch.inference_mode()
     def upscale(images: np.ndarray) -> np.ndarray:
-        x = torch.from_numpy(np.array(images)).to(place).permute(0, 3, 1, 2).float().div_(255)
+        x = torch.from_numpy(np.array(images)).to(target).permute(0, 3, 1, 2).float().div_(255)
         y = network(x.contiguous(memory_format=torch.channels_last))
         y = y.clamp_(0, 1).mul_(255).round_().to(torch.uint8)
         return y.permute(0, 2, 3, 1).contiguous().cpu().numpy()
@@ -145,14 +145,14 @@ def with_torch(weights: Path, sizes: dict[str, Any], unshuffle: int, device: str
 
 
 def with_onnxruntime(file: Path, device: str) -> Upscale:
-    """The same network from its ONNX file, which takes and gives uint8 images."""
+    """The same network from its ONNX file; uint8 images in and out."""
     import onnxruntime
 
-    wanted = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     if device == "cpu":
-        wanted = wanted[1:]
+        providers = providers[1:]
     available = onnxruntime.get_available_providers()
-    session = onnxruntime.InferenceSession(file, providers=[name for name in wanted if name in available])
+    session = onnxruntime.InferenceSession(file, providers=[name for name in providers if name in available])
     name = session.get_inputs()[0].name
 
     def upscale(images: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Addresses of tracking stores: one absolute form, and no password in anything that is written or shown."""
+"""URIs of tracking servers and databases: made absolute, and masked wherever they are written or shown."""
 
 import os
 from collections.abc import Mapping
@@ -13,15 +13,15 @@ DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 
 
 def resolve_uri(config: TrackingConfig, storage: str) -> str:
-    """The one absolute address of the store; the same in every process and from every folder.
+    """The absolute tracking URI; the same in every process and from every folder.
 
     Args:
-        config: `tracking.uri`, or none for mlflow.db in `storage`. The form that is written to files, without its
-            password, stands for the address that the environment gives.
+        config: `tracking.uri`, or None for mlflow.db in `storage`. A masked URI, as it is written to files, is
+            replaced by the environment's.
         storage: the folder (or s3:// prefix) of the run folders.
 
     Raises:
-        UserError: no address for runs on s3, a folder as address, an unknown form, a password that was removed.
+        UserError: no URI for runs on s3, a folder as URI, an unknown form, a masked URI and none in the environment.
     """
     if config.uri is not None and MASK in config.uri:
         return known_uri(None)
@@ -29,7 +29,7 @@ def resolve_uri(config: TrackingConfig, storage: str) -> str:
         if is_remote(storage):
             raise UserError(
                 f"tracking.uri is not set, and storage={storage} cannot hold a database; "
-                "give the address of an MLflow server, such as http://host:5000"
+                "set the URI of an MLflow server, such as http://host:5000"
             )
         return f"sqlite:///{absolute(storage)}/mlflow.db"
     return absolute_uri(config.uri, None if is_remote(storage) else absolute(storage))
@@ -39,23 +39,22 @@ def absolute_uri(uri: str, storage: str | None = None) -> str:
     """`uri` with a relative SQLite path made absolute.
 
     Args:
-        uri: as the user gave it.
-        storage: the folder of the run folders, which the first run makes; a database may be in it before that.
+        uri: as set by the user.
+        storage: the folder of the run folders, which the first run creates; a database may be in it before that.
 
     Raises:
-        UserError: no tracking store.
+        UserError: not a tracking URI.
     """
     scheme, colon, rest = uri.partition("://")
     dialect = scheme.split("+")[0]
     shown = without_secrets(uri)
     if MASK in uri:
         raise UserError(
-            f"tracking.uri={shown}: its password was removed before it was written; give the whole address with "
-            "ESRGAN_TRACKING__URI"
+            f"tracking.uri={shown}: its password is masked; set the whole URI with ESRGAN_TRACKING__URI"
         )
     if not colon or dialect == "file":
         raise UserError(
-            f"tracking.uri={shown}: not an address of an MLflow store; use sqlite:////absolute/path/mlflow.db or "
+            f"tracking.uri={shown}: not the URI of an MLflow server; use sqlite:////absolute/path/mlflow.db or "
             "http://host:port"
         )
     if dialect == "sqlite":
@@ -78,24 +77,24 @@ def absolute_uri(uri: str, storage: str | None = None) -> str:
             f"tracking.uri={shown}: {scheme}:// is not supported; use sqlite, postgresql, mysql, http or https"
         )
     if not host:
-        raise UserError(f"tracking.uri={shown}: names no host, or its port is no number")
+        raise UserError(f"tracking.uri={shown}: has no host, or its port is not a number")
     return uri.rstrip("/")
 
 
 def known_uri(uri: str | None, environment: Mapping[str, str] | None = None) -> str:
-    """A given address, or the environment's: ESRGAN_TRACKING__URI, then MLFLOW_TRACKING_URI. Raises UserError."""
+    """The given URI, or the environment's: ESRGAN_TRACKING__URI, then MLFLOW_TRACKING_URI. Raises UserError."""
     environment = os.environ if environment is None else environment
-    found = uri or environment.get("ESRGAN_TRACKING__URI") or environment.get("MLFLOW_TRACKING_URI")
-    if not found:
+    known = uri or environment.get("ESRGAN_TRACKING__URI") or environment.get("MLFLOW_TRACKING_URI")
+    if not known:
         raise UserError(
-            "no tracking store is known; set tracking.uri (--tracking.uri sqlite:////path/mlflow.db, or "
+            "no tracking server is configured; set tracking.uri (--tracking.uri sqlite:////path/mlflow.db, or "
             "ESRGAN_TRACKING__URI, or MLFLOW_TRACKING_URI)"
         )
-    return absolute_uri(found)
+    return absolute_uri(known)
 
 
 def artifact_root(uri: str, storage: str) -> str | None:
-    """Where a new experiment keeps its files: absolute, or None where a server decides."""
+    """Absolute artifact location of a new experiment; None if the server chooses it."""
     dialect = uri.partition("://")[0].split("+")[0]
     if dialect == "sqlite":
         return str(Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts")

@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.errors import UserError
 from pipeline.model.weights import sizes_as_text
 from pipeline.storage import Storage
-from pipeline.tracking.records import Record, write_segment
+from pipeline.tracking.spool import Record, write_segment
 from pipeline.training.checkpoint import FOLDER, Checkpoint, CheckpointName, listed, write
 from pipeline.training.config import TrainConfig
 from pipeline.training.faults import Diverged

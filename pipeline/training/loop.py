@@ -12,7 +12,7 @@ from pipeline.data.feed import Feed
 from pipeline.errors import UserError
 from pipeline.model import set_precision
 from pipeline.storage import Storage
-from pipeline.tracking.records import discard_after
+from pipeline.tracking.spool import discard_after
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training.batches import on_device
 from pipeline.training.checkpoint import CheckpointName

@@ -17,10 +17,11 @@ from pipeline.model.weights import generator_sha256
 from pipeline.run_folder import IDENTITY, RESULT, RunIdentity, TrainingResult
 from pipeline.section import flat_fields
 from pipeline.storage import Storage, only_writer
-from pipeline.tracking import Sender, TrackedRun, finish_run, open_run, require_store
 from pipeline.tracking.candidate import Candidate, register_candidate, trained_generator
-from pipeline.tracking.model_files import ModelCard, example_from, licence_note
-from pipeline.tracking.records import pictures_at
+from pipeline.tracking.logged_model import ModelCard, input_example, license_note
+from pipeline.tracking.run import TrackedRun, finish_run, open_run, require_tracking
+from pipeline.tracking.sender import Sender
+from pipeline.tracking.spool import images_at
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training.checks import check_before_start, with_absolute_paths
 from pipeline.training.config import TrainConfig
@@ -90,7 +91,7 @@ def run_training(
     check_before_start(config, run)
     if manifest is None:
         check_source(config.data, prepare_command)
-    require_store(config.tracking, config.storage)
+    require_tracking(config.tracking, config.storage)
 
     refusal = (
         f"run_name={config.run_name}: another process is training {run.uri}; wait for it or stop it first"
@@ -182,8 +183,7 @@ def _tracked_training(
             left = sender.flush(timeout_s=60.0)
             if left:
                 print(
-                    f"{left} segments of metrics could not be sent; once the server is back, run: "
-                    f"python jobs/send_metrics.py --run {run.uri}",
+                    f"{left} segments of metrics could not be sent; {_send_later(run)}",
                     flush=True,
                 )
         result = _conclude(config, run, sender.tracked, text, manifest)
@@ -193,7 +193,7 @@ def _tracked_training(
         status = "KILLED"
         raise
     finally:
-        # If MLflow was unreachable at the start, the sender may have opened the run since.
+        # If the tracking server was unreachable at the start, the sender may have opened the run since.
         finish_run(sender.tracked, status, run)
 
 
@@ -235,7 +235,7 @@ def _require_loadable(config: TrainConfig, run: Storage) -> None:
 def _conclude(
     config: TrainConfig, run: Storage, tracked: TrackedRun | None, text: str, manifest: Manifest
 ) -> TrainingResult:
-    """Registers the best generator and writes the result. If MLflow is unreachable, the generator waits in the run."""
+    """Registers the best generator and writes the result; a generator that cannot be registered is kept in the run."""
     final = checkpoints.newest(run)
     last = config.psnr.steps + config.gan.steps
     if final is None or final.name.step != last:
@@ -254,11 +254,7 @@ def _conclude(
             version = registered.version
             print(f"registered {registered.name} version {version}: {registered.reason}", flush=True)
         except UserError as error:
-            print(
-                f"{error}; no data was lost; once the server is back, run: "
-                f"python jobs/send_metrics.py --run {run.uri}",
-                flush=True,
-            )
+            print(f"{error}; no data was lost; {_send_later(run)}", flush=True)
     result = TrainingResult(
         run_name=config.run_name,
         run_id=tracked.run_id if tracked else None,
@@ -274,6 +270,10 @@ def _conclude(
     if version is not None:
         Candidate.discard(run)
     return result
+
+
+def _send_later(run: Storage) -> str:
+    return f"once the server is back, run: python jobs/send_metrics.py --run {run.uri}"
 
 
 def _best(config: TrainConfig, run: Storage, final: checkpoints.Checkpoint) -> checkpoints.Checkpoint:
@@ -306,8 +306,8 @@ def _candidate(
         )
         for each in generators
     ]
-    pictures = {key.removeprefix("validation/"): strip for key, strip in pictures_at(run, best.step).items()}
-    licences = json.loads(manifest.content).get("licences", {})
+    images = {key.removeprefix("validation/"): strip for key, strip in images_at(run, best.step).items()}
+    licenses = json.loads(manifest.content).get("licences", {})
     return Candidate(
         model_name=config.tracking.model_name,
         metric=config.tracking.metric,
@@ -320,9 +320,9 @@ def _candidate(
             config_text=text,
             data_sha256=manifest.sha256,
             data=manifest.facts()["source"],
-            licence=licence_note(licences),
-            pictures=pictures,
-            example=next((example_from(strip, config.data.scale) for strip in pictures.values()), None),
+            license=license_note(licenses),
+            images=images,
+            example=next((input_example(strip, config.data.scale) for strip in images.values()), None),
         ),
     )
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pipeline.storage import Storage
-from pipeline.tracking.records import Event, Metrics, Picture, Record
-from pipeline.tracking.system import system_metrics
+from pipeline.tracking.spool import Event, ImageRecord, Metrics, Record
+from pipeline.tracking.system_metrics import system_metrics
 from pipeline.training.advice import Advisor
 from pipeline.training.config import TrainConfig
 from pipeline.training.meter import progress_line
@@ -71,7 +71,7 @@ class RunLog:
     def images(self, step: int, images: Mapping[str, Image]) -> None:
         """Records validation images."""
         self._records += [
-            Picture(step, _now_ms(), f"validation/{name}", image) for name, image in images.items()
+            ImageRecord(step, _now_ms(), f"validation/{name}", image) for name, image in images.items()
         ]
 
     def event(self, step: int, text: str) -> None:

@@ -35,7 +35,7 @@ from pipeline.data import check_source, has_manifest, load_manifest, plans_held_
 from pipeline.errors import UserError, without_secrets
 from pipeline.run_folder import IDENTITY
 from pipeline.storage import Storage
-from pipeline.tracking import TrackedRun, finish_run, open_parent, require_store
+from pipeline.tracking.run import TrackedRun, finish_run, open_parent, require_tracking
 from pipeline.tracking.uri import resolve_uri
 from pipeline.training import ray_trainer
 from pipeline.training.checks import (
@@ -112,7 +112,7 @@ def run_sweep(config: Config, prepare_command: str | None = None) -> SweepResult
     _require_held_out(base, settings, has_data)
     if not has_data:
         check_source(base.data, prepare_command)
-    require_store(base.tracking, base.storage)
+    require_tracking(base.tracking, base.storage)
     _claim(sweep, base, settings)
 
     ray_trainer.connect(base)

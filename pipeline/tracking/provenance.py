@@ -1,4 +1,4 @@
-"""What is worth knowing about a run's code and machine later on."""
+"""Provenance tags of a run: command, git commit, library versions, hardware."""
 
 import os
 import platform
@@ -12,14 +12,14 @@ LIBRARIES = ("torch", "torchvision", "ray", "mlflow", "pyarrow", "numpy")
 PROJECT = Path(__file__).resolve().parents[2]
 
 
-def code_and_machine() -> dict[str, str]:
-    """Tags: the command, git commit and whether files differ from it, library versions, the machine."""
+def provenance_tags() -> dict[str, str]:
+    """Tag to value: the command, git commit and whether files differ from it, library versions, the machine."""
     source = {"mlflow.source.name": Path(sys.argv[0]).name, "mlflow.source.type": "LOCAL"}
     return {**source, **_git(), **_libraries(), **_machine()}
 
 
 def _git() -> dict[str, str]:
-    """Commit and dirty flag, when the project is a checkout of its own; nothing otherwise."""
+    """Commit and dirty flag if the project is a git checkout; empty otherwise."""
     if not (PROJECT / ".git").exists():
         return {}
     commit = _output("git", "-C", str(PROJECT), "rev-parse", "HEAD")
@@ -41,7 +41,7 @@ def _libraries() -> dict[str, str]:
 
 
 def _machine() -> dict[str, str]:
-    facts = {
+    tags = {
         "machine.system": platform.platform(),
         "machine.cpus": str(os.cpu_count()),
         "machine.memory_gib": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f}",
@@ -49,13 +49,13 @@ def _machine() -> dict[str, str]:
     if shutil.which("nvidia-smi"):
         gpus = _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
         if gpus:
-            facts["machine.gpus"] = "; ".join(gpus.splitlines())
-    return facts
+            tags["machine.gpus"] = "; ".join(gpus.splitlines())
+    return tags
 
 
 def _output(*command: str) -> str | None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        finished = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
+    return finished.stdout.strip()

@@ -1,4 +1,4 @@
-"""A run in MLflow: one for the run folder, however often it is opened; nothing secret; ends that are told."""
+"""One MLflow run per run folder; no secrets; final status and reason recorded."""
 
 import json
 import socket
@@ -12,14 +12,14 @@ from tracking_helpers import DATA, client_of, free_port, open_small
 
 from pipeline.errors import UserError
 from pipeline.storage import Storage
-from pipeline.tracking import finish_run, open_parent, open_run, require_store
 from pipeline.tracking.config import TrackingConfig
-from pipeline.tracking.store import waits
+from pipeline.tracking.connection import bounded_requests
+from pipeline.tracking.run import finish_run, open_parent, open_run, require_tracking
 
 
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
-    """A folder for runs, with one store for the whole module: making its tables takes seconds."""
+    """A folder for runs, with one database for the whole module: creating its tables takes seconds."""
     return Storage(str(tmp_path_factory.mktemp("runs")))
 
 
@@ -40,24 +40,24 @@ def test_opening_again_continues_the_same_run(run: Storage) -> None:
     assert client_of(first).get_run(first.run_id).info.status == "RUNNING"
 
 
-def test_a_run_is_found_by_its_own_tag_alone(run: Storage) -> None:
+def test_a_run_is_found_by_its_key_tag_alone(run: Storage) -> None:
     first = open_small(CONFIG, run, "by-tag")
     assert open_small(CONFIG, run, "by-tag", run_id="0" * 32).run_id == first.run_id
 
 
-def test_runs_with_other_keys_are_others(run: Storage) -> None:
+def test_other_keys_are_other_runs(run: Storage) -> None:
     assert open_small(CONFIG, run, "one").run_id != open_small(CONFIG, run, "two").run_id
 
 
-def test_it_tells_configuration_data_code_and_machine(run: Storage) -> None:
+def test_configuration_data_code_and_machine_are_logged(run: Storage) -> None:
     tracked = open_small(
-        CONFIG, run, "facts", parameters={"data.root": "/photos", "gan.steps": 5, "long": "x" * 9000}
+        CONFIG, run, "facts", parameters={"data.root": "/images", "gan.steps": 5, "long": "x" * 9000}
     )
-    there = client_of(tracked).get_run(tracked.run_id)
-    assert there.data.params["gan.steps"] == "5"
-    assert len(there.data.params["long"]) == 6000
-    assert there.inputs.dataset_inputs[0].dataset.digest == DATA[:36]
-    assert {"version.torch", "version.mlflow", "machine.cpus"} <= set(there.data.tags)
+    logged = client_of(tracked).get_run(tracked.run_id)
+    assert logged.data.params["gan.steps"] == "5"
+    assert len(logged.data.params["long"]) == 6000
+    assert logged.inputs.dataset_inputs[0].dataset.digest == DATA[:36]
+    assert {"version.torch", "version.mlflow", "machine.cpus"} <= set(logged.data.tags)
     path = client_of(tracked).download_artifacts(tracked.run_id, "config.yaml")
     assert Path(path).read_text() == "gan: {steps: 5}\n"
 
@@ -67,7 +67,7 @@ def test_many_parameters_fit(run: Storage) -> None:
     assert len(client_of(tracked).get_run(tracked.run_id).data.params) == 250
 
 
-def test_a_changed_parameter_is_told_and_refuses_nothing(run: Storage) -> None:
+def test_a_changed_parameter_becomes_a_tag(run: Storage) -> None:
     tracked = open_small(CONFIG, run, "changed", parameters={"workers": 1})
     open_small(CONFIG, run, "changed", parameters={"workers": 2, "new": 3})
     data = client_of(tracked).get_run(tracked.run_id).data
@@ -75,7 +75,7 @@ def test_a_changed_parameter_is_told_and_refuses_nothing(run: Storage) -> None:
     assert json.loads(data.tags["esrgan.changed_on_resume"]) == {"workers": "2"}
 
 
-def test_no_password_reaches_the_store_or_the_folder(run: Storage) -> None:
+def test_no_password_reaches_mlflow_or_the_folder(run: Storage) -> None:
     secret = "postgresql://me:geheim@db/mlflow"
     tracked = open_small(
         CONFIG, run, "secret", parameters={"tracking.uri": secret}, config_text=f"uri: {secret}\n",
@@ -88,21 +88,21 @@ def test_no_password_reaches_the_store_or_the_folder(run: Storage) -> None:
     assert data.params["tracking.uri"] == "postgresql://***@db/mlflow"
 
 
-def test_a_run_deleted_in_mlflow_comes_back_when_resumed(run: Storage) -> None:
+def test_a_run_deleted_in_mlflow_is_restored_on_resume(run: Storage) -> None:
     tracked = open_small(CONFIG, run, "deleted")
     client_of(tracked).delete_run(tracked.run_id)
     assert open_small(CONFIG, run, "deleted") == tracked
     assert client_of(tracked).get_run(tracked.run_id).info.lifecycle_stage == "active"
 
 
-def test_children_stand_under_their_parent(storage: Storage, run: Storage) -> None:
+def test_children_have_their_parents_tag(storage: Storage, run: Storage) -> None:
     parent = open_parent(CONFIG, storage.uri, name="sweep", key="sweep-key", parameters={"tune.trials": 3})
     assert open_parent(CONFIG, storage.uri, name="sweep", key="sweep-key", parameters={}) == parent
     child = open_small(CONFIG, run, "child", parent_run_id=parent.run_id)
     assert client_of(child).get_run(child.run_id).data.tags["mlflow.parentRunId"] == parent.run_id
 
 
-def test_a_deleted_experiment_is_told(run: Storage) -> None:
+def test_a_deleted_experiment_is_refused(run: Storage) -> None:
     config = TrackingConfig(experiment="gone")
     tracked = open_small(config, run, "gone")
     client_of(tracked).delete_experiment(tracked.experiment_id)
@@ -110,14 +110,14 @@ def test_a_deleted_experiment_is_told(run: Storage) -> None:
         open_small(config, run, "gone-2")
 
 
-def test_the_experiment_keeps_its_files_in_an_absolute_place(storage: Storage, run: Storage) -> None:
-    tracked = open_small(CONFIG, run, "place")
-    place = client_of(tracked).get_experiment(tracked.experiment_id).artifact_location
-    assert place == f"{storage.uri}/mlartifacts" or place.startswith(f"{storage.uri}/mlartifacts/")
+def test_the_experiments_artifact_location_is_absolute(storage: Storage, run: Storage) -> None:
+    tracked = open_small(CONFIG, run, "location")
+    location = client_of(tracked).get_experiment(tracked.experiment_id).artifact_location
+    assert location == f"{storage.uri}/mlartifacts" or location.startswith(f"{storage.uri}/mlartifacts/")
 
 
 @pytest.mark.parametrize("kind", ["refused", "silent"])
-def test_a_server_that_is_away_is_one_clear_line_within_seconds(run: Storage, kind: str) -> None:
+def test_an_unreachable_server_is_a_one_line_error_within_seconds(run: Storage, kind: str) -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()  # Accepts, and never answers.
@@ -127,30 +127,30 @@ def test_a_server_that_is_away_is_one_clear_line_within_seconds(run: Storage, ki
         with pytest.raises(
             UserError, match=r"tracking\.uri=http://\*\*\*@127\.0\.0\.1:\d+: (connection|no answer)"
         ) as caught:
-            require_store(config, run.uri)
+            require_tracking(config, run.uri)
         assert time.monotonic() - began < 12
     assert "geheim" not in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_training_may_begin_without_the_server(run: Storage) -> None:
-    config = TrackingConfig(uri=f"http://127.0.0.1:{free_port()}", if_away="spool")
-    require_store(config, run.uri)
+def test_training_may_start_without_the_server(run: Storage) -> None:
+    config = TrackingConfig(uri=f"http://127.0.0.1:{free_port()}", if_unreachable="spool")
+    require_tracking(config, run.uri)
     opened = open_run(config, run, run_name="r", parameters={}, tags={"esrgan.key": "k"}, config_text="")
     assert opened is None
-    assert run.exists("tracking/run.json")
+    assert run.exists("tracking/mlflow.json")
 
 
-def test_ending_a_run_never_raises(run: Storage) -> None:
+def test_finishing_a_run_never_raises(run: Storage) -> None:
     assert not finish_run(None, "FAILED", run)
 
 
-def test_time_limits_do_not_stay_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_request_limits_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     import os
 
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
     monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
-    outer, inner = waits(10, 1), waits(3, 0)
+    outer, inner = bounded_requests(10, 1), bounded_requests(3, 0)
     outer.__enter__()
     inner.__enter__()
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "3"
@@ -162,10 +162,10 @@ def test_time_limits_do_not_stay_behind(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.slow
-def test_several_processes_make_one_database(tmp_path) -> None:
+def test_several_processes_create_one_database(tmp_path) -> None:
     code = (
-        "import sys; from pipeline.tracking import require_store; from pipeline.tracking.config import TrackingConfig;"
-        "require_store(TrackingConfig(), sys.argv[1])"
+        "import sys; from pipeline.tracking.config import TrackingConfig;"
+        "from pipeline.tracking.run import require_tracking; require_tracking(TrackingConfig(), sys.argv[1])"
     )
     started = [
         subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.PIPE)

@@ -1,7 +1,7 @@
-"""The machine's load, under the names that MLflow's page shows as system metrics.
+"""The machine's load, under the names that MLflow groups as system metrics.
 
-MLflow's own monitor writes to the store from threads, and loses what it cannot write. These values go the way of all
-other records: through the spool.
+MLflow's own monitor writes to the server from threads and loses what it cannot write. These values are written to the
+spool, as all other records are.
 """
 
 from contextlib import suppress
@@ -14,13 +14,13 @@ MEGABYTE = 1e6
 
 
 def system_metrics(folder: str = "/") -> dict[str, float]:
-    """CPU, memory, disk and network of this machine, and this process's GPU once it computes on one.
+    """Load of CPU, memory, disk and network of this machine, and of this process's GPU once CUDA is initialized.
 
-    CPU load is the mean since the call before (0 at the first), network traffic the sum since the first call in this
-    process. A call takes about a millisecond. GPU load and power are there where the package nvidia-ml-py is installed.
+    CPU load is the mean since the previous call (0 at the first), network traffic the sum since the first call in
+    this process. A call takes about a millisecond. GPU load and power need the package nvidia-ml-py.
 
     Args:
-        folder: a local folder, whose disk is meant.
+        folder: a local folder on the disk to be measured.
 
     Returns:
         `system/...` to value.
@@ -33,12 +33,12 @@ def system_metrics(folder: str = "/") -> dict[str, float]:
         "disk_usage_percentage": disk.percent,
         "disk_available_megabytes": disk.free / MEGABYTE,
     }
-    if psutil.net_io_counters() is not None:  # A machine without interfaces has no counters.
-        received, sent = _traffic_before()
+    if psutil.net_io_counters() is not None:  # None on a machine without network interfaces.
+        received, sent = _first_traffic()
         network = psutil.net_io_counters()
         values["network_receive_megabytes"] = (network.bytes_recv - received) / MEGABYTE
         values["network_transmit_megabytes"] = (network.bytes_sent - sent) / MEGABYTE
-    # Looking must not claim memory on a GPU that nothing here uses.
+    # A query must not initialize CUDA, which takes memory, on a GPU that this process does not use.
     if torch.cuda.is_initialized():
         values |= _gpu_metrics(torch.cuda.current_device())
     return {f"system/{name}": float(value) for name, value in values.items()}
@@ -50,7 +50,7 @@ def _gpu_metrics(device: int) -> dict[str, float]:
         "memory_usage_megabytes": (total - free) / MEGABYTE,
         "memory_usage_percentage": 100 * (total - free) / total,
     }
-    # No nvidia-ml-py, or a driver that does not tell: each has errors of its own.
+    # Without nvidia-ml-py, or with a driver that lacks these queries, different exceptions are raised.
     with suppress(Exception):
         values["utilization_percentage"] = torch.cuda.utilization(device)
         values["power_usage_watts"] = torch.cuda.power_draw(device) / 1000
@@ -58,7 +58,7 @@ def _gpu_metrics(device: int) -> dict[str, float]:
 
 
 @cache
-def _traffic_before() -> tuple[int, int]:
-    """Bytes received and sent up to the first call; the counters begin at the machine's start."""
+def _first_traffic() -> tuple[int, int]:
+    """Bytes received and sent up to the first call; the counters start at zero when the machine boots."""
     network = psutil.net_io_counters()
     return network.bytes_recv, network.bytes_sent

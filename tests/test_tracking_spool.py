@@ -1,4 +1,4 @@
-"""Segments of records: whole or not there, and only what a published checkpoint covers."""
+"""Segments of records: written atomically, and sent only once a checkpoint covers them."""
 
 import errno
 import math
@@ -10,10 +10,10 @@ import pytest
 from tracking_helpers import event, records_between
 
 from pipeline.storage import Storage
-from pipeline.tracking.records import (
-    DamagedSegment,
+from pipeline.tracking.spool import (
+    CorruptSegment,
+    ImageRecord,
     Metrics,
-    Picture,
     discard_after,
     published_step,
     read_segment,
@@ -31,15 +31,15 @@ def test_a_segment_reads_back_as_it_was_written(run: Storage) -> None:
     image = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
     records = [
         Metrics(9, 1000, {"loss/pixel": 0.1}),
-        Picture(10, 1001, "validation/a", image),
+        ImageRecord(10, 1001, "validation/a", image),
         event(10, "resumed\nµ"),
     ]
     write_segment(run, 10, records)
     segment = read_segment(run, 10)
-    metrics, picture, happened = segment.records
-    assert (metrics, happened) == (records[0], records[2])
-    assert (picture.step, picture.time_ms, picture.key) == (10, 1001, "validation/a")
-    np.testing.assert_array_equal(picture.image, image)
+    metrics, image_record, event_record = segment.records
+    assert (metrics, event_record) == (records[0], records[2])
+    assert (image_record.step, image_record.time_ms, image_record.key) == (10, 1001, "validation/a")
+    np.testing.assert_array_equal(image_record.image, image)
 
 
 def test_values_that_are_not_finite_survive(run: Storage) -> None:
@@ -52,20 +52,20 @@ def test_values_that_are_not_finite_survive(run: Storage) -> None:
     assert "NaN" not in run.read_bytes("tracking/00000001.jsonl").decode()
 
 
-def test_a_later_try_replaces_the_segment_and_its_pictures(run: Storage) -> None:
+def test_a_later_attempt_replaces_the_segment_and_its_images(run: Storage) -> None:
     write_segment(run, 10, [*records_between(0, 10), *records_between(0, 10)])
     write_segment(run, 10, records_between(5, 10))
     assert len(read_segment(run, 10).records) == 6
     assert run.names("tracking/00000010") == ["0000.png"]
 
 
-def test_a_segment_knows_the_one_before_it(run: Storage) -> None:
+def test_a_segment_records_the_previous_step(run: Storage) -> None:
     for step in (10, 20):
         write_segment(run, step, [])
     assert [read_segment(run, step).after for step in (10, 20)] == [-1, 10]
 
 
-def test_going_back_discards_what_no_checkpoint_covers(run: Storage) -> None:
+def test_resuming_discards_segments_that_no_checkpoint_covers(run: Storage) -> None:
     for step in (10, 15, 20):
         write_segment(run, step, records_between(step - 5, step))
     discard_after(run, 10)
@@ -90,15 +90,15 @@ def test_a_full_disk_leaves_no_segment(run: Storage, monkeypatch: pytest.MonkeyP
     assert len(read_segment(run, 10).records) == 11
 
 
-def test_a_damaged_segment_is_named(run: Storage) -> None:
+def test_a_corrupt_segment_is_reported_with_its_path(run: Storage) -> None:
     write_segment(run, 10, records_between(0, 10))
     content = run.read_bytes("tracking/00000010.jsonl")
     run.write_bytes("tracking/00000010.jsonl", content[: len(content) // 2])
-    with pytest.raises(DamagedSegment, match="00000010"):
+    with pytest.raises(CorruptSegment, match="00000010"):
         read_segment(run, 10)
 
 
-def test_only_complete_checkpoints_publish(run: Storage) -> None:
+def test_only_checkpoints_with_a_manifest_count_as_published(run: Storage) -> None:
     assert published_step(run) == -1
     run.write_bytes("checkpoints/psnr-00000010/manifest.json", b"{}")
     run.write_bytes("checkpoints/gan-00000020/state.json", b"{}")
@@ -107,6 +107,6 @@ def test_only_complete_checkpoints_publish(run: Storage) -> None:
 
 def test_records_need_no_mlflow() -> None:
     code = (
-        "import sys; sys.modules['mlflow'] = None; import pipeline.tracking.records, pipeline.tracking.config"
+        "import sys; sys.modules['mlflow'] = None; import pipeline.tracking.spool, pipeline.tracking.config"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,292 @@
+"""Logs a generator as an MLflow model: the files that MLflow needs to serve it, a model card, and its metrics."""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import mlflow.pyfunc
+import numpy as np
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModel, LoggedModelOutput, Metric
+from mlflow.models import Model, ModelSignature
+from mlflow.types import DataType, ParamSchema, ParamSpec, Schema, TensorSpec
+from PIL import Image
+
+from pipeline.errors import without_secrets
+from pipeline.model import RRDBNet, generator_sha256, load_generator
+from pipeline.model.export import export_onnx
+from pipeline.tracking.run import TrackedRun
+from pipeline.tracking.upload import DIGEST_CHARACTERS
+
+SERVING_CODE = Path(__file__).with_name("serving_model.py")
+WEIGHTS = "generator.safetensors"
+SHA_TAG, SET_TAG = "esrgan.generator_sha256", "esrgan.evaluation_set"
+EXAMPLE_PX = (24, 32)  # smaller than the input in a validation image
+LICENSE_CHARACTERS = 1500
+IMAGE_CAPTION = "From left to right: input, bicubic, the result of each stage, original."
+NO_LICENSE = "Not stated. Whether weights may be redistributed depends on the training images."
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """Origin of a registered generator."""
+
+    config_text: str
+    """The whole configuration, as YAML."""
+    data_sha256: str
+    """Digest of the data set's manifest."""
+    data: str = ""
+    """The images that the manifest lists, in a few words."""
+    license: str = NO_LICENSE
+    """Note on the license of the training images, and so of the weights."""
+    images: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Title to (H, W, 3) uint8 image, shown in the card."""
+    example: np.ndarray | None = None
+    """A small low-resolution image, (H, W, 3) uint8, that becomes the input example."""
+
+
+@dataclass(frozen=True)
+class LoggedGenerator:
+    """A generator that is logged as an MLflow model."""
+
+    model: LoggedModel
+    sha256: str
+    """Of the weights."""
+    description: str
+    """The model card for the registry's page."""
+
+
+def log_model(
+    client: MlflowClient,
+    tracked: TrackedRun,
+    name: str,
+    path: Path,
+    step: int,
+    metrics: Mapping[str, float],
+    evaluation_set: str,
+    card: ModelCard,
+) -> LoggedGenerator:
+    """Logs a generator with its metrics, or finds the model logged before; an interrupted upload is repeated.
+
+    Args:
+        client: MLflow's client.
+        tracked: the open run.
+        name: registered model, for the card.
+        path: the generator's .safetensors file.
+        step: the global step of its checkpoint.
+        metrics: its validation metrics; they are linked with the logged model.
+        evaluation_set: digest of the images that the metrics were measured on.
+        card: its origin.
+    """
+    generator, _ = load_generator(path)
+    sha256 = generator_sha256(generator.state_dict())
+    origin = {
+        "step": step,
+        "run_id": tracked.run_id,
+        "generator_sha256": sha256,
+        **({"data": card.data} if card.data else {}),
+        "data_sha256": card.data_sha256,
+        "evaluation_set": evaluation_set,
+    }
+    # MLflow's page cannot show the model's own files in a description.
+    description = card_text(name, card, metrics, origin, embed_images=False)
+    query = f"tags.`{SHA_TAG}` = '{sha256}' AND source_run_id = '{tracked.run_id}'"
+    logged = client.search_logged_models([tracked.experiment_id], query, max_results=1)
+    if logged:
+        model = logged[0]
+    else:
+        model = client.create_logged_model(
+            tracked.experiment_id,
+            name=f"generator-{step:08d}",
+            source_run_id=tracked.run_id,
+            tags={SHA_TAG: sha256, SET_TAG: evaluation_set},
+            params={"step": str(step)},
+            model_type="super-resolution",
+        )
+    if model.status == "READY":
+        return LoggedGenerator(model, sha256, description)
+    outputs = client.get_run(tracked.run_id).outputs
+    if model.model_id not in {output.model_id for output in (outputs.model_outputs if outputs else [])}:
+        # MLflow rejects a second link.
+        client.log_outputs(tracked.run_id, [LoggedModelOutput(model.model_id, step=step)])
+    identity = Model(
+        artifact_path=model.artifact_location,
+        run_id=tracked.run_id,
+        model_uuid=model.model_id,
+        model_id=model.model_id,
+    )
+    with tempfile.TemporaryDirectory(prefix="esrgan-model-") as folder:
+        files = Path(folder) / "model"
+        write_model(files, path, card, card_text(name, card, metrics, origin), origin, identity)
+        client.log_model_artifacts(model.model_id, str(files))
+    points = [
+        Metric(
+            key,
+            value,
+            model.creation_timestamp,
+            step,
+            model_id=model.model_id,
+            dataset_name="evaluation-set",
+            dataset_digest=evaluation_set[:DIGEST_CHARACTERS],
+        )
+        for key, value in metrics.items()
+    ]
+    if points:
+        client.log_batch(tracked.run_id, metrics=points)
+    return LoggedGenerator(client.finalize_logged_model(model.model_id, "READY"), sha256, description)
+
+
+def write_model(
+    folder: Path, path: Path, card: ModelCard, text: str, origin: Mapping[str, object], identity: Model
+) -> None:
+    """Writes a pyfunc model "from code": no pickle, any image size, loads without this project.
+
+    Args:
+        folder: a folder to be created.
+        path: the generator's .safetensors file.
+        card: the generator's origin.
+        text: the card, in Markdown.
+        origin: small values for MLflow's metadata.
+        identity: MLflow's ids of the logged model.
+    """
+    generator, _ = load_generator(path)
+    with tempfile.TemporaryDirectory(prefix="esrgan-model-") as name:
+        parts = Path(name)
+        (parts / "architecture.json").write_text(json.dumps(architecture(generator), indent=2) + "\n")
+        (parts / WEIGHTS).write_bytes(path.read_bytes())
+        export_onnx(generator, parts / "generator.onnx")
+        mlflow.pyfunc.save_model(
+            path=str(folder),
+            python_model=str(SERVING_CODE),
+            artifacts={
+                "architecture": str(parts / "architecture.json"),
+                "weights": str(parts / WEIGHTS),
+                "onnx": str(parts / "generator.onnx"),
+            },
+            signature=_signature(),
+            input_example=_example(card)[None],
+            model_config={"device": "auto"},
+            pip_requirements=[
+                f"{name}=={metadata.version(name).split('+')[0]}" for name in ("torch", "numpy")
+            ],
+            metadata=dict(origin),
+            mlflow_model=identity,
+        )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    (folder / "config.yaml").write_text(without_secrets(card.config_text), encoding="utf-8")
+    for index, image in enumerate(card.images.values()):
+        Image.fromarray(image).save(folder / _image_file(index))
+
+
+def card_text(
+    name: str,
+    card: ModelCard,
+    metrics: Mapping[str, float],
+    origin: Mapping[str, object],
+    *,
+    embed_images: bool = True,
+) -> str:
+    """The model card, in Markdown; without `embed_images` it only lists the images' files."""
+    rows = "\n".join(f"| {key} | {value:.4f} |" for key, value in metrics.items())
+    facts = "\n".join(f"- {key}: `{value}`" for key, value in origin.items())
+    images = ""
+    if card.images:
+        files = {title: _image_file(index) for index, title in enumerate(card.images)}
+        if embed_images:
+            shown = "\n\n".join(f"**{title}**\n\n![{title}]({file})" for title, file in files.items())
+        else:
+            shown = "Files among the logged model's artifacts:\n\n"
+            shown += "\n".join(f"- {title}: `{file}`" for title, file in files.items())
+        images = f"\n\n## Images\n\n{IMAGE_CAPTION}\n\n{shown}"
+    return f"""# {name}
+
+ESRGAN generator (RRDBNet) for single-image super-resolution: uint8 RGB in, uint8 RGB out.
+
+| metric | value |
+|---|---|
+{rows}
+
+Measured on held-out images of the training data set below.
+
+## Use
+```python
+model = mlflow.pyfunc.load_model("models:/{name}@champion")
+sr = model.predict(lr)                        # uint8 (N, H, W, 3), any H and W
+sr = model.predict(lr, params={{"tile": 256}})  # large images, bounded memory
+```
+Requires torch, or onnxruntime alone: `artifacts/generator.onnx` has the same interface.
+
+## Origin
+{facts}
+- the whole configuration: `config.yaml`
+
+## License
+{card.license}
+
+## Limits
+It invents plausible detail. Do not read text, faces or measurements from its results.{images}
+"""
+
+
+def input_example(strip: np.ndarray, scale: int) -> np.ndarray:
+    """The input example, cut from a validation image, which starts with the input upscaled by pixel repetition.
+
+    Args:
+        strip: (H * scale, W, 3) uint8 validation image.
+        scale: of the generator.
+    """
+    height, width = EXAMPLE_PX
+    return np.ascontiguousarray(strip[: height * scale : scale, : width * scale : scale])
+
+
+def license_note(licenses: Mapping[str, str | None]) -> str:
+    """The card's note on licenses.
+
+    Args:
+        licenses: subset of the images (`train`, `held_out`) to the text that came with them, from the manifest.
+    """
+    subsets: dict[str, list[str]] = {}
+    for name, text in licenses.items():
+        if text and text.strip():
+            subsets.setdefault(text.strip(), []).append(name)
+    if not subsets:
+        return NO_LICENSE
+    notes = []
+    for text, names in subsets.items():
+        shown = text if len(text) <= LICENSE_CHARACTERS else text[:LICENSE_CHARACTERS] + " ..."
+        quoted = "\n".join(f"    {line}" for line in shown.splitlines())
+        notes.append(f"Images ({', '.join(names)}):\n\n{quoted}")
+    return "Whether weights may be redistributed depends on the training images.\n\n" + "\n\n".join(notes)
+
+
+def architecture(generator: RRDBNet) -> dict[str, object]:
+    """RRDBNet's arguments, the content of architecture.json."""
+    return {
+        "network": "RRDBNet",
+        "num_feat": generator.num_feat,
+        "num_block": generator.num_block,
+        "num_grow_ch": generator.num_grow_ch,
+        "residual_scale": generator.residual_scale,
+        "scale": generator.scale,
+    }
+
+
+def _signature() -> ModelSignature:
+    images = Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3))])
+    return ModelSignature(images, images, ParamSchema([ParamSpec("tile", DataType.long, 0)]))
+
+
+def _example(card: ModelCard) -> np.ndarray:
+    """A small low-resolution image: the card's example, cropped, or a color gradient."""
+    height, width = EXAMPLE_PX
+    if card.example is not None:
+        return np.ascontiguousarray(card.example[:height, :width])
+    y, x = np.mgrid[0:height, 0:width]
+    return np.stack([255 * x // (width - 1), 255 * y // (height - 1), 128 + 0 * x], axis=-1).astype(np.uint8)
+
+
+def _image_file(index: int) -> str:
+    return f"image-{index}.png"

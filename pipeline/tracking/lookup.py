@@ -1,0 +1,139 @@
+"""Finds and downloads registered generators."""
+
+import atexit
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlflow.artifacts
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from pipeline.errors import UserError, without_secrets
+from pipeline.model import decode_generator, generator_sha256
+from pipeline.tracking.connection import TrackingUnreachable, bounded_requests, cause, connect, has_code
+from pipeline.tracking.logged_model import SHA_TAG, WEIGHTS
+from pipeline.tracking.uri import known_uri
+
+CHAMPION = "champion"
+_URI = re.compile(
+    r"^models:/(?:(?P<model_id>m-[0-9a-f]{32})|(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+)))$"
+)
+
+
+def pull_generator(uri: str, tracking_uri: str | None = None, folder: Path | None = None) -> Path:
+    """Downloads a registered generator's weights.
+
+    Args:
+        uri: models:/NAME@ALIAS, models:/NAME/VERSION or models:/MODEL_ID.
+        tracking_uri: the tracking server; without it ESRGAN_TRACKING__URI, then MLFLOW_TRACKING_URI.
+        folder: where to write the file; without it a folder that is removed when the process ends. A file that is on
+            this machine already is not copied.
+
+    Returns:
+        Path of generator.safetensors; its contents match the digest in the registry.
+
+    Raises:
+        UserError: no such model, alias or version, the server is unreachable, or the file is corrupt or not finite.
+    """
+    parts = _URI.match(uri)
+    if parts is None:
+        raise UserError(f"{uri}: not a registered model; write models:/NAME@{CHAMPION} or models:/NAME/3")
+    server = known_uri(tracking_uri)
+    with one_line_errors(uri, server), bounded_requests(timeout_s=60, retries=2):
+        client = connect_existing(server)
+        if parts["model_id"]:
+            model = client.get_logged_model(parts["model_id"])
+            location, tags = model.artifact_location, dict(model.tags)
+        else:
+            version = resolve(client, parts["name"], parts["alias"], parts["version"])
+            location = client.get_model_version_download_uri(parts["name"], str(version.version))
+            tags = dict(version.tags)
+        if folder is None and not location.startswith(("/", "file:")):
+            folder = Path(tempfile.mkdtemp(prefix="esrgan-pulled-"))
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        try:
+            path = mlflow.artifacts.download_artifacts(
+                artifact_uri=f"{location.rstrip('/')}/artifacts/{WEIGHTS}",
+                tracking_uri=server,
+                registry_uri=server,
+                dst_path=str(folder) if folder else None,
+            )
+        except OSError as error:
+            raise UserError(f"{uri}: its file {WEIGHTS} cannot be downloaded ({cause(error)})") from None
+    generator, _ = decode_generator(Path(path), f"{uri}: {path}")
+    if tags.get(SHA_TAG) not in (None, generator_sha256(generator.state_dict())):
+        raise UserError(
+            f"{uri}: {path} is corrupt: it differs from the digest in the registry; register it again"
+        )
+    return Path(path)
+
+
+def by_alias(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
+    """The version with this alias; None without one."""
+    try:
+        return client.get_model_version_by_alias(name, alias)
+    except MlflowException as error:
+        # MLflow reports a missing alias as an invalid parameter, a missing model as a missing resource.
+        if has_code(error, "INVALID_PARAMETER_VALUE") or has_code(error, "RESOURCE_DOES_NOT_EXIST"):
+            return None
+        raise
+
+
+def versions(client: MlflowClient, name: str) -> list[ModelVersion]:
+    """All versions of a model, with their tags."""
+    result: list[ModelVersion] = []
+    token = None
+    while True:
+        page = client.search_model_versions(f"name = '{name}'", max_results=1000, page_token=token)
+        result += page
+        token = page.token
+        if not token:
+            return result
+
+
+def resolve(client: MlflowClient, name: str, alias: str | None, version: str | None) -> ModelVersion:
+    """The version of an alias or number. Raises UserError that lists the existing ones."""
+    try:
+        model = client.get_registered_model(name)
+    except MlflowException as error:
+        if not has_code(error, "RESOURCE_DOES_NOT_EXIST"):
+            raise
+        known = ", ".join(sorted(other.name for other in client.search_registered_models(max_results=5)))
+        raise UserError(f"models:/{name}: no such registered model; known: {known or 'none'}") from None
+    if alias is not None:
+        aliased = by_alias(client, name, alias)
+        if aliased is None:
+            known = ", ".join(sorted(model.aliases)) or "none"
+            raise UserError(f"models:/{name}@{alias}: no such alias; known: {known}")
+        return aliased
+    try:
+        return client.get_model_version(name, str(version))
+    except MlflowException as error:
+        if not has_code(error, "RESOURCE_DOES_NOT_EXIST"):
+            raise
+        numbers = sorted(int(other.version) for other in versions(client, name))
+        known = ", ".join(map(str, numbers[-5:])) or "none"
+        raise UserError(f"models:/{name}/{version}: no such version; known: {known}") from None
+
+
+def connect_existing(uri: str) -> MlflowClient:
+    """A client for reading: a missing SQLite file is an error, and is not created."""
+    if uri.startswith("sqlite:") and not Path(uri.removeprefix("sqlite:///")).is_file():
+        raise UserError(f"tracking.uri={uri}: no such file; set the tracking server with --tracking.uri")
+    return connect(uri)
+
+
+@contextmanager
+def one_line_errors(what: str, uri: str) -> Iterator[None]:
+    """Turns MLflow's exceptions into UserErrors of one line."""
+    try:
+        yield
+    except TrackingUnreachable as error:
+        raise UserError(f"{what}: {error}") from None
+    except MlflowException as error:
+        raise UserError(f"{what}: rejected by {without_secrets(uri)} ({cause(error)})") from None

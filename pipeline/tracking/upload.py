@@ -1,0 +1,135 @@
+"""Logs a run's description, its segments and its end in MLflow; every call can be repeated without duplicates."""
+
+import json
+import logging
+import re
+import tempfile
+import uuid
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from itertools import islice
+from pathlib import Path
+
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.tracking.multimedia import compress_image_size
+from PIL import Image
+
+from pipeline.run_folder import TrackingDescription
+from pipeline.tracking.connection import bounded_requests, cause, has_code
+from pipeline.tracking.spool import Event, ImageRecord, Metrics, Segment
+
+DATA_TAG = "esrgan.data"
+CHANGED_TAG = "esrgan.changed_on_resume"
+EVENTS, EVENTS_TAG = "events.txt", "esrgan.events"
+# MLflow rejects longer parameters, tags and data set digests.
+PARAM_CHARACTERS, TAG_CHARACTERS, DIGEST_CHARACTERS = 6000, 8000, 36
+PARAMS_PER_CALL, POINTS_PER_CALL = 100, 500
+_IMAGE_NAMES = uuid.UUID("0f6d0e2c-6a37-4c0e-9c0b-6f0a4f2f7a11")
+
+logger = logging.getLogger(__name__)
+
+
+def log_description(client: MlflowClient, run_id: str, description: TrackingDescription) -> None:
+    """Logs status, tags, parameters, configuration and data set."""
+    logged = client.get_run(run_id).data
+    new = [Param(key, value) for key, value in description.parameters.items() if key not in logged.params]
+    # MLflow rejects another value of a logged parameter: changes on resume are logged as a tag.
+    changed = {
+        key: value for key, value in description.parameters.items() if logged.params.get(key, value) != value
+    }
+    tags = [RunTag(key, value) for key, value in description.tags.items()]
+    if changed:
+        tags.append(RunTag(CHANGED_TAG, json.dumps(changed)[:TAG_CHARACTERS]))
+    if description.status == "RUNNING":
+        client.update_run(run_id, status="RUNNING")
+    else:  # It ended while the server was unreachable.
+        client.set_terminated(run_id, description.status, description.ended_ms)
+    client.log_batch(run_id, tags=tags[:100])
+    for start in range(0, len(new), PARAMS_PER_CALL):
+        client.log_batch(run_id, params=new[start : start + PARAMS_PER_CALL])
+    if description.config_text:
+        client.log_text(run_id, description.config_text, "config.yaml")
+    digest = description.tags.get(DATA_TAG)
+    if digest:
+        source = json.dumps({"uri": description.parameters.get("data.root", "")})
+        data = Dataset("training-data", digest[:DIGEST_CHARACTERS], "local", source)
+        client.log_inputs(run_id, [DatasetInput(data, [InputTag("mlflow.data.context", "training")])])
+
+
+def send_segment(client: MlflowClient, run_id: str, segment: Segment, sent: int) -> None:
+    """Logs a segment's points, images and events.
+
+    Args:
+        client: MLflow's client.
+        run_id: MLflow's id of the run.
+        segment: what to send.
+        sent: step of the last segment sent. If the run resumed from an earlier step (its newest checkpoint was
+            corrupt), points up to that step are already in MLflow and are skipped.
+    """
+    repeated = segment.after < sent
+    records = [record for record in segment.records if not (repeated and record.step <= sent)]
+    with bounded_requests(timeout_s=10, retries=1):
+        points = _points(record for record in records if isinstance(record, Metrics))
+        while chunk := list(islice(points, POINTS_PER_CALL)):
+            _log_points(client, run_id, chunk)
+        images = [record for record in records if isinstance(record, ImageRecord)]
+        if images:
+            _log_images(client, run_id, images)
+        # Unlike points, events are never trained again: those up to `sent` are new as well.
+        events = [record for record in segment.records if isinstance(record, Event)]
+        if events:
+            _log_events(client, run_id, events)
+
+
+def _points(records: Iterable[Metrics]) -> Iterator[Metric]:
+    for record in records:
+        for key, value in record.values.items():
+            yield Metric(re.sub(r"[^\w\-. /]", "_", key)[:250], value, record.time_ms, record.step)
+
+
+def _log_points(client: MlflowClient, run_id: str, points: list[Metric]) -> None:
+    try:
+        client.log_batch(run_id, metrics=points)
+    except MlflowException as error:
+        # Points that MLflow will never accept must not block later ones; a run deleted in MLflow may be restored.
+        deleted = client.get_run(run_id).info.lifecycle_stage == "deleted"
+        if deleted or not has_code(error, "INVALID_PARAMETER_VALUE"):
+            raise
+        logger.warning("%d points rejected by MLflow: %s", len(points), cause(error))
+
+
+def _log_images(client: MlflowClient, run_id: str, images: list[ImageRecord]) -> None:
+    """Logs images where MLflow's page expects them for its slider.
+
+    `log_image` gives them random names, so that a repeated image is shown twice; here the name is derived from the
+    image's key, step and time. The layout is that of MLflow 3.17's `log_image`.
+    """
+    with tempfile.TemporaryDirectory(prefix="esrgan-images-") as folder:
+        for record in images:
+            key = re.sub(r"[^\w\-. ]", "~", record.key)
+            stem = f"{key}+step+{record.step}+timestamp+{record.time_ms}"
+            name = f"{stem}+{uuid.uuid5(_IMAGE_NAMES, stem)}"
+            image = Image.fromarray(record.image)
+            image.save(Path(folder) / f"{name}.png")
+            compress_image_size(image).save(Path(folder) / f"{name}+compressed.webp")
+        client.log_artifacts(run_id, folder, "images")
+    client.set_tag(run_id, "mlflow.loggedImages", "True")
+
+
+def _log_events(client: MlflowClient, run_id: str, events: Iterable[Event]) -> None:
+    """Merges events into the run's events.txt: one line each, in the order of steps, equal lines once."""
+    lines = {_event_line(event) for event in events}
+    if any(file.path == EVENTS for file in client.list_artifacts(run_id)):
+        with tempfile.TemporaryDirectory(prefix="esrgan-events-") as folder:
+            path = client.download_artifacts(run_id, EVENTS, folder)
+            lines |= set(Path(path).read_text(encoding="utf-8").splitlines())
+    client.log_text(run_id, "\n".join(sorted(lines)) + "\n", EVENTS)
+    client.set_tag(run_id, EVENTS_TAG, str(len(lines)))
+
+
+def _event_line(event: Event) -> str:
+    when = datetime.fromtimestamp(event.time_ms / 1000, UTC)
+    text = " ".join(event.text.split())
+    return f"step {event.step:8d}  {when:%Y-%m-%d %H:%M:%S}.{event.time_ms % 1000:03d} UTC  {text}"
