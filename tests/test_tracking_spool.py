@@ -15,6 +15,7 @@ from pipeline.tracking.spool import (
     ImageRecord,
     Metrics,
     discard_after,
+    images_at,
     published_step,
     read_segment,
     segment_steps,
@@ -95,6 +96,33 @@ def test_a_corrupt_segment_is_reported_with_its_path(run: Storage) -> None:
     content = run.read_bytes("tracking/00000010.jsonl")
     run.write_bytes("tracking/00000010.jsonl", content[: len(content) // 2])
     with pytest.raises(CorruptSegment, match="00000010"):
+        read_segment(run, 10)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not an image", "truncated"])
+def test_a_missing_or_corrupt_image_makes_its_segment_corrupt(run: Storage, content) -> None:
+    write_segment(run, 10, records_between(0, 10))
+    image = "tracking/00000010/0000.png"
+    if content is None:
+        run.remove(image)
+    else:
+        run.write_bytes(image, run.read_bytes(image)[:50] if content == "truncated" else content)
+    with pytest.raises(CorruptSegment, match="00000010"):
+        read_segment(run, 10)
+    assert images_at(run, 10) == {}
+
+
+def test_an_unreachable_storage_is_not_a_corrupt_segment(run: Storage, monkeypatch) -> None:
+    write_segment(run, 10, records_between(0, 10))
+    read = Storage.read_bytes
+
+    def unreachable(self: Storage, name: str) -> bytes:
+        if name.endswith(".png"):
+            raise OSError("connection refused")
+        return read(self, name)
+
+    monkeypatch.setattr(Storage, "read_bytes", unreachable)
+    with pytest.raises(OSError, match="connection refused"):
         read_segment(run, 10)
 
 

@@ -75,7 +75,7 @@ class Candidate:
                 for index, title in enumerate(saved.images)
             }
             example = from_png(run.read_bytes(EXAMPLE)) if saved.example else None
-        except (OSError, ValueError) as error:
+        except (FileNotFoundError, ValueError) as error:
             raise UserError(f"{run.path(CANDIDATE_FOLDER)}: corrupt ({error}); {CANDIDATE.remedy}") from None
         card = ModelCard(saved.config_text, saved.data_sha256, saved.data, saved.license, images, example)
         return Candidate(

@@ -165,9 +165,13 @@ def to_png(image: np.ndarray) -> bytes:
 
 
 def from_png(content: bytes) -> np.ndarray:
-    """The image in a PNG file's bytes, (H, W, 3) uint8 RGB."""
-    with Image.open(io.BytesIO(content)) as image:
-        return np.asarray(image.convert("RGB"))
+    """The image in a PNG file's bytes, (H, W, 3) uint8 RGB. Raises ValueError."""
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return np.asarray(image.convert("RGB"))
+    # Pillow's errors; those of the storage are raised before.
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"corrupt PNG file: {error}") from None
 
 
 def _remove_segment(run: Storage, step: int) -> None:
