@@ -8,13 +8,14 @@ import time
 from pathlib import Path
 
 import pytest
-from tracking_helpers import DATA, client_of, free_port, open_small
+from tracking_helpers import DATA, client_of, events_of, free_port, open_small
 
 from pipeline.errors import UserError
+from pipeline.run_folder import MLFLOW_RUN
 from pipeline.storage import Storage
 from pipeline.tracking.config import TrackingConfig
 from pipeline.tracking.connection import bounded_requests
-from pipeline.tracking.run import finish_run, open_parent, open_run, require_tracking
+from pipeline.tracking.run import finish_run, open_described, open_parent, open_run, require_tracking
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +144,49 @@ def test_training_may_start_without_the_server(run: Storage) -> None:
 
 def test_finishing_a_run_never_raises(run: Storage) -> None:
     assert not finish_run(None, "FAILED", run)
+
+
+def test_a_failure_is_logged_with_its_reason_and_no_secret(run: Storage) -> None:
+    tracked = open_small(CONFIG, run, "failure")
+    run.write_bytes("checkpoints/psnr-00000020/manifest.json", b"{}")
+    assert finish_run(tracked, "FAILED", reason="ValueError: bad\nline, http://me:geheim@host " + "x" * 9000)
+    logged = client_of(tracked).get_run(tracked.run_id)
+    reason = logged.data.tags["esrgan.failure"]
+    assert logged.info.status == "FAILED"
+    assert reason.startswith("ValueError: bad line, http://***@host xxx")
+    assert len(reason) == 8000
+    (line,) = events_of(tracked)
+    assert line.startswith("step       20  ")
+    assert line.partition("UTC  ")[2] == f"run failed: {reason}"
+    assert MLFLOW_RUN.read(run).reason == reason
+
+
+def test_the_first_reason_is_kept(run: Storage) -> None:
+    tracked = open_small(CONFIG, run, "first-reason")
+    finish_run(tracked, "FAILED", reason="the cause")
+    finish_run(tracked, "FAILED", reason="a consequence")
+    assert client_of(tracked).get_run(tracked.run_id).data.tags["esrgan.failure"] == "the cause"
+    assert [line.partition("UTC  ")[2] for line in events_of(tracked)] == ["run failed: the cause"]
+
+
+def test_a_resumed_run_is_no_longer_marked_as_failed(run: Storage) -> None:
+    tracked = open_small(CONFIG, run, "resumed")
+    finish_run(tracked, "FAILED", reason="disk full")
+    open_small(CONFIG, run, "resumed")
+    assert "esrgan.failure" not in client_of(tracked).get_run(tracked.run_id).data.tags
+    finish_run(tracked, "FINISHED")
+    assert client_of(tracked).get_run(tracked.run_id).info.status == "FINISHED"
+    assert MLFLOW_RUN.read(run).reason == ""
+    assert len(events_of(tracked)) == 1
+
+
+def test_a_reason_reaches_mlflow_once_the_server_answers(run: Storage) -> None:
+    tracked = open_small(CONFIG, run, "unreachable-failure")
+    assert not finish_run(None, "FAILED", run, reason="out of memory")
+    for _ in range(2):
+        open_described(run, tracked.uri)
+    assert client_of(tracked).get_run(tracked.run_id).data.tags["esrgan.failure"] == "out of memory"
+    assert [line.partition("UTC  ")[2] for line in events_of(tracked)] == ["run failed: out of memory"]
 
 
 def test_request_limits_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:

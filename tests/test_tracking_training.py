@@ -11,6 +11,7 @@ from s3 import s3_bucket
 from tiny import train, write_photos
 from tracking_helpers import Server
 
+from pipeline.errors import UserError
 from pipeline.storage import Storage
 from pipeline.tracking.lookup import pull_generator
 from pipeline.tracking.sender import Sender
@@ -102,3 +103,26 @@ def test_a_run_on_s3_registers_a_model_with_its_card(
     # Stage 1's result is logged as well, to be compared.
     assert "generator-00000006" in names
     assert len(names) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("loss is\nnot finite"), "RuntimeError: loss is not finite"),
+        (UserError("crop_px=8: too small"), "crop_px=8: too small"),
+    ],
+)
+def test_a_failed_run_is_marked_with_its_reason(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
+) -> None:
+    def fail(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr("pipeline.training.run._train", fail)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    with pytest.raises(type(error)):
+        train(folder, storage=str(tmp_path / "runs"), **{"tracking.uri": uri})
+    client = MlflowClient(uri, uri)
+    (experiment,) = client.search_experiments(filter_string="name = 'esrgan'")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert (run.info.status, run.data.tags["esrgan.failure"]) == ("FAILED", reason)

@@ -16,8 +16,8 @@ from pipeline.storage import Storage
 from pipeline.tracking.config import TrackingConfig
 from pipeline.tracking.connection import TrackingUnreachable, bounded_requests, cause, connect, has_code
 from pipeline.tracking.provenance import provenance_tags
-from pipeline.tracking.spool import FOLDER
-from pipeline.tracking.upload import PARAM_CHARACTERS, TAG_CHARACTERS, log_description
+from pipeline.tracking.spool import FOLDER, published_step
+from pipeline.tracking.upload import PARAM_CHARACTERS, TAG_CHARACTERS, log_description, log_end
 from pipeline.tracking.uri import artifact_root, resolve_uri
 
 KEY_TAG = "esrgan.key"
@@ -116,7 +116,7 @@ def open_described(run: Storage, uri: str) -> TrackedRun:
             experiment_id = _experiment(client, description.experiment, artifact_root(uri, _storage_of(run)))
             # The key tag is set on creation: after a crash from here on the run is found again.
             run_id = _find(client, description, experiment_id) or _create(client, description, experiment_id)
-            log_description(client, run_id, description)
+            log_description(client, run_id, description, _last_step(run))
     except MlflowException as error:
         raise TrackingUnreachable(f"tracking.uri={without_secrets(uri)}: {cause(error)}") from None
     if description.run_id != run_id:
@@ -159,30 +159,40 @@ def open_parent(
     return opened
 
 
-def finish_run(tracked: TrackedRun | None, status: str, run: Storage | None = None) -> bool:
+def finish_run(
+    tracked: TrackedRun | None, status: str, run: Storage | None = None, *, reason: str = ""
+) -> bool:
     """Sets the run's final status; never raises, so that it cannot hide an exception of the training.
 
-    The status is also written to the run's folder: if the server is unreachable, `send_metrics.py` sets it later.
+    Status and reason are also written to the run's folder: if the server is unreachable, `send_metrics.py` sets them
+    later. The status that a run already has is not set again: the first reason is kept.
 
     Args:
         tracked: the open run; None if it could not be opened.
         status: FINISHED, FAILED or KILLED.
         run: the run's folder, if `tracked` is None.
+        reason: why it failed; becomes the tag `esrgan.failure` and an event, as one line without secrets.
 
     Returns:
         Whether MLflow has the status.
     """
     folder = run or (Storage(tracked.folder) if tracked else None)
     assert folder is not None
+    reason, ended_ms = _one_value(" ".join(reason.split()), TAG_CHARACTERS), _now_ms()
     try:
-        MLFLOW_RUN.write(folder, replace(require_description(folder), status=status, ended_ms=_now_ms()))
+        description = require_description(folder)
+        if description.status == status:
+            reason, ended_ms = description.reason, description.ended_ms or ended_ms
+        else:
+            MLFLOW_RUN.write(folder, replace(description, status=status, reason=reason, ended_ms=ended_ms))
     except (OSError, UserError) as error:
         logger.warning("status %s not written to %s: %s", status, folder.uri, cause(error))
     if tracked is None:
         return False
     try:
         with bounded_requests(timeout_s=5, retries=1):
-            MlflowClient(tracked.uri, tracked.uri).set_terminated(tracked.run_id, status)
+            client = MlflowClient(tracked.uri, tracked.uri)
+            log_end(client, tracked.run_id, status, ended_ms, reason, _last_step(folder))
         return True
     except Exception as error:  # noqa: BLE001 - each database driver has its own exceptions
         logger.warning("status %s not set on run %s: %s", status, tracked.run_id, cause(error))
@@ -248,6 +258,10 @@ def _one_value(value: Any, characters: int) -> str:
     """A value as it is logged: without secrets, cut to MLflow's limit."""
     text = without_secrets("none" if value is None else str(value))
     return text if len(text) <= characters else text[: characters - 3] + "..."
+
+
+def _last_step(run: Storage) -> int:
+    return max(0, published_step(run))
 
 
 def _storage_of(run: Storage) -> str:

@@ -21,7 +21,7 @@ from pipeline.tracking.connection import bounded_requests, cause, has_code
 from pipeline.tracking.spool import Event, ImageRecord, Metrics, Segment
 
 DATA_TAG = "esrgan.data"
-CHANGED_TAG = "esrgan.changed_on_resume"
+FAILURE_TAG, CHANGED_TAG = "esrgan.failure", "esrgan.changed_on_resume"
 EVENTS, EVENTS_TAG = "events.txt", "esrgan.events"
 # MLflow rejects longer parameters, tags and data set digests.
 PARAM_CHARACTERS, TAG_CHARACTERS, DIGEST_CHARACTERS = 6000, 8000, 36
@@ -31,8 +31,17 @@ _IMAGE_NAMES = uuid.UUID("0f6d0e2c-6a37-4c0e-9c0b-6f0a4f2f7a11")
 logger = logging.getLogger(__name__)
 
 
-def log_description(client: MlflowClient, run_id: str, description: TrackingDescription) -> None:
-    """Logs status, tags, parameters, configuration and data set."""
+def log_description(
+    client: MlflowClient, run_id: str, description: TrackingDescription, last_step: int
+) -> None:
+    """Logs status, tags, parameters, configuration and data set.
+
+    Args:
+        client: MLflow's client.
+        run_id: MLflow's id of the run.
+        description: what to log.
+        last_step: step of the event for a run that failed while the server was unreachable.
+    """
     logged = client.get_run(run_id).data
     new = [Param(key, value) for key, value in description.parameters.items() if key not in logged.params]
     # MLflow rejects another value of a logged parameter: changes on resume are logged as a tag.
@@ -44,8 +53,10 @@ def log_description(client: MlflowClient, run_id: str, description: TrackingDesc
         tags.append(RunTag(CHANGED_TAG, json.dumps(changed)[:TAG_CHARACTERS]))
     if description.status == "RUNNING":
         client.update_run(run_id, status="RUNNING")
+        if FAILURE_TAG in logged.tags:
+            client.delete_tag(run_id, FAILURE_TAG)
     else:  # It ended while the server was unreachable.
-        client.set_terminated(run_id, description.status, description.ended_ms)
+        log_end(client, run_id, description.status, description.ended_ms, description.reason, last_step)
     client.log_batch(run_id, tags=tags[:100])
     for start in range(0, len(new), PARAMS_PER_CALL):
         client.log_batch(run_id, params=new[start : start + PARAMS_PER_CALL])
@@ -56,6 +67,16 @@ def log_description(client: MlflowClient, run_id: str, description: TrackingDesc
         source = json.dumps({"uri": description.parameters.get("data.root", "")})
         data = Dataset("training-data", digest[:DIGEST_CHARACTERS], "local", source)
         client.log_inputs(run_id, [DatasetInput(data, [InputTag("mlflow.data.context", "training")])])
+
+
+def log_end(
+    client: MlflowClient, run_id: str, status: str, ended_ms: int | None, reason: str, last_step: int
+) -> None:
+    """Logs the final status, and the reason of a failure as a tag and an event at `last_step`."""
+    client.set_terminated(run_id, status, ended_ms)
+    if reason:
+        client.set_tag(run_id, FAILURE_TAG, reason)
+        _log_events(client, run_id, [Event(last_step, ended_ms or 0, f"run failed: {reason}")])
 
 
 def send_segment(client: MlflowClient, run_id: str, segment: Segment, sent: int) -> None:

@@ -174,7 +174,7 @@ def _tracked_training(
     )
     if tracked is not None:
         set_tracking_run(run, identity, tracked.run_id)
-    status = "FAILED"
+    status, reason = "FAILED", ""
     sender = Sender(run, config.tracking, tracked, published_step=lambda: _published_step(run))
     try:
         with sender:
@@ -192,9 +192,12 @@ def _tracked_training(
     except (KeyboardInterrupt, SystemExit):
         status = "KILLED"
         raise
+    except Exception as error:
+        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        raise
     finally:
         # If the tracking server was unreachable at the start, the sender may have opened the run since.
-        finish_run(sender.tracked, status, run)
+        finish_run(sender.tracked, status, run, reason=reason)
 
 
 def _train(config: TrainConfig, run: Storage, callbacks: Sequence[Any]) -> None:

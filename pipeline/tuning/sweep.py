@@ -283,7 +283,7 @@ class _Watcher(tune.Callback):
             if run_id is not None:
                 folder = (self._sweep / "trials" / name).uri
                 tracked = TrackedRun(ray.get(self._address), run_id, self._experiment_id, folder)
-                finish_run(tracked, "KILLED" if status == "stopped" else "FAILED")
+                finish_run(tracked, "KILLED" if status == "stopped" else "FAILED", reason=reason)
         outcome = known[name]
         metric = self._settings.metric
         shown = f"{metric} {outcome.metrics[metric]:.4f}" if metric in outcome.metrics else outcome.reason
