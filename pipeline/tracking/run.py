@@ -81,20 +81,19 @@ def open_run(
     """
     uri = resolve_uri(config, _storage_of(run))
     earlier = _read_description(run)
-    MLFLOW_RUN.write(
-        run,
-        TrackingDescription(
-            experiment=config.experiment,
-            uri=without_secrets(uri),
-            run_name=run_name,
-            parameters={key: _one_value(value, PARAM_CHARACTERS) for key, value in parameters.items()},
-            tags={key: _one_value(value, TAG_CHARACTERS) for key, value in {**provenance_tags(), **tags}.items()},
-            config_text=without_secrets(config_text),
-            parent_run_id=parent_run_id,
-            run_id=run_id,
-            started_ms=(earlier.started_ms if earlier else None) or _now_ms(),
-        ),
-    )  # fmt: skip
+    all_tags = {**provenance_tags(), **tags}
+    description = TrackingDescription(
+        experiment=config.experiment,
+        uri=without_secrets(uri),
+        run_name=run_name,
+        parameters={key: _one_value(value, PARAM_CHARACTERS) for key, value in parameters.items()},
+        tags={key: _one_value(value, TAG_CHARACTERS) for key, value in all_tags.items()},
+        config_text=without_secrets(config_text),
+        parent_run_id=parent_run_id,
+        run_id=run_id,
+        started_ms=(earlier.started_ms if earlier else None) or _now_ms(),
+    )
+    MLFLOW_RUN.write(run, description)
     try:
         return open_described(run, uri)
     except TrackingUnreachable as error:

@@ -53,7 +53,6 @@ class Sender:
         self._poll_s = poll_s
         self._sent: int | None = None
         self._failing = False
-        self._rounds = 0
         self._stop = False
         self._now = False
         self._changed = threading.Condition()
@@ -80,14 +79,13 @@ class Sender:
         """
         deadline = time.monotonic() + timeout_s
         with self._changed:
-            # A round in progress may have started before the newest segment's checkpoint was published.
-            enough = self._rounds + 2
-            while self._thread.is_alive() and time.monotonic() < deadline:
+            while (self.tracked is None or self.pending()) and self._thread.is_alive():
+                remaining_s = deadline - time.monotonic()
+                if remaining_s <= 0:
+                    break
                 self._now = True
                 self._changed.notify_all()
-                self._changed.wait(timeout=min(1.0, max(0.0, deadline - time.monotonic())))
-                if self._rounds >= enough and not self._failing:
-                    return 0
+                self._changed.wait(timeout=min(1.0, remaining_s))
         return len(self.pending())
 
     def pending(self) -> list[int]:
@@ -131,7 +129,6 @@ class Sender:
                     logger.warning("metrics are kept in %s: %s", self.run.path(FOLDER), cause(error))
             with self._changed:
                 self._failing = failing
-                self._rounds += 1
                 self._changed.notify_all()
                 min_pause_s = 1.0 if failing else 0.0  # Also while flush() waits.
                 self._changed.wait_for(lambda: self._stop, timeout=min_pause_s)
