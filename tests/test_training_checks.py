@@ -65,7 +65,7 @@ def html(path: Path) -> None:
         (truncated_safetensors, "not readable as weights"),
         (another_network, r"features\.0\.weight has shape \(64, 3, 11, 11\), expected \(64, 3, 3, 3\)"),
         (too_shallow, r"features\.2\.weight is missing"),
-        (not_finite, "not finite"),
+        (not_finite, "non-finite"),
     ],
 )
 def test_unusable_perceptual_weights_are_refused_before_the_start(

@@ -19,7 +19,7 @@ from pipeline.data import HeldOutPhoto, read_held_out
 from pipeline.imaging import bicubic_upscale, matlab_bicubic_downscale, psnr
 from pipeline.model import RRDBNet, load_generator, seeded
 from pipeline.storage import Storage
-from pipeline.tracking.records import Metrics, read_segment, segment_steps
+from pipeline.tracking.spool import Metrics, read_segment, segment_steps
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training.validation import validate
 
