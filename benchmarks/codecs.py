@@ -23,7 +23,7 @@ from PIL import Image
 
 from pipeline.data import load_manifest, prepare
 from pipeline.data.config import DataConfig
-from pipeline.data.reader import PatchReader
+from pipeline.data.format.reader import PatchReader
 
 CODECS = ("raw", "lz4", "zstd", "webp")
 PHOTOS, READ, CROP = 4, 60, 128

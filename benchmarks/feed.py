@@ -29,13 +29,13 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from pipeline.data import manifest as manifests
-from pipeline.data.checks import pack_seal, row_checks
 from pipeline.data.feed import Batch, Feed
-from pipeline.data.fetch import as_tensor, fetch, flipped, opened, put_flipped
-from pipeline.data.manifest import Shard, load_manifest
-from pipeline.data.order import Samples
-from pipeline.data.shards import PATCH_SCHEMA, ShardWriter
+from pipeline.data.feed.fetch import as_tensor, fetch, flipped, opened, put_flipped
+from pipeline.data.feed.samples import Samples
+from pipeline.data.format import manifest as manifests
+from pipeline.data.format.manifest import Shard, load_manifest
+from pipeline.data.format.row_checksums import pack_seal, row_checks
+from pipeline.data.format.shards import PATCH_SCHEMA, ShardWriter
 from pipeline.imaging import matlab_bicubic_downscale
 from pipeline.storage import Storage
 
@@ -94,8 +94,11 @@ def rates(
     with opened(load_manifest(feed.root), feed.seed, BATCH, CROP) as (reader, order), ray_or_not(with_ray):
         ways["fetch"] = lambda: timed(fetch(reader, order, step, 0, BATCH) for step in range(60))
         if with_ray:
-            ways["ray"] = lambda: from_feed(replace(feed, transport="ray"), 2400, cpu_seconds_of_all)
-        feeds = {"thread": feed} | ({"ray": replace(feed, transport="ray")} if with_ray else {})
+            from pipeline.data.feed.ray_feed import RayFeed
+
+            ray_feed = RayFeed(feed.root, seed=feed.seed, batch_size=BATCH, crop_px=CROP)
+            ways["ray"] = lambda: from_feed(ray_feed, 2400, cpu_seconds_of_all)
+        feeds: dict[str, Feed] = {"thread": feed} | ({"ray": ray_feed} if with_ray else {})
         for _ in range(rounds):
             for name, way in ways.items():
                 rate, seconds = way()
@@ -292,7 +295,9 @@ def memory(
             command = [sys.executable, __file__, "--memory-of", root]
             grown.append(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
             if with_ray:
-                held.append(held_mib(Feed(root, 1, BATCH, CROP, transport="ray")))
+                from pipeline.data.feed.ray_feed import RayFeed
+
+                held.append(held_mib(RayFeed(root, 1, BATCH, CROP)))
             shutil.rmtree(root)
     rows: list[tuple[str, ...]] = []
     for name, found in (("thread feed", grown), ("ray feed's blocks in the object store", held)):

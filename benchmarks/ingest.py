@@ -25,12 +25,13 @@ import pyarrow
 import torch
 from PIL import Image, ImageOps
 
-from pipeline.data import cutting, prepare
+from pipeline.data import prepare
 from pipeline.data.config import DataConfig
-from pipeline.data.ingest import cut_on_ray
-from pipeline.data.photos import read_photo
-from pipeline.data.plan import make_plan
-from pipeline.data.samples import write_sample_photos
+from pipeline.data.ingest import cutting
+from pipeline.data.ingest.decoding import read_photo
+from pipeline.data.ingest.plan import make_plan
+from pipeline.data.ingest.ray_ingest import cut_on_ray
+from pipeline.data.ingest.sample_images import write_sample_photos
 from pipeline.imaging import matlab_bicubic_downscale
 
 HEIGHT, WIDTH = 1356, 2040

@@ -7,10 +7,10 @@ from pipeline import command
 from pipeline.config import load_config
 from pipeline.data import check_source, has_manifest, load_manifest, prepare
 from pipeline.data.config import DataConfig
-from pipeline.data.manifest import NAME
-from pipeline.data.prepare import describe
-from pipeline.data.show import contact_sheet
-from pipeline.data.verify import verify
+from pipeline.data.format.contact_sheet import contact_sheet
+from pipeline.data.format.manifest import NAME
+from pipeline.data.format.verify import verify
+from pipeline.data.ingest.prepare import describe
 from pipeline.errors import UserError
 from pipeline.storage import absolute
 
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
 def _prepare(data: DataConfig, options: argparse.Namespace) -> None:
     check_source(data)
     # Ray takes seconds to import; mistakes, --verify and --show do without it.
-    from pipeline.data.ingest import join_ray
+    from pipeline.data.ingest.ray_ingest import join_ray
 
     join_ray()
     result = prepare(data, strict=options.strict)

@@ -16,8 +16,8 @@ from PIL import Image
 
 from pipeline.data import check_source, load_manifest, prepare
 from pipeline.data.config import DataConfig
-from pipeline.data.download import Archive, download, missing_bytes
-from pipeline.data.plan import make_plan
+from pipeline.data.ingest.download import Archive, download, missing_bytes
+from pipeline.data.ingest.plan import make_plan
 from pipeline.errors import UserError
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
@@ -193,7 +193,7 @@ def test_div2k_by_name_becomes_a_data_set(
     ):
         content, archive = archive_of(name, numbers)
         server.files[archive.name] = content
-        monkeypatch.setattr(f"pipeline.data.plan.{constant}", archive)
+        monkeypatch.setattr(f"pipeline.data.ingest.plan.{constant}", archive)
     data = DataConfig(
         source="div2k", root=str(tmp_path / "data"), div2k_url=server.url, patch_px=64, patch_step_px=64
     )

@@ -13,10 +13,11 @@ import pytest
 import torch
 from tiny_patches import pixels, write_patches
 
-from pipeline.data import fetch as fetching
-from pipeline.data.feed import Batch, Feed, ahead
-from pipeline.data.fetch import flipped
-from pipeline.data.order import Samples
+from pipeline.data.feed import Batch, Feed
+from pipeline.data.feed import fetch as fetching
+from pipeline.data.feed.fetch import flipped
+from pipeline.data.feed.samples import Samples
+from pipeline.data.feed.thread_feed import ahead
 from pipeline.errors import UserError
 
 PATCHES, SIDE, SCALE, CROP, BATCH = 13, 32, 4, 16, 6

@@ -11,11 +11,12 @@ import pytest
 from PIL import Image
 from tiny import write_photos
 
-from pipeline.data import check_source, cutting, load_manifest, prepare, read_held_out
+from pipeline.data import check_source, load_manifest, prepare, read_held_out
 from pipeline.data.config import DataConfig
 from pipeline.data.feed import Feed
-from pipeline.data.photos import PhotoRefused, read_photo
-from pipeline.data.reader import DamagedPatch, PatchReader
+from pipeline.data.format.reader import DamagedPatch, PatchReader
+from pipeline.data.ingest import cutting
+from pipeline.data.ingest.decoding import PhotoRefused, read_photo
 from pipeline.errors import UserError
 from pipeline.imaging import matlab_bicubic_downscale
 from pipeline.storage import Storage, only_writer
@@ -91,7 +92,7 @@ def test_interrupted_ingest_goes_on_and_ends_with_the_same_bytes(
     folder: Path, monkeypatch: pytest.MonkeyPatch, photographs: int
 ) -> None:
     # Small photographs fill no shard of a MiB, so a low limit closes several.
-    monkeypatch.setattr("pipeline.data.build._MIB", 400)
+    monkeypatch.setattr("pipeline.data.ingest.writer._MIB", 400)
     quietly(config(folder, "whole"))
     real = cutting.cut_photo
     done = []

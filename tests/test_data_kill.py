@@ -11,13 +11,14 @@ from tiny import write_photos
 # Kills itself at the n-th call of a function: before or after it did its work.
 SCRIPT = """
 import os, signal, sys
-from pipeline.data import build, prepare
+from pipeline.data import prepare
+from pipeline.data.ingest import writer
 from pipeline.data.config import DataConfig
-from pipeline.data.shards import ShardWriter
+from pipeline.data.format.shards import ShardWriter
 from pipeline.storage import Storage
 
 folder, root, owner, name, count, when, on_ray = sys.argv[1:]
-build._MIB = 400  # small photographs fill no shard of a MiB
+writer._MIB = 400  # small photographs fill no shard of a MiB
 if owner != "-":
     kind = {"ShardWriter": ShardWriter, "Storage": Storage}[owner]
     real = getattr(kind, name)

@@ -7,8 +7,8 @@ from enlarging import write_picture
 
 from pipeline.data import load_manifest, prepare
 from pipeline.data.config import DataConfig
-from pipeline.data.layout import lr_beside_hr, lr_candidates, split_folders
-from pipeline.data.plan import Plan, make_plan
+from pipeline.data.ingest.layout import lr_beside_hr, lr_candidates, split_folders
+from pipeline.data.ingest.plan import Plan, make_plan
 from pipeline.errors import UserError
 from pipeline.evaluation.layout import find_pairs
 

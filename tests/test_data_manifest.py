@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.data.manifest import Shard, decode, encode
+from pipeline.data.format.manifest import Shard, decode, encode
 from pipeline.errors import UserError
 
 SHARD = {

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pipeline.data.order import Draws, Samples, channel_orders, rank_share
+from pipeline.data.feed.samples import Draws, Samples, channel_orders, rank_share
 
 # 23 patches and batches of 6: every epoch ends in the middle of a batch.
 SAMPLES = Samples(patches=23, patch_px=32, scale=4, seed=7, batch_size=6, crop_px=16)

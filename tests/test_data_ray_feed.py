@@ -12,9 +12,8 @@ import pytest
 import ray.data
 from tiny_patches import write_patches
 
-from pipeline.data import ray_feed
-from pipeline.data.feed import Batch, Feed
-from pipeline.data.ray_feed import MOST_TASKS, FeedDataConfig, StepSource, choose
+from pipeline.data.feed import Batch, Feed, ray_feed
+from pipeline.data.feed.ray_feed import MOST_TASKS, FeedDataConfig, RayFeed, StepSource, choose
 from pipeline.errors import UserError
 
 FIELDS: dict[str, Any] = {"seed": 3, "batch_size": 6, "crop_px": 16}
@@ -79,7 +78,7 @@ def test_ray_and_thread_give_the_same_batches_from_any_step(ray_cluster: str, tm
     root = write_patches(tmp_path, 13, rows=5)
     for first in (0, 11):
         expected = digests(Feed(root, **FIELDS), first, 30)
-        assert digests(Feed(root, **FIELDS, transport="ray"), first, 30) == expected
+        assert digests(RayFeed(root, **FIELDS), first, 30) == expected
 
 
 @pytest.mark.ray
@@ -88,7 +87,7 @@ def test_a_users_error_in_a_task_of_ray_data_is_one_clear_line(ray_cluster: str,
     for shard in tmp_path.glob("*.parquet"):
         shard.unlink()
     with pytest.raises(UserError, match="verify") as caught:
-        digests(Feed(root, **FIELDS, transport="ray"), 0, 3)
+        digests(RayFeed(root, **FIELDS), 0, 3)
     assert "\n" not in str(caught.value)
 
 
@@ -99,7 +98,7 @@ def test_training_may_pause_longer_than_ray_data_waits_for_progress(
     """A long validation takes no batches; Ray Data would end the run after half an hour of it."""
     monkeypatch.setattr(ray.data.DataContext.get_current(), "execution_no_progress_timeout_s", 1.0)
     monkeypatch.setattr(ray_feed, "STORE_BYTES", 2**20)
-    feed = Feed(write_patches(tmp_path, 13, rows=5), **FIELDS, transport="ray")
+    feed = RayFeed(write_patches(tmp_path, 13, rows=5), **FIELDS)
     with closing(feed.batches(0, 30_000)) as batches:
         next(batches)
         time.sleep(4)  # nothing to wait for: the pause itself is what is tested
@@ -132,7 +131,7 @@ def test_two_workers_of_ray_train_get_their_shares_in_order(
                 parts = [images.permute(0, 2, 3, 1).numpy().tobytes() for images in (batch.lr, batch.hr)]
                 lines.append(hashlib.sha256(b"".join(parts)).hexdigest() + f" {batch.damaged}")
         rank = ray.train.get_context().get_world_rank()
-        Path(config["out"], f"{rank}.json").write_text(json.dumps([feed.transport, lines]))
+        Path(config["out"], f"{rank}.json").write_text(json.dumps([type(feed).__name__, lines]))
 
     ray.train.torch.TorchTrainer(
         loop,
@@ -145,5 +144,6 @@ def test_two_workers_of_ray_train_get_their_shares_in_order(
     ).fit()
 
     for rank in range(2):
+        name = "RayFeed" if transport == "ray" else "Feed"
         expected = digests(Feed(root, **FIELDS, rank=rank, world_size=2), first, 20)
-        assert json.loads((out / f"{rank}.json").read_text()) == [transport, expected]
+        assert json.loads((out / f"{rank}.json").read_text()) == [name, expected]

@@ -11,13 +11,15 @@ from s3 import s3_bucket
 from tiny import write_photos
 from tiny_patches import write_patches
 
-from pipeline.data import check_source, cutting, has_manifest, load_manifest, prepare, read_held_out, reader
+from pipeline.data import check_source, has_manifest, load_manifest, prepare, read_held_out
 from pipeline.data.config import DataConfig
 from pipeline.data.feed import Feed
-from pipeline.data.fetch import REQUESTS
-from pipeline.data.reader import DamagedPatch, PatchReader, StoreAway, _RemoteFile
-from pipeline.data.sources import list_photos
-from pipeline.data.verify import verify
+from pipeline.data.feed.fetch import REQUESTS
+from pipeline.data.format import reader
+from pipeline.data.format.reader import DamagedPatch, PatchReader, StoreAway, _RemoteFile
+from pipeline.data.format.verify import verify
+from pipeline.data.ingest import cutting
+from pipeline.data.ingest.sources import list_photos
 from pipeline.errors import UserError
 from pipeline.storage import Storage
 
@@ -40,7 +42,7 @@ def config(**changes: object) -> DataConfig:
 def test_a_data_set_on_s3_is_the_one_in_a_folder(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.data.build._MIB", 400)
+    monkeypatch.setattr("pipeline.data.ingest.writer._MIB", 400)
     for name, count, side in (("photos", 3, 100), ("held_out", 2, 64)):
         upload(write_photos(tmp_path / name, count, side, seed=len(name)), f"{bucket}/{name}")
     here = config(

@@ -15,10 +15,10 @@ from PIL import Image
 
 from pipeline.data import load_manifest, prepare
 from pipeline.data.config import DataConfig
-from pipeline.data.pairs import match_degradation, pair_by_name
-from pipeline.data.photos import PhotoRefused, read_photo
-from pipeline.data.reader import PatchReader
-from pipeline.data.sources import PhotoFile, find_licence, list_photos
+from pipeline.data.format.reader import PatchReader
+from pipeline.data.ingest.decoding import PhotoRefused, read_photo
+from pipeline.data.ingest.pairs import match_degradation, pair_by_name
+from pipeline.data.ingest.sources import PhotoFile, find_licence, list_photos
 from pipeline.errors import UserError
 from pipeline.imaging import matlab_bicubic_downscale
 

@@ -11,9 +11,9 @@ from tiny import write_photos
 
 from pipeline.data import load_manifest, prepare, read_held_out
 from pipeline.data.config import DataConfig
-from pipeline.data.manifest import Manifest, encode
-from pipeline.data.reader import DamagedPatch, PatchReader
-from pipeline.data.verify import verify
+from pipeline.data.format.manifest import Manifest, encode
+from pipeline.data.format.reader import DamagedPatch, PatchReader
+from pipeline.data.format.verify import verify
 from pipeline.errors import UserError
 
 

@@ -56,10 +56,19 @@ ALLOWED = {
     "config": {"errors", "section", "training", "tuning"},
     "command": {"errors"},
 }
+# The same for the parts of pipeline/data.
+ALLOWED_IN_DATA = {
+    "config": set(),
+    "format": set(),
+    "ingest": {"config", "format"},
+    "feed": {"format"},
+    "__init__": {"config", "format", "ingest"},
+}
 RAY_FILES = {
     "pipeline/training/ray_compat.py",
     "pipeline/training/ray_trainer.py",
-    "pipeline/data/ray_feed.py",
+    "pipeline/data/ingest/ray_ingest.py",
+    "pipeline/data/feed/ray_feed.py",
 }
 RAY_FOLDERS = ("pipeline/tuning/", "jobs/")
 
@@ -88,11 +97,30 @@ def test_imports_point_downwards(path: Path) -> None:
     assert rooms - {room} <= ALLOWED[room]
 
 
+DATA_MODULES = [path for path in modules() if path.relative_to(ROOT / "pipeline").parts[0] == "data"]
+
+
+@pytest.mark.parametrize("path", DATA_MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_ingest_and_feed_import_the_format_and_not_each_other(path: Path) -> None:
+    part = path.relative_to(ROOT / "pipeline" / "data").with_suffix("").parts[0]
+    # A name that is imported from the package itself would hide which part it comes from.
+    parts = {name.split(".")[2] for name in imported(path) if name.startswith("pipeline.data.")}
+    assert parts - {part} <= ALLOWED_IN_DATA[part]
+
+
+def test_no_module_of_data_imports_itself_through_others() -> None:
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in DATA_MODULES}
+    edges = {name: imported(path) & names.keys() for name, path in names.items()}
+    while leaves := {name for name, targets in edges.items() if not targets & edges.keys()}:
+        edges = {name: targets for name, targets in edges.items() if name not in leaves}
+    assert not edges
+
+
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_ray_stands_only_at_the_edge(path: Path) -> None:
     name = str(path.relative_to(ROOT))
     uses_ray = any(module.split(".")[0] == "ray" for module in imported(path))
-    at_the_edge = name in RAY_FILES or name.startswith(RAY_FOLDERS) or "ingest" in name or "spread" in name
+    at_the_edge = name in RAY_FILES or name.startswith(RAY_FOLDERS) or "spread" in name
     assert at_the_edge or not uses_ray
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from pipeline.data import manifest as manifests
-from pipeline.data.checks import pack_seal, row_checks
-from pipeline.data.shards import PATCH_SCHEMA, ShardWriter, encode_pixels
+from pipeline.data.format import manifest as manifests
+from pipeline.data.format.row_checksums import pack_seal, row_checks
+from pipeline.data.format.shards import PATCH_SCHEMA, ShardWriter, encode_pixels
 from pipeline.storage import Storage
 
 

@@ -1,12 +1,12 @@
 """Photographs to verified patches, and patches to batches whose order depends on (seed, step) alone.
 
-`pipeline.data.ingest` and `pipeline.data.ray_feed`, which need Ray, are imported by name.
+`pipeline.data.ingest.ray_ingest` and `pipeline.data.feed.ray_feed`, which need Ray, are imported by name.
 """
 
-from pipeline.data.held_out import HeldOutPhoto, read_held_out
-from pipeline.data.manifest import Manifest, has_manifest, load_manifest
-from pipeline.data.plan import plans_held_out
-from pipeline.data.prepare import PrepareResult, check_source, prepare
+from pipeline.data.format.held_out import HeldOutPhoto, read_held_out
+from pipeline.data.format.manifest import Manifest, has_manifest, load_manifest
+from pipeline.data.ingest.plan import plans_held_out
+from pipeline.data.ingest.prepare import PrepareResult, check_source, prepare
 
 __all__ = [
     "HeldOutPhoto",

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow
 from PIL import Image
 
-from pipeline.data.photos import FORMATS
+from pipeline.data.ingest.decoding import FORMATS
 from pipeline.errors import UserError
 from pipeline.evaluation.layout import Pair, Refused
 from pipeline.evaluation.models import BICUBIC, SUFFIXES, WEIGHTS, Model

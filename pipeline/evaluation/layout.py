@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from pipeline.data.layout import (
+from pipeline.data.ingest.decoding import EXTENSIONS
+from pipeline.data.ingest.layout import (
     Folders,
     hr_folders,
     is_marked_hr,
@@ -12,7 +13,6 @@ from pipeline.data.layout import (
     lr_files,
     split_folders,
 )
-from pipeline.data.photos import EXTENSIONS
 from pipeline.errors import UserError
 from pipeline.storage import Storage, is_remote
 
@@ -59,9 +59,9 @@ def images_in(uri: str, flag: str) -> tuple[Storage, list[str]]:
 def find_pairs(hr: str, lr: str | None, scale: int) -> tuple[list[Pair], list[Refused]]:
     """The pictures to evaluate, sorted by name.
 
-    The words for HR and LR in folder and file names are those of `pipeline.data.layout`, as in ingest. Where only some
-    subfolders of `hr` are HR folders, the rest is not evaluated; without `lr`, the LR folder beside them is used. A
-    line is printed where there was a choice.
+    The words for HR and LR in folder and file names are those of `pipeline.data.ingest.layout`, as in ingest. Where
+    only some subfolders of `hr` are HR folders, the rest is not evaluated; without `lr`, the LR folder beside them is
+    used. A line is printed where there was a choice.
 
     Raises:
         UserError: a folder is missing or empty, no HR file has an LR file, or it is not clear which LR files belong.

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from pipeline.data.photos import FORMATS, PhotoRefused, read_photo
+from pipeline.data.ingest.decoding import FORMATS, PhotoRefused, read_photo
 
 Pixels = NDArray[np.uint8]
 SUFFIXES = {"png": ".png", "jpg": ".jpg", "webp": ".webp"}

@@ -11,7 +11,7 @@ import pyarrow
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.data.photos import PhotoRefused, read_photo
+from pipeline.data.ingest.decoding import PhotoRefused, read_photo
 from pipeline.evaluation.crops import Box, most_different
 from pipeline.evaluation.layout import Pair
 from pipeline.evaluation.lpips import Lpips

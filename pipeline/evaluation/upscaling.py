@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow
 
-from pipeline.data.photos import PhotoRefused
+from pipeline.data.ingest.decoding import PhotoRefused
 from pipeline.errors import UserError
 from pipeline.evaluation.layout import images_in
 from pipeline.evaluation.models import Model

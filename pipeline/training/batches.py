@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data.feed import Batch as RawBatch
-from pipeline.data.order import channel_orders, rank_share
+from pipeline.data.feed.samples import channel_orders, rank_share
 from pipeline.training.config import TrainConfig
 from pipeline.training.step import Batch
 from pipeline.training.worker import Worker

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from ray.train.v2.api.callback import UserCallback
 
 from pipeline.data import read_held_out
-from pipeline.data.ingest import join_ray
-from pipeline.data.ray_feed import FeedDataConfig
+from pipeline.data.feed.ray_feed import FeedDataConfig
+from pipeline.data.ingest.ray_ingest import join_ray
 from pipeline.errors import UserError
 from pipeline.run_folder import REFUSAL, Fault, FaultKind, Refusal
 from pipeline.storage import Storage

@@ -11,7 +11,7 @@ import ray.data
 from ray.data import DataContext
 
 from pipeline.data.config import DataConfig
-from pipeline.data.cutting import PhotoJob, cut_photo
+from pipeline.data.ingest.cutting import PhotoJob, cut_photo
 from pipeline.errors import UserError
 
 STORE_BYTES = 512 * 2**20

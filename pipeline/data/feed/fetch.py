@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data.manifest import Manifest
-from pipeline.data.order import Samples
-from pipeline.data.reader import DamagedPatch, PatchReader
+from pipeline.data.feed.samples import Samples
+from pipeline.data.format.manifest import Manifest
+from pipeline.data.format.reader import DamagedPatch, PatchReader
 from pipeline.errors import UserError
 
 # A damaged patch is replaced by another draw; this many in a row are damaged only where nearly all are.

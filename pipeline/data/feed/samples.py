@@ -12,32 +12,22 @@ from itertools import permutations
 
 import numpy as np
 
+from pipeline.data.format.row_checksums import splitmix64
+
 _ROUNDS = 6
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _CHANNEL_ORDERS = np.array(list(permutations(range(3))), np.int64)
 # Streams keep the hashes of different purposes apart.
 _ORDER, _CROP_Y, _CROP_X, _FLIPS, _CHANNELS = 1, 2, 3, 4, 5
 
 
-def mix(values: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser (Steele, Lea, Flood, 2014) on an array of uint64: a fixed, well-spread hash."""
-    values = values + _GOLDEN
-    values ^= values >> np.uint64(30)
-    values *= np.uint64(0xBF58476D1CE4E5B9)
-    values ^= values >> np.uint64(27)
-    values *= np.uint64(0x94D049BB133111EB)
-    values ^= values >> np.uint64(31)
-    return values
-
-
 def keyed(seed: int, stream: int, counters: np.ndarray) -> np.ndarray:
     """uint64 hashes of (seed, stream, counter)."""
-    return mix(mix(counters.astype(np.uint64)) ^ _key(seed, stream))
+    return splitmix64(splitmix64(counters.astype(np.uint64)) ^ _key(seed, stream))
 
 
 @lru_cache(maxsize=64)
 def _key(seed: int, stream: int) -> np.uint64:
-    return mix(mix(np.array([seed], np.uint64)) ^ np.uint64(stream))[0]
+    return splitmix64(splitmix64(np.array([seed], np.uint64)) ^ np.uint64(stream))[0]
 
 
 def permute(index: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
@@ -46,13 +36,13 @@ def permute(index: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
     mask = np.uint64((1 << half) - 1)
     shift = np.uint64(half)
     values = index.astype(np.uint64)
-    round_keys = mix(keys ^ np.arange(_ROUNDS, dtype=np.uint64)[:, None])
+    round_keys = splitmix64(keys ^ np.arange(_ROUNDS, dtype=np.uint64)[:, None])
     outside = np.arange(len(values))
     # The network permutes 4 ** half >= size numbers; who lands outside walks on until inside again.
     while len(outside):
         left, right = values[outside] >> shift, values[outside] & mask
         for key in round_keys[:, outside]:
-            left, right = right, left ^ (mix(right ^ key) & mask)
+            left, right = right, left ^ (splitmix64(right ^ key) & mask)
         values[outside] = (left << shift) | right
         outside = outside[values[outside] >= np.uint64(size)]
     return values.astype(np.int64)

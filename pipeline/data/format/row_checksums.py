@@ -10,15 +10,25 @@ from functools import lru_cache
 
 import numpy as np
 
-from pipeline.data.order import mix
-
 WORD = 8
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def splitmix64(values: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser (Steele, Lea, Flood, 2014) on an array of uint64: a fixed, well-spread hash."""
+    values = values + _GOLDEN
+    values ^= values >> np.uint64(30)
+    values *= np.uint64(0xBF58476D1CE4E5B9)
+    values ^= values >> np.uint64(27)
+    values *= np.uint64(0x94D049BB133111EB)
+    values ^= values >> np.uint64(31)
+    return values
 
 
 @lru_cache(maxsize=16)
 def factors(words: int) -> np.ndarray:
     """uint64 (words,): the odd factors."""
-    return mix(np.arange(words, dtype=np.uint64)) | np.uint64(1)
+    return splitmix64(np.arange(words, dtype=np.uint64)) | np.uint64(1)
 
 
 def row_checks(rows: np.ndarray) -> np.ndarray:

@@ -9,12 +9,12 @@ from typing import Any
 import pyarrow as pa
 from tqdm import tqdm
 
-from pipeline.data.build import NOTES, Builder
 from pipeline.data.config import DataConfig
-from pipeline.data.cutting import PhotoJob, cut_photos
-from pipeline.data.geometry import check_geometry
-from pipeline.data.manifest import NAME, Manifest, load_manifest
-from pipeline.data.plan import Plan, download_folder, is_div2k, make_plan, needed_bytes
+from pipeline.data.format.manifest import NAME, Manifest, load_manifest
+from pipeline.data.ingest.cutting import PhotoJob, cut_photos
+from pipeline.data.ingest.geometry import check_geometry
+from pipeline.data.ingest.plan import Plan, download_folder, is_div2k, make_plan, needed_bytes
+from pipeline.data.ingest.writer import NOTES, Builder
 from pipeline.errors import UserError
 from pipeline.storage import LOCK, Storage, only_writer
 
@@ -153,7 +153,7 @@ def _settings(config: DataConfig) -> dict[str, Any]:
 def _tables(jobs: list[PhotoJob], config: DataConfig, paired: bool, on_ray: bool) -> Iterable[pa.Table]:
     if not on_ray:
         return cut_photos(jobs, config, paired)
-    from pipeline.data.ingest import cut_on_ray
+    from pipeline.data.ingest.ray_ingest import cut_on_ray
 
     return cut_on_ray(jobs, config, paired)
 

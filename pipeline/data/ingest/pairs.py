@@ -5,8 +5,8 @@ import io
 import numpy as np
 from PIL import Image
 
-from pipeline.data.layout import lr_candidates, lr_files
-from pipeline.data.sources import PhotoFile
+from pipeline.data.ingest.layout import lr_candidates, lr_files
+from pipeline.data.ingest.sources import PhotoFile
 from pipeline.errors import UserError
 
 KNOWN = ("matlab_uint8", "matlab_uint8_symmetric", "matlab_float", "pillow", "cv2_area", "cv2_cubic")

@@ -5,13 +5,11 @@ from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Literal, TypeVar
+from typing import TypeVar
 
-from pipeline.data.fetch import Batch, fetch_steps, opened
-from pipeline.data.manifest import load_manifest
-from pipeline.data.order import rank_share
-
-__all__ = ["Batch", "Feed", "ahead"]
+from pipeline.data.feed.fetch import Batch, fetch_steps, opened
+from pipeline.data.feed.samples import rank_share
+from pipeline.data.format.manifest import load_manifest
 
 # Two steps hide a slow read; more would only take memory.
 AHEAD = 3
@@ -29,8 +27,6 @@ class Feed:
     crop_px: int
     rank: int = 0
     world_size: int = 1
-    transport: Literal["thread", "ray"] = "thread"
-    """A prefetch thread in this process, or Ray Data. Both give the same batches."""
 
     def batches(self, first_step: int, last_step: int) -> Generator[Batch, None, None]:
         """Batches of the steps from `first_step` to before `last_step`. Close the generator to stop what makes them.
@@ -38,12 +34,7 @@ class Feed:
         Raises:
             UserError: no usable data set at `root`, a crop that does not fit it, or hardly a patch that is not damaged.
         """
-        if self.transport == "ray":
-            from pipeline.data.ray_feed import ray_batches
-
-            yield from ray_batches(self, first_step, last_step)
-        else:
-            yield from ahead(self._made(first_step, last_step), AHEAD)
+        yield from ahead(self._made(first_step, last_step), AHEAD)
 
     def _made(self, first_step: int, last_step: int) -> Generator[Batch, None, None]:
         manifest = load_manifest(self.root)

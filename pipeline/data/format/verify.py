@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pyarrow
 from tqdm import tqdm
 
-from pipeline.data.manifest import Manifest, Shard
-from pipeline.data.reader import DamagedPatch, PatchReader, StoreAway, read_footer
+from pipeline.data.format.manifest import Manifest, Shard
+from pipeline.data.format.reader import DamagedPatch, PatchReader, StoreAway, read_footer
 from pipeline.errors import UserError
 from pipeline.storage import Storage, join
 

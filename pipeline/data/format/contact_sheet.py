@@ -6,8 +6,8 @@ from pathlib import PurePosixPath
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.data.manifest import Manifest
-from pipeline.data.reader import DamagedPatch, PatchReader
+from pipeline.data.format.manifest import Manifest
+from pipeline.data.format.reader import DamagedPatch, PatchReader
 
 _LOOKED_AT = 96  # patches, spread over the data set
 _SHOWN = 24  # of these, spread over their scores

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipeline.data.manifest import Shard
+from pipeline.data.format.manifest import Shard
 from pipeline.storage import Storage, sync_folder
 
 PATCH_SCHEMA = pa.schema(

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.data.manifest import load_manifest
+from pipeline.data.format.manifest import load_manifest
 from pipeline.errors import UserError
 from pipeline.storage import Storage
 

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.data.checks import row_checks
 from pipeline.data.config import DataConfig
-from pipeline.data.geometry import cut, grid, patch_bytes
-from pipeline.data.pairs import match_degradation
-from pipeline.data.photos import PhotoRefused, read_photo, refuse_large_file
-from pipeline.data.shards import encode_pixels
-from pipeline.data.sources import PhotoFile
+from pipeline.data.format.row_checksums import row_checks
+from pipeline.data.format.shards import encode_pixels
+from pipeline.data.ingest.decoding import PhotoRefused, read_photo, refuse_large_file
+from pipeline.data.ingest.geometry import cut, grid, patch_bytes
+from pipeline.data.ingest.pairs import match_degradation
+from pipeline.data.ingest.sources import PhotoFile
 
 # A photograph gives one row with `info` (JSON), then its patches; a held-out one gives a single row of pixels.
 STREAM_SCHEMA = pa.schema(

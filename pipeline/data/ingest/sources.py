@@ -15,7 +15,7 @@ from typing import Literal
 
 import pyarrow
 
-from pipeline.data.photos import EXTENSIONS, PhotoRefused
+from pipeline.data.ingest.decoding import EXTENSIONS, PhotoRefused
 from pipeline.errors import UserError
 from pipeline.storage import Storage, is_remote
 
@@ -127,7 +127,7 @@ def _is_licence(name: str) -> bool:
 
 
 def _sniffed(photo: PhotoFile) -> bool:
-    from pipeline.data.photos import looks_like_photo
+    from pipeline.data.ingest.decoding import looks_like_photo
 
     if photo.kind == "s3" or photo.unreadable:
         return False

@@ -17,9 +17,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.checks import row_checks, unpack_checks
-from pipeline.data.manifest import Layout, Shard
-from pipeline.data.shards import decode_pixels
+from pipeline.data.format.manifest import Layout, Shard
+from pipeline.data.format.row_checksums import row_checks, unpack_checks
+from pipeline.data.format.shards import decode_pixels
 from pipeline.storage import Storage, join
 
 _COLUMNS = ("patch_id", "source_id", "y", "x", "hr", "lr", "detail", "checks")

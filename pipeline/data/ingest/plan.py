@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from pipeline.data.config import DataConfig
-from pipeline.data.cutting import PhotoJob
-from pipeline.data.download import DIV2K_HELD_OUT, DIV2K_TRAIN, download, missing_bytes
-from pipeline.data.geometry import expected_bytes
-from pipeline.data.layout import (
+from pipeline.data.format.manifest import Manifest
+from pipeline.data.ingest.cutting import PhotoJob
+from pipeline.data.ingest.download import DIV2K_HELD_OUT, DIV2K_TRAIN, download, missing_bytes
+from pipeline.data.ingest.geometry import expected_bytes
+from pipeline.data.ingest.layout import (
     Folders,
     hr_folders,
     is_marked_hr,
@@ -16,10 +17,9 @@ from pipeline.data.layout import (
     split_folders,
     split_parts,
 )
-from pipeline.data.manifest import Manifest
-from pipeline.data.pairs import pair_by_name, read_size
-from pipeline.data.samples import write_sample_photos
-from pipeline.data.sources import PhotoFile, find_licence, list_photos
+from pipeline.data.ingest.pairs import pair_by_name, read_size
+from pipeline.data.ingest.sample_images import write_sample_photos
+from pipeline.data.ingest.sources import PhotoFile, find_licence, list_photos
 from pipeline.errors import UserError
 from pipeline.storage import Storage, absolute, is_remote, join
 

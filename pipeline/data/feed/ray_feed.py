@@ -2,7 +2,7 @@
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice, pairwise
 from typing import Any, Literal
@@ -17,10 +17,10 @@ from ray.data.block import BlockMetadata
 from ray.exceptions import GetTimeoutError, RayTaskError
 
 from pipeline.data.feed import Feed
-from pipeline.data.fetch import Batch, as_tensor, fetch_steps, reader_and_samples
-from pipeline.data.manifest import load_manifest
-from pipeline.data.order import Samples, rank_share
-from pipeline.data.reader import PatchReader
+from pipeline.data.feed.fetch import Batch, as_tensor, fetch_steps, reader_and_samples
+from pipeline.data.feed.samples import Samples, rank_share
+from pipeline.data.format.manifest import load_manifest
+from pipeline.data.format.reader import PatchReader
 from pipeline.errors import UserError
 
 # A block of several steps spreads Ray's cost for a block, and a task of several blocks that for a task; few tasks make
@@ -36,6 +36,56 @@ START_TIMEOUT_S = 120.0
 CORES_FOR_RAY = 4.0
 
 Transport = Literal["thread", "ray"]
+
+
+@dataclass(frozen=True)
+class RayFeed(Feed):
+    """The same batches, read and cropped by Ray Data's tasks on any node."""
+
+    def batches(self, first_step: int, last_step: int) -> Generator[Batch, None, None]:
+        """As `Feed.batches`.
+
+        Raises:
+            UserError: as `Feed.batches`, or no task could be started.
+        """
+        if first_step >= last_step:
+            return
+        source = StepSource(self, first_step, last_step)
+        _require_tasks_start()
+        dataset = ray.data.read_datasource(
+            source,
+            override_num_blocks=source.tasks,
+            # Workers may hold every CPU; a task that waited for one would hang the run without a word.
+            num_cpus=0,
+            concurrency=2,
+        )
+        context = dataset.context
+        context.execution_options.preserve_order = True
+        context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
+            object_store_memory=STORE_BYTES
+        )
+        context.enable_progress_bars = False
+        # A long validation takes no batches, which is no fault.
+        context.execution_no_progress_timeout_s = -1
+        # A split of one runs the executor in a process of its own; in this one it would fight the training step for the
+        # interpreter.
+        (split,) = dataset.streaming_split(1)
+        expected = first_step
+        try:
+            with closing(
+                iter(split.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
+            ) as blocks:
+                for block in blocks:
+                    for step, batch in _unpacked(block, self.crop_px):
+                        if step != expected:
+                            raise RuntimeError(f"Ray Data gave step {step} instead of {expected}")
+                        expected += 1
+                        yield batch
+        except RayTaskError as error:
+            cause = error.as_instanceof_cause()
+            if isinstance(cause, UserError):
+                raise UserError(str(error.cause).splitlines()[0]) from None  # Ray appends advice
+            raise
 
 
 class FeedDataConfig(ray.train.DataConfig):
@@ -55,7 +105,12 @@ class FeedDataConfig(ray.train.DataConfig):
         cpus_per_worker: float = 1.0,
     ) -> None:
         super().__init__()
-        self._whole = Feed(root, seed, batch_size, crop_px)
+        self._fields: dict[str, Any] = {
+            "root": root,
+            "seed": seed,
+            "batch_size": batch_size,
+            "crop_px": crop_px,
+        }
         self._wanted, self._cpus_per_worker = feed, cpus_per_worker
 
     def configure(
@@ -76,10 +131,8 @@ class FeedDataConfig(ray.train.DataConfig):
             }
             transport, reason = choose(cpus, worker_node_ids or [], world_size, self._cpus_per_worker)
         print(f"data.feed: {transport} ({reason})", flush=True)
-        feeds = [
-            replace(self._whole, rank=rank, world_size=world_size, transport=transport)
-            for rank in range(world_size)
-        ]
+        make = RayFeed if transport == "ray" else Feed
+        feeds = [make(**self._fields, rank=rank, world_size=world_size) for rank in range(world_size)]
         return [dict.fromkeys(datasets, feed) for feed in feeds]
 
 
@@ -98,52 +151,6 @@ def choose(
         "thread",
         f"{spare:.3g} spare CPUs and {total / world_size:.3g} in all for each worker are too few for Ray Data",
     )
-
-
-def ray_batches(feed: Feed, first_step: int, last_step: int) -> Generator[Batch, None, None]:
-    """What `Feed.batches` gives, read and cut by Ray Data's tasks on any node.
-
-    Raises:
-        UserError: as `Feed.batches`, or no task could be started.
-    """
-    if first_step >= last_step:
-        return
-    source = StepSource(feed, first_step, last_step)
-    _require_tasks_start()
-    dataset = ray.data.read_datasource(
-        source,
-        override_num_blocks=source.tasks,
-        # Workers may hold every CPU; a task that waited for one would hang the run without a word.
-        num_cpus=0,
-        concurrency=2,
-    )
-    context = dataset.context
-    context.execution_options.preserve_order = True
-    context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
-        object_store_memory=STORE_BYTES
-    )
-    context.enable_progress_bars = False
-    # A long validation takes no batches, which is no fault.
-    context.execution_no_progress_timeout_s = -1
-    # A split of one runs the executor in a process of its own; in this one it would fight the training step for the
-    # interpreter.
-    (split,) = dataset.streaming_split(1)
-    expected = first_step
-    try:
-        with closing(
-            iter(split.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
-        ) as blocks:
-            for block in blocks:
-                for step, batch in _unpacked(block, feed.crop_px):
-                    if step != expected:
-                        raise RuntimeError(f"Ray Data gave step {step} instead of {expected}")
-                    expected += 1
-                    yield batch
-    except RayTaskError as error:
-        cause = error.as_instanceof_cause()
-        if isinstance(cause, UserError):
-            raise UserError(str(error.cause).splitlines()[0]) from None  # Ray appends advice
-        raise
 
 
 class StepSource(Datasource):

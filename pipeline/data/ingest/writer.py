@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.data import manifest as manifests
-from pipeline.data.checks import pack_seal
 from pipeline.data.config import DataConfig
-from pipeline.data.cutting import PhotoJob
-from pipeline.data.manifest import Shard
-from pipeline.data.shards import HELD_OUT_SCHEMA, PATCH_SCHEMA, ShardWriter
+from pipeline.data.format import manifest as manifests
+from pipeline.data.format.manifest import Shard
+from pipeline.data.format.row_checksums import pack_seal
+from pipeline.data.format.shards import HELD_OUT_SCHEMA, PATCH_SCHEMA, ShardWriter
+from pipeline.data.ingest.cutting import PhotoJob
 from pipeline.errors import UserError
 from pipeline.storage import Storage
 

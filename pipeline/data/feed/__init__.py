@@ -1,0 +1,6 @@
+"""From a data set to training batches: order of samples, fetching, prefetching."""
+
+from pipeline.data.feed.fetch import Batch
+from pipeline.data.feed.thread_feed import Feed
+
+__all__ = ["Batch", "Feed"]

@@ -1,0 +1,1 @@
+"""The data set on disk: manifest, shards, row checksums, reading and verification."""

@@ -1,0 +1,1 @@
+"""From image files to a data set: sources, decoding, patch extraction, writing."""
