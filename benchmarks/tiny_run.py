@@ -16,7 +16,7 @@ def command(folder: Path, **fields: Any) -> list[str]:
     """
     values = {
         "storage": folder / "runs", "data.source": "sample", "data.root": folder / "data", "data.patch_px": 64,
-        "data.patch_step_px": 64, "model.num_block": 1, "model.num_feat": 8, "model.num_grow_ch": 4,
+        "data.patch_stride_px": 64, "model.num_block": 1, "model.num_feat": 8, "model.num_grow_ch": 4,
         "model.discriminator_num_feat": 4, "batch_size": 4, "crop_px": 32, "perceptual.weights": "random",
         "perceptual.layers": '{"conv1_2": 1.0}', "tracking.register_model": "false",
         **{name.replace("__", "."): value for name, value in fields.items()},

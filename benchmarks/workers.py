@@ -62,7 +62,7 @@ def make_config(folder: str, name: str, workers: int, options: argparse.Namespac
                 "source": "sample",
                 "root": f"{folder}/data",
                 "patch_px": 192,
-                "patch_step_px": 96,
+                "patch_stride_px": 96,
                 "feed": "thread",
             },
             "model": {

@@ -21,7 +21,12 @@ from pipeline.tuning.config import TuneConfig
 
 ENV_PREFIX = "ESRGAN_"
 # Old to new name; the old one is refused with a message that has the new one.
-RENAMED = {"tracking.if_away": "tracking.if_unreachable"}
+RENAMED = {
+    "data.licence": "data.license",
+    "data.max_damaged_share": "data.max_corrupt_share",
+    "data.patch_step_px": "data.patch_stride_px",
+    "tracking.if_away": "tracking.if_unreachable",
+}
 
 
 class Config(TrainConfig):

@@ -195,7 +195,7 @@ def test_div2k_by_name_becomes_a_data_set(
         server.files[archive.name] = content
         monkeypatch.setattr(f"pipeline.data.ingest.plan.{constant}", archive)
     data = DataConfig(
-        source="div2k", root=str(tmp_path / "data"), div2k_url=server.url, patch_px=64, patch_step_px=64
+        source="div2k", root=str(tmp_path / "data"), div2k_url=server.url, patch_px=64, patch_stride_px=64
     )
     check_source(data)
     result = prepare(data, progress=False, on_ray=False)

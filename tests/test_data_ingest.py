@@ -28,7 +28,7 @@ def config(folder: Path, root: str = "data", **changes: object) -> DataConfig:
         "held_out": str(folder / "held_out"),
         "root": str(folder / root),
         "patch_px": 64,
-        "patch_step_px": 32,
+        "patch_stride_px": 32,
         **changes,
     }
     return DataConfig.model_validate(fields)
@@ -316,8 +316,8 @@ def test_the_same_picture_in_both_sets_is_an_error(folder: Path) -> None:
 
 def test_other_settings_or_photographs_in_the_same_place_are_refused(folder: Path) -> None:
     quietly(config(folder))
-    with pytest.raises(UserError, match=r"data\.patch_step_px was 32, now 16"):
-        quietly(config(folder, patch_step_px=16))
+    with pytest.raises(UserError, match=r"data\.patch_stride_px was 32, now 16"):
+        quietly(config(folder, patch_stride_px=16))
     write_photos(folder / "photos", 4, 100, seed=1)
     with pytest.raises(UserError, match=r"picture3\.png is new"):
         quietly(config(folder))
@@ -330,7 +330,7 @@ def test_other_settings_or_photographs_in_the_same_place_are_refused(folder: Pat
         ({"source": "/no/such"}, "data.source=/no/such: no such folder"),
         ({"held_out": "/no/such"}, "data.held_out=/no/such"),
         ({"patch_px": 66}, "data.patch_px=66"),
-        ({"patch_step_px": 128}, "data.patch_step_px=128"),
+        ({"patch_stride_px": 128}, "data.patch_stride_px=128"),
         ({"root": "/proc/data"}, "data.root=/proc/data"),
     ],
 )

@@ -79,7 +79,7 @@ def test_an_unpacked_div2k_trains_on_its_training_images_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tree(tmp_path / "DIV2K", *DIV2K, lr=tuple(DIV2K_LR))
-    data = DataConfig(source=str(folder), root=str(tmp_path / "data"), patch_px=64, patch_step_px=32)
+    data = DataConfig(source=str(folder), root=str(tmp_path / "data"), patch_px=64, patch_stride_px=32)
     result = prepare(data, progress=False, on_ray=False)
     assert (result.patches, result.sources, result.rejected) == (2, 2, 0)
     (note,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]

@@ -36,7 +36,7 @@ def upload(folder: Path, address: str) -> None:
 
 
 def config(**changes: object) -> DataConfig:
-    return DataConfig.model_validate({"patch_px": 64, "patch_step_px": 32, **changes})
+    return DataConfig.model_validate({"patch_px": 64, "patch_stride_px": 32, **changes})
 
 
 def test_a_data_set_on_s3_is_the_one_in_a_folder(
@@ -173,7 +173,7 @@ def test_a_store_that_stays_away_is_no_damage_either(tmp_path: Path, monkeypatch
 
 
 def test_the_sample_photographs_go_to_s3(bucket: str) -> None:
-    data = config(source="sample", root=f"{bucket}/sample", patch_px=256, patch_step_px=256)
+    data = config(source="sample", root=f"{bucket}/sample", patch_px=256, patch_stride_px=256)
     check_source(data)
     assert prepare(data, progress=False, on_ray=False).sources == 6
     assert len(read_held_out(data.root)) == 2

@@ -37,7 +37,7 @@ def encoded(pixels: np.ndarray, form: str = "PNG", **options: object) -> bytes:
 
 def made(source: Path | str, root: Path, **changes: object) -> dict[str, dict[str, object]]:
     """Prepares a data set; gives its sources by path."""
-    fields = {"source": str(source), "root": str(root), "patch_px": 64, "patch_step_px": 32, **changes}
+    fields = {"source": str(source), "root": str(root), "patch_px": 64, "patch_stride_px": 32, **changes}
     prepare(DataConfig.model_validate(fields), progress=False, on_ray=False)
     return {entry["path"]: entry for entry in json.loads((root / "manifest.json").read_text())["sources"]}
 
@@ -201,8 +201,8 @@ def test_flat_patches_are_left_out_on_request(tmp_path: Path) -> None:
     pixels = picture(0, 64, 192).copy()
     pixels[:, :128] = 100
     (tmp_path / "photo.png").write_bytes(encoded(pixels))
-    every = made(f"{tmp_path}/*.png", tmp_path / "all", patch_step_px=64)
-    some = made(f"{tmp_path}/*.png", tmp_path / "some", patch_step_px=64, min_detail=1.0)
+    every = made(f"{tmp_path}/*.png", tmp_path / "all", patch_stride_px=64)
+    some = made(f"{tmp_path}/*.png", tmp_path / "some", patch_stride_px=64, min_detail=1.0)
     assert (every["photo.png"]["patches"], some["photo.png"]["patches"]) == (3, 1)
     manifest = load_manifest(str(tmp_path / "some"))
     reader = PatchReader(manifest.root, manifest.layout)
@@ -232,7 +232,7 @@ def test_every_codec_gives_the_pixels_back(tmp_path: Path, codec: str) -> None:
 def test_scales_and_mirrored_edges(tmp_path: Path, scale: int) -> None:
     (tmp_path / "photo.png").write_bytes(encoded(picture(0)[:94, :95]))
     for edge in ("replicate", "symmetric"):
-        made(f"{tmp_path}/*.png", tmp_path / edge, scale=scale, patch_px=36, patch_step_px=12, edge=edge)
+        made(f"{tmp_path}/*.png", tmp_path / edge, scale=scale, patch_px=36, patch_stride_px=12, edge=edge)
         manifest = load_manifest(str(tmp_path / edge))
         reader = PatchReader(manifest.root, manifest.layout)
         cut = picture(0)[: 94 // scale * scale, : 95 // scale * scale]

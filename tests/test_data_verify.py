@@ -22,7 +22,7 @@ def make(folder: Path, codec: str = "raw", held_out: int = 1) -> Manifest:
     write_photos(folder / "held_out", held_out, 64, seed=2)
     data = DataConfig(
         source=str(folder / "photos"), held_out=str(folder / "held_out"), root=str(folder / "data"),
-        patch_px=64, patch_step_px=32, codec=codec,
+        patch_px=64, patch_stride_px=32, codec=codec,
     )  # fmt: skip
     prepare(data, progress=False, on_ray=False)
     return load_manifest(data.root)

@@ -336,11 +336,11 @@ def test_damaged_patches_are_left_out_up_to_a_share(
     content = bytearray(shard.read_bytes())
     content[500:12000] = bytes(byte ^ 1 for byte in content[500:12000])  # most of the first of 12 patches
     shard.write_bytes(content)
-    changes = {"data.root": str(folder / "worn"), "data.max_damaged_share": 1}
+    changes = {"data.root": str(folder / "worn"), "data.max_corrupt_share": 1}
     assert train(folder, run_name="worn", **changes).step == 12
     assert " corrupt patches" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"corrupt patches so far.*data\.max_damaged_share=0"):
-        train(folder, run_name="worn-out", **{**changes, "data.max_damaged_share": 0})
+    with pytest.raises(UserError, match=r"corrupt patches so far.*data\.max_corrupt_share=0"):
+        train(folder, run_name="worn-out", **{**changes, "data.max_corrupt_share": 0})
 
 
 def test_weights_that_are_not_finite_end_the_run_with_advice(

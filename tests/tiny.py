@@ -41,7 +41,7 @@ def fields(folder: Path, **changes: Any) -> dict[str, Any]:
         "data.held_out": str(folder / "held_out"),
         "data.root": str(folder / "data"),
         "data.patch_px": 64,
-        "data.patch_step_px": 32,
+        "data.patch_stride_px": 32,
         "model.num_block": 1,
         "model.num_feat": 8,
         "model.num_grow_ch": 4,

@@ -40,7 +40,7 @@ class DataConfig(Section):
     lr_dir: str | None = Field(
         None, description="Low-resolution files to pair with data.source by name, instead of degrading it."
     )
-    licence: str | None = Field(
+    license: str | None = Field(
         None,
         description="Licence of the photographs, for the manifest; else a LICENSE file beside them is recorded.",
     )
@@ -51,7 +51,7 @@ class DataConfig(Section):
         "replicate", description="How the degradation extends a photograph past its edges."
     )
     patch_px: int = Field(480, ge=16, description="Side of a stored high-resolution patch, in pixels.")
-    patch_step_px: int = Field(
+    patch_stride_px: int = Field(
         352, ge=4, description="Distance between patches; patch_px - crop_px loses no reachable crop."
     )
     codec: Literal["raw", "lz4", "zstd", "webp"] = Field(
@@ -71,7 +71,7 @@ class DataConfig(Section):
         ge=0,
         description="Patches with a lower detail score (flat sky, walls) are left out; 0 keeps all.",
     )
-    max_damaged_share: float = Field(
+    max_corrupt_share: float = Field(
         0.01,
         ge=0,
         le=1,

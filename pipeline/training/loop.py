@@ -165,8 +165,8 @@ def _require_healthy(config: TrainConfig, state: TrainState, values: dict[str, f
         )
     state.corrupt_patches += int(values["corrupt_patches"])
     share = state.corrupt_patches / (state.step * config.batch_size)
-    if share > config.data.max_damaged_share:
+    if share > config.data.max_corrupt_share:
         raise UserError(
             f"step {state.step}: {state.corrupt_patches} corrupt patches so far, a share of {share:.2%} "
-            f"(data.max_damaged_share={config.data.max_damaged_share}); check with prepare_data.py --verify"
+            f"(data.max_corrupt_share={config.data.max_corrupt_share}); check with prepare_data.py --verify"
         )

@@ -62,7 +62,7 @@ def cut_photo(job: PhotoJob, config: DataConfig, paired: bool) -> Iterator[pa.Ta
         yield _table([_row(job.index, hr.shape[0], hr.shape[1], 0.0, hr.tobytes(), lr.tobytes(), b"")])
         return
     scale, side = config.scale, config.patch_px
-    places = grid(hr.shape[0], hr.shape[1], side, config.patch_step_px)
+    places = grid(hr.shape[0], hr.shape[1], side, config.patch_stride_px)
     scores = detail_scores(hr, places, side)
     kept = [number for number, score in enumerate(scores) if score >= config.min_detail]
     most = max(1, _TABLE_BYTES // patch_bytes(side, scale))

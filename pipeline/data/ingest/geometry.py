@@ -6,15 +6,15 @@ from pipeline.errors import UserError
 
 def check_geometry(config: DataConfig) -> None:
     """Checks that patches fit the scale and leave no gap between them. Raises UserError."""
-    for field in ("patch_px", "patch_step_px"):
+    for field in ("patch_px", "patch_stride_px"):
         value = getattr(config, field)
         if value % config.scale:
             raise UserError(
                 f"data.{field}={value} is no multiple of data.scale={config.scale}; use {value - value % config.scale}"
             )
-    if config.patch_step_px > config.patch_px:
+    if config.patch_stride_px > config.patch_px:
         raise UserError(
-            f"data.patch_step_px={config.patch_step_px} is larger than data.patch_px={config.patch_px}: "
+            f"data.patch_stride_px={config.patch_stride_px} is larger than data.patch_px={config.patch_px}: "
             "pixels between patches would be lost"
         )
 
@@ -46,8 +46,8 @@ def expected_bytes(height: int, width: int, config: DataConfig) -> int:
     height, width = cut(height, config.scale), cut(width, config.scale)
     if min(height, width) < config.patch_px:
         return 0
-    patches = len(origins(height, config.patch_px, config.patch_step_px)) * len(
-        origins(width, config.patch_px, config.patch_step_px)
+    patches = len(origins(height, config.patch_px, config.patch_stride_px)) * len(
+        origins(width, config.patch_px, config.patch_stride_px)
     )
     return patches * patch_bytes(config.patch_px, config.scale)
 

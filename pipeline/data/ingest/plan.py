@@ -49,7 +49,7 @@ def make_plan(config: DataConfig, progress: bool = True) -> Plan:
     """
     if config.source is None:
         raise UserError("data.source: not set; give a folder of photographs, `sample` or `div2k`")
-    source, held_out, licence = config.source, config.held_out, config.licence
+    source, held_out, licence = config.source, config.held_out, config.license
     if source == "sample":
         source, own = _sample_folders(config)
         held_out = held_out or own

@@ -23,7 +23,7 @@ SETTINGS = (
     "scale",
     "edge",
     "patch_px",
-    "patch_step_px",
+    "patch_stride_px",
     "codec",
     "shard_mib",
     "min_detail",
@@ -72,7 +72,7 @@ def check_source(config: DataConfig, prepare_command: str | None = None) -> None
     if free is not None and needed > free:
         raise UserError(
             f"data.root={config.root}: {free / 2**30:.1f} GiB free, and patches take about {needed / 2**30:.1f} GiB; "
-            "choose another place, a larger data.patch_step_px or data.codec=webp"
+            "choose another place, a larger data.patch_stride_px or data.codec=webp"
         )
 
 
