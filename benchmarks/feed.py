@@ -1,7 +1,7 @@
-"""How fast patches reach training: `python benchmarks/feed.py` prints a table of ratios, measured in one run.
+"""Rate and memory of the feed: `python benchmarks/feed.py` prints a table of ratios, measured in one run.
 
-Everything lies in a temporary folder and in the page cache. Ray is a private one with as many CPUs as the machine. The
-object store is moto's server, in a process of its own on this machine.
+All files are in a temporary folder and in the page cache. Ray is a private cluster with all CPUs of the machine. The
+object store is moto's server in a separate process on this machine.
 """
 
 import argparse
@@ -29,12 +29,12 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from pipeline.data.feed import Batch, Feed
-from pipeline.data.feed.fetch import as_tensor, fetch, flipped, opened, put_flipped
+from pipeline.data.feed import Feed, RawBatch
+from pipeline.data.feed.fetch import fetch, flipped, opened, put_flipped
 from pipeline.data.feed.samples import Samples
 from pipeline.data.format import manifest as manifests
 from pipeline.data.format.manifest import Shard, load_manifest
-from pipeline.data.format.row_checksums import pack_seal, row_checks
+from pipeline.data.format.row_checksums import pack, patch_checksums
 from pipeline.data.format.shards import PATCH_SCHEMA, ShardWriter
 from pipeline.imaging import matlab_bicubic_downscale
 from pipeline.storage import Storage
@@ -47,7 +47,7 @@ def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="repetitions of every measurement")
-    parser.add_argument("--without-ray", action="store_true", help="leave out what needs Ray")
+    parser.add_argument("--without-ray", action="store_true", help="skip the measurements that need Ray")
     parser.add_argument("--memory-of", metavar="ROOT", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory_of:
@@ -59,9 +59,9 @@ def main() -> None:
         patches = make_patches()
         root = write_data(Path(folder) / "data", patches, ROWS)
         feed = Feed(root, seed=1, batch_size=BATCH, crop_px=CROP)
-        table = [("figure", "median", "lowest to highest", "asked for")]
+        table = [("figure", "median", "lowest to highest", "target")]
         table += rates(feed, patches, arguments.rounds, not arguments.without_ray)
-        # moto reads a whole object for each range of it, so these are small.
+        # moto reads a whole object for each range of it, so these objects are small.
         table += from_s3(Path(write_data(Path(folder) / "small", patches, 8)), arguments.rounds)
         table += memory(Path(folder), patches, not arguments.without_ray)
         table += first_batches(Path(folder), arguments.rounds)
@@ -79,7 +79,7 @@ def main() -> None:
 def rates(
     feed: Feed, patches: list[tuple[np.ndarray, np.ndarray]], rounds: int, with_ray: bool
 ) -> list[tuple[str, ...]]:
-    """Patches per second of every way, one after the other in each round; and what a feed costs."""
+    """Patches per second of every way, one after the other in each round; and the CPU time of a feed."""
     samples = Samples(len(patches), PATCH, SCALE, feed.seed, BATCH, CROP)
     pngs = [png(hr) for hr, _ in patches]
     small_pngs = [png(lr) for _, lr in patches]
@@ -88,7 +88,7 @@ def rates(
         "png": lambda: timed(from_png(pngs, small_pngs, samples, step) for step in range(6)),
         "thread": lambda: from_feed(feed, 150),
     }
-    found: dict[str, list[float]] = {}
+    results: dict[str, list[float]] = {}
     cost: dict[str, list[float]] = {}
     steps: dict[str, list[float]] = {}
     with opened(load_manifest(feed.root), feed.seed, BATCH, CROP) as (reader, order), ray_or_not(with_ray):
@@ -102,16 +102,16 @@ def rates(
         for _ in range(rounds):
             for name, way in ways.items():
                 rate, seconds = way()
-                found.setdefault(name, []).append(rate)
+                results.setdefault(name, []).append(rate)
                 cost.setdefault(name, []).append(seconds)
             for name, one in ({"none": None} | feeds).items():
                 steps.setdefault(name, []).append(small_operations(one))
 
-    def ratio(one: str, other: str, values: dict[str, list[float]] = found) -> tuple[str, str]:
+    def ratio(one: str, other: str, values: dict[str, list[float]] = results) -> tuple[str, str]:
         return spread([a / b for a, b in zip(values[one], values[other], strict=True)])
 
     rows: list[tuple[str, ...]] = [
-        (f"{name}, patches/s", *spread(rate, 0), "") for name, rate in found.items()
+        (f"{name}, patches/s", *spread(rate, 0), "") for name, rate in results.items()
     ]
     rows += [
         ("fetch to arrays in memory", *ratio("fetch", "memory"), "0.5"),
@@ -132,7 +132,7 @@ def rates(
 
 
 def timed(
-    batches: Iterator[Batch], cpu_seconds: Callable[[], float] = time.process_time
+    batches: Iterator[RawBatch], cpu_seconds: Callable[[], float] = time.process_time
 ) -> tuple[float, float]:
     """(patches per second, CPU seconds per 1000 patches); the first batch does not count."""
     next(batches)
@@ -149,7 +149,7 @@ def from_feed(
         return timed(batches, cpu_seconds)
 
 
-def from_memory(patches: list[tuple[np.ndarray, np.ndarray]], samples: Samples, step: int) -> Batch:
+def from_memory(patches: list[tuple[np.ndarray, np.ndarray]], samples: Samples, step: int) -> RawBatch:
     """The bound: `fetch` without reading and verifying."""
     hr = np.empty((BATCH, CROP, CROP, 3), np.uint8)
     lr = np.empty((BATCH, CROP // SCALE, CROP // SCALE, 3), np.uint8)
@@ -161,10 +161,10 @@ def from_memory(patches: list[tuple[np.ndarray, np.ndarray]], samples: Samples, 
         put_flipped(hr[index], large[y : y + CROP, x : x + CROP], flips)
         y, x = y // SCALE, x // SCALE
         put_flipped(lr[index], small[y : y + CROP // SCALE, x : x + CROP // SCALE], flips)
-    return Batch(as_tensor(lr), as_tensor(hr), 0)
+    return RawBatch(lr, hr, 0)
 
 
-def from_png(pngs: list[bytes], small_pngs: list[bytes], samples: Samples, step: int) -> Batch:
+def from_png(pngs: list[bytes], small_pngs: list[bytes], samples: Samples, step: int) -> RawBatch:
     """BasicSR's order of work: decode both PNGs to float, crop, flip, stack."""
     draws = samples.of_step(step)
     pairs = []
@@ -181,36 +181,42 @@ def from_png(pngs: list[bytes], small_pngs: list[bytes], samples: Samples, step:
             pixels = flipped(pixels[one : one + side, two : two + side], flips)
             images.append(torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))))
         pairs.append(images)
-    hr, lr = (torch.stack(images) for images in zip(*pairs, strict=True))
-    return Batch(lr, hr, 0)
+    hr, lr = (torch.stack(images).numpy() for images in zip(*pairs, strict=True))
+    return RawBatch(lr, hr, 0)  # its order of work ends in NCHW floats
 
 
 def small_operations(feed: Feed | None) -> float:
-    """Median seconds of a step of many small operations, with a feed beside it or on one batch that is there."""
+    """Median seconds of a step of many small operations, with a concurrent feed, or on one constant batch."""
     weights = [torch.randn(48, 48) for _ in range(8)]
     durations = []
     batches = feed.batches(0, 150) if feed else constant(150)
     with closing(batches):
         for batch in batches:
             began = time.perf_counter()
-            values = batch.lr[:, 0].reshape(-1, 32).float()[:48, :1].expand(48, 48).contiguous()
+            values = (
+                torch.from_numpy(batch.lr)[..., 0]
+                .reshape(-1, 32)
+                .float()[:48, :1]
+                .expand(48, 48)
+                .contiguous()
+            )
             for turn in range(1500):  # about 10 ms, most of it in the interpreter
                 values = torch.tanh(values @ weights[turn % 8])
             durations.append(time.perf_counter() - began)
     return statistics.median(durations[20:])
 
 
-def constant(steps: int) -> Iterator[Batch]:
-    """The same batch again and again."""
-    images = torch.zeros(BATCH, 3, CROP, CROP, dtype=torch.uint8)
-    batch = Batch(images[:, :, ::SCALE, ::SCALE], images, 0)
+def constant(steps: int) -> Iterator[RawBatch]:
+    """The same batch at every step."""
+    images = np.zeros((BATCH, CROP, CROP, 3), np.uint8)
+    batch = RawBatch(images[:, ::SCALE, ::SCALE], images, 0)
     for _ in range(steps):
         yield batch
 
 
 def from_s3(root: Path, rounds: int) -> list[tuple[str, ...]]:
-    """The thread feed from an object store: its rate, and how long a device of 20 steps/s waits for it."""
-    found: dict[str, list[float]] = {"rate": [], "cost": [], "idle": []}
+    """The thread feed from an object store: its rate, and the waiting time of a device with 20 steps/s."""
+    results: dict[str, list[float]] = {"rate": [], "cost": [], "idle": []}
     with s3_server() as address:
         store = Storage(address)
         for path in root.iterdir():
@@ -218,40 +224,40 @@ def from_s3(root: Path, rounds: int) -> list[tuple[str, ...]]:
         feed = Feed(store.uri, seed=1, batch_size=BATCH, crop_px=CROP)
         for _ in range(rounds):
             rate, seconds = from_feed(feed, 60)
-            found["rate"].append(rate)
-            found["cost"].append(seconds)
-            found["idle"].append(idle_share(feed, 100, 0.05))
+            results["rate"].append(rate)
+            results["cost"].append(seconds)
+            results["idle"].append(idle_share(feed, 100, 0.05))
     return [
-        ("thread feed from s3, patches/s", *spread(found["rate"], 0), "reported"),
+        ("thread feed from s3, patches/s", *spread(results["rate"], 0), "reported"),
         (
             "CPU seconds per 1000 patches, thread feed from s3, without the server",
-            *spread(found["cost"]),
+            *spread(results["cost"]),
             "reported",
         ),
         (
             "share of waiting, s3 feed at 20 steps/s of 16 (step: a pause)",
-            *spread(found["idle"], 3),
+            *spread(results["idle"], 3),
             "at most 0.05",
         ),
     ]
 
 
 def idle_share(feed: Feed, steps: int, step_s: float) -> float:
-    """The share of time that steps of `step_s` on a device wait for batches, after the first five."""
+    """The share of time that steps of `step_s` wait for batches, after the first five."""
     waited = 0.0
     with closing(feed.batches(0, steps)) as batches:
         for step in range(steps):
-            asked = time.perf_counter()
+            began = time.perf_counter()
             next(batches)
             if step >= 5:
-                waited += time.perf_counter() - asked
+                waited += time.perf_counter() - began
             time.sleep(step_s)
     return waited / (waited + (steps - 5) * step_s)
 
 
 @contextmanager
 def s3_server() -> Iterator[str]:
-    """moto's server in another process, and the environment to reach it; gives an empty bucket."""
+    """moto's server in another process, and the environment to reach it; yields the URI of an empty bucket."""
     import boto3
 
     with socket.socket() as free:
@@ -300,9 +306,9 @@ def memory(
                 held.append(held_mib(RayFeed(root, 1, BATCH, CROP)))
             shutil.rmtree(root)
     rows: list[tuple[str, ...]] = []
-    for name, found in (("thread feed", grown), ("ray feed's blocks in the object store", held)):
-        if found:
-            small, large = found
+    for name, results in (("thread feed", grown), ("ray feed's blocks in the object store", held)):
+        if results:
+            small, large = results
             rows += [
                 (f"memory of the {name}, MiB", f"{small:.0f}", f"10x the data: {large:.0f}", ""),
                 ("the same, 10x the data to 1x", f"{large / small:.2f}", "", "flat"),
@@ -338,7 +344,7 @@ def grown_mib(root: str) -> float:
 
 
 def first_batches(folder: Path, rounds: int) -> list[tuple[str, ...]]:
-    """Seconds from nothing to the first batch, for manifests as DIV2K's would be at that size.
+    """Seconds from nothing to the first batch, for manifests with as many sources as DIV2K at that size.
 
     All shards are links to one of 364 rows (a shard of 256 MiB) with small patches. Its patch ids are right for the
     first shard only, so a batch is timed as: manifest, order, the footers of the shards drawn, then crops of the first.
@@ -347,7 +353,7 @@ def first_batches(folder: Path, rounds: int) -> list[tuple[str, ...]]:
     images = np.zeros((side, side, 3), np.uint8), np.zeros((side // SCALE, side // SCALE, 3), np.uint8)
     one = write_data(folder / "one", [images] * rows, rows)
     shard = load_manifest(one).shards[0]
-    found: dict[int, list[float]] = {}
+    results: dict[int, list[float]] = {}
     for patches in (10_000, 1_000_000):
         many = folder / str(patches)
         many.mkdir()
@@ -361,30 +367,30 @@ def first_batches(folder: Path, rounds: int) -> list[tuple[str, ...]]:
             manifest = load_manifest(str(folder / str(patches)))
             with opened(manifest, 1, BATCH, crop) as (reader, samples):
                 for patch in samples.of_step(0).patch.tolist():
-                    reader._edges_of(*manifest.layout.locate(patch))
+                    reader.edges(manifest.layout.locate(patch)[0])
                 for index in range(BATCH):
                     reader.crop(index, 0, 0, crop)
-            found.setdefault(patches, []).append(time.perf_counter() - began)
-    ratios = [large / small for small, large in zip(*found.values(), strict=True)]
+            results.setdefault(patches, []).append(time.perf_counter() - began)
+    ratios = [large / small for small, large in zip(*results.values(), strict=True)]
     rows_of_table = [
         (f"first batch of {patches} patches, s", *spread(seconds, 3), "")
-        for patches, seconds in found.items()
+        for patches, seconds in results.items()
     ]
     return [*rows_of_table, ("first batch, the larger to the smaller", *spread(ratios), "at most 2")]
 
 
 def make_patches() -> list[tuple[np.ndarray, np.ndarray]]:
-    """Pictures with the smoothness of photographs, so that PNG compresses them as such."""
+    """Noise with the smoothness of photos, so that PNG compresses it as a photo."""
     draws = np.random.default_rng(0)
-    found = []
+    results = []
     for _ in range(PATCHES):
         coarse = draws.integers(0, 256, (PATCH // 8, PATCH // 8, 3), np.uint8)
         smooth = np.asarray(
             Image.fromarray(coarse).resize((PATCH, PATCH), Image.Resampling.BICUBIC), np.int16
         )
         hr = (smooth + draws.normal(0, 4, smooth.shape)).clip(0, 255).astype(np.uint8)
-        found.append((hr, np.ascontiguousarray(matlab_bicubic_downscale(hr, SCALE))))
-    return found
+        results.append((hr, np.ascontiguousarray(matlab_bicubic_downscale(hr, SCALE))))
+    return results
 
 
 def write_data(folder: Path, patches: list[tuple[np.ndarray, np.ndarray]], rows: int) -> str:
@@ -392,12 +398,11 @@ def write_data(folder: Path, patches: list[tuple[np.ndarray, np.ndarray]], rows:
     storage = Storage(str(folder))
     shards: list[Shard] = []
     for first in range(0, len(patches), rows):
-        writer = ShardWriter(storage, f"patches-{len(shards):05d}.parquet", PATCH_SCHEMA, "raw")
+        writer = ShardWriter(storage, f"patches-{len(shards):05d}.parquet", PATCH_SCHEMA)
         for number in range(first, first + rows):
-            checks = np.concatenate([row_checks(image.reshape(len(image), -1)) for image in patches[number]])
             hr, lr = (image.tobytes() for image in patches[number])
             cells = {"patch_id": number, "source_id": 0, "y": 0, "x": 0, "hr": hr, "lr": lr, "detail": 1.0}
-            cells["checks"] = pack_seal(number, checks)
+            cells["row_checksums"] = pack(number, patch_checksums(*patches[number]))
             writer.write(pa.Table.from_pylist([cells], schema=PATCH_SCHEMA))
         shards.append(writer.finish())
     write_manifest(storage, shards, len(patches[0][0]))
@@ -433,7 +438,7 @@ def png(pixels: np.ndarray) -> bytes:
 
 @contextmanager
 def ray_or_not(with_ray: bool) -> Iterator[None]:
-    """A private Ray, where one is wanted."""
+    """A private Ray cluster, if requested."""
     if not with_ray:
         yield
         return

@@ -1,7 +1,7 @@
-"""How fast photographs become patches, and in how much memory: `python benchmarks/ingest.py` prints a table.
+"""Rate and memory of ingest: `python benchmarks/ingest.py` prints a table.
 
-Photographs of DIV2K's size are put together from the samples that come with installed packages, as PNG. Everything
-lies in a temporary folder (about 4 GB) and in the page cache. Ray is a private one.
+Images of DIV2K's size are mosaics of the sample images, as PNG. All files are in a temporary folder (about 4 GB) and
+in the page cache. Ray is a private cluster.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from PIL import Image, ImageOps
 
 from pipeline.data import prepare
 from pipeline.data.config import DataConfig
-from pipeline.data.ingest import cutting
+from pipeline.data.ingest.cutting import CutImage, Rejection, cut_image
 from pipeline.data.ingest.decoding import read_photo
 from pipeline.data.ingest.plan import make_plan
 from pipeline.data.ingest.ray_ingest import cut_on_ray
@@ -36,28 +36,28 @@ from pipeline.imaging import matlab_bicubic_downscale
 
 HEIGHT, WIDTH = 1356, 2040
 MEGAPIXELS = HEIGHT * WIDTH / 1e6
-FEW = 8  # photographs of a timed run
-MANY = 200  # photographs of the largest run for memory; a tenth of them in the smallest
+FEW = 8  # images of a timed run
+MANY = 200  # images of the largest run for memory; a tenth of them in the smallest
 
 
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="repetitions of every rate")
-    parser.add_argument("--without-ray", action="store_true", help="leave out the large runs")
+    parser.add_argument("--without-ray", action="store_true", help="skip the large runs")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="ingest") as name:
         folder = Path(name)
         write_photos(folder / "few", FEW)
-        found = rates(folder, arguments.rounds)
-        table = [("figure", "median", "lowest to highest", "asked for"), *rows_of(found)]
+        results = rates(folder, arguments.rounds)
+        table = [("figure", "median", "lowest to highest", "target"), *rows_of(results)]
         if not arguments.without_ray:
-            table += on_ray(folder, arguments.rounds, statistics.median(found["decode"]))
+            table += on_ray(folder, arguments.rounds, statistics.median(results["decode"]))
     print(
         f"\n{platform.machine()}, {os.cpu_count()} cores, load {load:.1f} before; Python {platform.python_version()}, "
-        f"Pillow {Image.__version__}, pyarrow {pyarrow.__version__}; photographs of {WIDTH} x {HEIGHT}, PNG, "
+        f"Pillow {Image.__version__}, pyarrow {pyarrow.__version__}; images of {WIDTH} x {HEIGHT}, PNG, "
         f"patches of 480 px every 352, raw; {arguments.rounds} rounds\n"
     )
     for number, row in enumerate(table):
@@ -67,50 +67,50 @@ def main() -> None:
 
 
 def rates(folder: Path, rounds: int) -> dict[str, list[float]]:
-    """Megapixels per CPU second of each way, once in every round."""
+    """Megapixels per CPU second of each stage, once per round."""
     files = [path.read_bytes() for path in sorted((folder / "few").iterdir())]
-    pictures = [read_photo(data).pixels for data in files]
+    images = [read_photo(data).pixels for data in files]
     jobs = make_plan(config(folder, "few")).jobs
     ways: dict[str, Callable[[], object]] = {
         "decode": lambda: [read_photo(data) for data in files],
-        "degrade": lambda: [matlab_bicubic_downscale(picture, 4) for picture in pictures],
-        "cut": lambda: [None for _ in cutting.cut_photos(jobs, config(folder, "few"), False)],
+        "degrade": lambda: [matlab_bicubic_downscale(image, 4) for image in images],
+        "cut": lambda: [consume(cut_image(job, config(folder, "few"), False)) for job in jobs],
         "ingest": lambda: ingest(folder, "few", on_ray=False),
     }
-    found: dict[str, list[float]] = {name: [] for name in ways}
+    results: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
             before = cpu_seconds()
             way()
-            found[name].append(FEW * MEGAPIXELS / (cpu_seconds() - before))
+            results[name].append(FEW * MEGAPIXELS / (cpu_seconds() - before))
             shutil.rmtree(folder / "data", ignore_errors=True)
-    return found
+    return results
 
 
-def rows_of(found: dict[str, list[float]]) -> list[tuple[str, ...]]:
-    """What `rates` found, as a table."""
+def rows_of(results: dict[str, list[float]]) -> list[tuple[str, ...]]:
+    """The results of `rates` as table rows."""
     texts = {
         "decode": "decoding and checking alone, Mpx/s per core",
         "degrade": "degrading alone, Mpx/s per core",
         "cut": "all but writing, Mpx/s per core",
         "ingest": "ingest in one process, Mpx/s per core",
     }
-    rows = [(text, *spread(found[name]), "") for name, text in texts.items()]
-    ratio = [one / other for one, other in zip(found["ingest"], found["decode"], strict=True)]
+    rows = [(text, *spread(results[name]), "") for name, text in texts.items()]
+    ratio = [one / other for one, other in zip(results["ingest"], results["decode"], strict=True)]
     return [*rows, ("ingest in one process to decoding alone", *spread(ratio, 2), "0.4")]
 
 
 def on_ray(folder: Path, rounds: int, decoding: float) -> list[tuple[str, ...]]:
-    """The rate of an ingest on Ray, and the peak memory of its processes, for a tenth of the photographs and for all.
+    """The rate of an ingest on Ray, and the peak memory of its processes, for a tenth of the images and for all.
 
-    Looking at memory takes CPU time (the kernel walks through every page), so rates are of runs that are not watched.
+    Measuring memory takes CPU time (the kernel walks through every page), so rates are measured in separate runs.
     """
     import ray
 
     ray.init(address="local", include_dashboard=False, object_store_memory=1 << 30, log_to_driver=False)
     try:
-        for _ in cut_on_ray(make_plan(config(folder, "few")).jobs, config(folder, "few"), False):
-            pass  # workers are started, and have imported what they need
+        for image in cut_on_ray(make_plan(config(folder, "few")).jobs, config(folder, "few"), False):
+            consume(image)  # starts the workers and their imports
         peaks, parts = [], []
         for count in (MANY // 10, MANY):
             shutil.rmtree(folder / "many", ignore_errors=True)
@@ -120,23 +120,23 @@ def on_ray(folder: Path, rounds: int, decoding: float) -> list[tuple[str, ...]]:
             shutil.rmtree(folder / "data")
             peaks.append(peak.mib)
             parts.append(peak.parts)
-        per_core, by_clock = [], []
+        per_core, wall_clock = [], []
         for _ in range(rounds):
             began, cpu = time.monotonic(), cpu_seconds_of_all()
             ingest(folder, "many", on_ray=True)
-            by_clock.append(MANY * MEGAPIXELS / (time.monotonic() - began))
+            wall_clock.append(MANY * MEGAPIXELS / (time.monotonic() - began))
             per_core.append(MANY * MEGAPIXELS / (cpu_seconds_of_all() - cpu))
             shutil.rmtree(folder / "data")
         return [
             (
-                f"ingest of {MANY} photographs on Ray, Mpx/s per core, Ray's own CPU included",
+                f"ingest of {MANY} images on Ray, Mpx/s per core, Ray's own CPU included",
                 *spread(per_core),
                 "",
             ),
             ("ingest on Ray to decoding alone", *spread([rate / decoding for rate in per_core], 2), "0.4"),
-            ("the same by the clock, Mpx/s", *spread(by_clock), ""),
-            (f"peak memory, {MANY // 10} photographs on Ray", f"{peaks[0]:.0f} MiB", parts[0], ""),
-            (f"peak memory, {MANY} photographs on Ray", f"{peaks[1]:.0f} MiB", parts[1], ""),
+            ("the same wall-clock, Mpx/s", *spread(wall_clock), ""),
+            (f"peak memory, {MANY // 10} images on Ray", f"{peaks[0]:.0f} MiB", parts[0], ""),
+            (f"peak memory, {MANY} images on Ray", f"{peaks[1]:.0f} MiB", parts[1], ""),
             ("peak memory, 10x the data to 1x", f"{peaks[1] / peaks[0]:.2f}", "", "flat"),
         ]
     finally:
@@ -160,9 +160,9 @@ class Peak:
     def _watch(self) -> None:
         me = psutil.Process()
         while not self._over.wait(0.5):
-            mine, others = mib_of([me]), mib_of(me.children(recursive=True))
-            if mine + others > self.mib:
-                self.mib, self.parts = mine + others, f"{mine:.0f} writing, {others:.0f} Ray and its workers"
+            own, others = mib_of([me]), mib_of(me.children(recursive=True))
+            if own + others > self.mib:
+                self.mib, self.parts = own + others, f"{own:.0f} writing, {others:.0f} Ray and its workers"
 
 
 def mib_of(processes: list[psutil.Process]) -> float:
@@ -176,18 +176,25 @@ def mib_of(processes: list[psutil.Process]) -> float:
     return total / 2**20
 
 
+def consume(image: CutImage | Rejection) -> None:
+    """Computes the patches of an image."""
+    assert isinstance(image, CutImage)
+    for _ in image.tables:
+        pass
+
+
 def ingest(folder: Path, photos: str, on_ray: bool) -> None:
     """A whole ingest into a new folder."""
     prepare(config(folder, photos), progress=False, on_ray=on_ray)
 
 
 def config(folder: Path, photos: str) -> DataConfig:
-    """The paper's patches."""
+    """The published patch size."""
     return DataConfig(source=str(folder / photos), root=str(folder / "data"))
 
 
 def write_photos(folder: Path, count: int) -> None:
-    """Different photographs of DIV2K's size: mosaics of the samples at their own resolution."""
+    """Different images of DIV2K's size: mosaics of the sample images at their own resolution."""
     with tempfile.TemporaryDirectory() as samples:
         write_sample_photos(samples)
         parts = []
@@ -212,7 +219,7 @@ def cpu_seconds() -> float:
 
 
 def cpu_seconds_of_all() -> float:
-    """CPU time of this process and those below it, Ray's own among them."""
+    """CPU time of this process and its children, including Ray's."""
     me = psutil.Process()
     total = 0.0
     for process in [me, *me.children(recursive=True)]:

@@ -1,4 +1,4 @@
-"""Turns photographs into verified patches: Parquet shards and a manifest. Run again, it goes on or says it is done."""
+"""Prepares a data set from images: Parquet shards and a manifest. Resumes an interrupted attempt."""
 
 import argparse
 from dataclasses import asdict
@@ -17,20 +17,18 @@ from pipeline.storage import absolute
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's own flags."""
+    parser.add_argument("--strict", action="store_true", help="Fail at the first rejected image.")
     parser.add_argument(
-        "--strict", action="store_true", help="The first photograph that is refused is an error."
-    )
-    parser.add_argument(
-        "--verify", action="store_true", help="Read the finished data set again and name what is damaged."
+        "--verify", action="store_true", help="Verify the data set: read it again and list what is corrupt."
     )
     parser.add_argument(
         "--show", metavar="OUT.png", help="Draw patches with their low resolution, source and detail score."
     )
-    parser.add_argument("--json", metavar="FILE", help="Also write the result there.")
+    parser.add_argument("--json", metavar="FILE", help="Write the result to a file.")
 
 
 def main(argv: list[str]) -> None:
-    """Prepares the data set of the configuration, or looks at the one that is there."""
+    """Prepares the configured data set, or verifies or draws an existing one."""
     config, options = load_config(argv, description=__doc__ or "", add_arguments=add_arguments)
     command.require_writable_file(options.json, "--json")
     command.require_writable_file(options.show, "--show")
@@ -43,12 +41,12 @@ def main(argv: list[str]) -> None:
         command.write_json(options.json, asdict(describe(load_manifest(data.root))))
     if options.show:
         contact_sheet(load_manifest(data.root)).save(options.show, "PNG")
-        print(f"picture: {options.show}")
+        print(f"contact sheet: {options.show}")
 
 
 def _prepare(data: DataConfig, options: argparse.Namespace) -> None:
     check_source(data)
-    # Ray takes seconds to import; mistakes, --verify and --show do without it.
+    # Importing Ray takes seconds; invalid input, --verify and --show do not need it.
     from pipeline.data.ingest.ray_ingest import join_ray
 
     join_ray()
@@ -56,25 +54,23 @@ def _prepare(data: DataConfig, options: argparse.Namespace) -> None:
     command.write_json(options.json, asdict(result))
     manifest = load_manifest(data.root)
     for entry in manifest.rejected:
-        print(f"refused: {entry['path']!r}: {entry['reason']}")
+        print(f"rejected: {entry['path']!r}: {entry['reason']}")
     print(
-        f"{result.patches} patches from {result.sources} photographs, {result.rejected} refused, in {data.root}"
+        f"{result.patches} patches from {result.sources} images, {result.rejected} rejected, in {data.root}"
     )
 
 
 def _verify(data: DataConfig, json_file: str | None) -> None:
     manifest = load_manifest(data.root)
-    damaged = verify(manifest)
-    command.write_json(json_file, {**asdict(describe(manifest)), "damaged": damaged})
-    for line in damaged:
-        print(f"damaged: {line}")
-    if damaged:
+    corrupt = verify(manifest)
+    command.write_json(json_file, {**asdict(describe(manifest)), "corrupt": corrupt})
+    for line in corrupt:
+        print(f"corrupt: {line}")
+    if corrupt:
         raise UserError(
-            f"data.root={data.root}: damaged in {len(damaged)} place(s), named above; remove it and prepare it again"
+            f"data.root={data.root}: {len(corrupt)} corrupt part(s), listed above; remove it and prepare it again"
         )
-    print(
-        f"every patch is as it was written: {manifest.patches} in {data.root} (sha256 of {NAME}: {manifest.sha256})"
-    )
+    print(f"verified: {manifest.patches} patches in {data.root} (sha256 of {NAME}: {manifest.sha256})")
 
 
 if __name__ == "__main__":

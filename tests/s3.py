@@ -24,8 +24,8 @@ def s3_bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         monkeypatch.setenv(name, value)
     import boto3
 
-    boto3.client("s3").create_bucket(Bucket="photographs")
+    boto3.client("s3").create_bucket(Bucket="images")
     try:
-        yield "s3://photographs"
+        yield "s3://images"
     finally:
         server.stop()

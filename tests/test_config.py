@@ -158,6 +158,7 @@ def test_a_mistake_is_one_line_with_field_and_value(
             "tracking.if_away: there is no such field; renamed to tracking.if_unreachable",
         ),
         ("data: {licence: CC0}", "data.licence: there is no such field; renamed to data.license"),
+        ("data: {codec: lz4}", "data.codec='lz4': should be 'raw' or 'webp'"),
         ("gan: {stepz: 7}", "gan.stepz: there is no such field; did you mean steps?"),
         ("gan: [1]", "gan"),
         ("a: b: c", "line 1: not valid YAML"),
@@ -233,7 +234,7 @@ def test_a_mistyped_root_is_refused_and_nothing_is_prepared_there(tmp_path: Path
     )  # fmt: skip
     assert result.returncode == 2, result.stderr
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert f"data.root={typo}: there is no data set there" in line
+    assert f"data.root={typo}: no data set" in line
     assert "python jobs/prepare_data.py --config" in line
     assert line.endswith(f"--data.root {typo}")
     assert not typo.exists()

@@ -1,4 +1,4 @@
-"""DIV2K by name: downloads go on after anything, and nothing but the published file gets the name."""
+"""DIV2K by name: downloads resume after any interruption; only the published file gets the name."""
 
 import hashlib
 import io
@@ -26,12 +26,12 @@ ARCHIVE = Archive("a.zip", len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
 
 @dataclass
 class Server:
-    """Serves files; does each of `tricks` once, one per request, then behaves."""
+    """Serves files; applies each of `tricks` to one request, then responds normally."""
 
     files: dict[str, bytes]
     tricks: list[str] = field(default_factory=list)
     forever: str = ""
-    asked: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
     url: str = ""
 
 
@@ -45,7 +45,7 @@ def server() -> Iterator[Server]:
 
         def do_GET(self) -> None:
             wanted = self.headers.get("Range", "")
-            state.asked.append(wanted)
+            state.requests.append(wanted)
             trick = state.tricks.pop(0) if state.tricks else state.forever
             content = state.files.get(self.path.strip("/"))
             if content is None or trick == "404":
@@ -64,9 +64,9 @@ def server() -> Iterator[Server]:
                 return
             body = content[first:]
             length = len(body)
-            if trick == "says more":
+            if trick == "length too large":
                 length += 1000
-            if trick == "says less":
+            if trick == "length too small":
                 length -= 1000
             if trick == "page":
                 body = b"<html>please log in</html>"
@@ -101,11 +101,11 @@ def get(server: Server, folder: Path, archive: Archive = ARCHIVE) -> Path:
     return download(archive, server.url, folder, progress=False, pause_s=0)
 
 
-def test_a_file_arrives_once(server: Server, tmp_path: Path) -> None:
+def test_a_file_is_downloaded_once(server: Server, tmp_path: Path) -> None:
     assert missing_bytes(ARCHIVE, tmp_path) == len(CONTENT)
     assert get(server, tmp_path).read_bytes() == CONTENT
     assert get(server, tmp_path) == tmp_path / "a.zip"
-    assert server.asked == [""]
+    assert server.requests == [""]
     assert missing_bytes(ARCHIVE, tmp_path) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["a.zip"]
 
@@ -118,31 +118,31 @@ def test_a_file_arrives_once(server: Server, tmp_path: Path) -> None:
         ["503", "break", "503"],
         ["break", "ignore"],
         ["break", "shifted"],
-        ["says more"],
-        ["says less"],
-        ["break", "says more"],
-        ["break", "says less"],
+        ["length too large"],
+        ["length too small"],
+        ["break", "length too large"],
+        ["break", "length too small"],
         ["stall", "break", "stall"],
         ["page"],
     ],
 )
-def test_a_server_that_breaks_off_or_lies_for_a_while_is_survived(
+def test_the_download_survives_interrupted_and_wrong_responses(
     server: Server, tmp_path: Path, tricks: list[str]
 ) -> None:
     server.tricks = list(tricks)
     assert get(server, tmp_path).read_bytes() == CONTENT
 
 
-def test_the_next_process_goes_on_where_the_last_one_stopped(server: Server, tmp_path: Path) -> None:
+def test_the_next_process_resumes_where_the_last_one_stopped(server: Server, tmp_path: Path) -> None:
     (tmp_path / "a.zip.partial").write_bytes(CONTENT[:123_456])
     assert missing_bytes(ARCHIVE, tmp_path) == len(CONTENT) - 123_456
     assert get(server, tmp_path).read_bytes() == CONTENT
-    assert server.asked == ["bytes=123456-"]
+    assert server.requests == ["bytes=123456-"]
 
 
-@pytest.mark.parametrize("there", [bytes(5000), CONTENT + b"more", bytes(len(CONTENT))])
-def test_a_wrong_beginning_is_fetched_anew(server: Server, tmp_path: Path, there: bytes) -> None:
-    (tmp_path / "a.zip.partial").write_bytes(there)
+@pytest.mark.parametrize("partial", [bytes(5000), CONTENT + b"more", bytes(len(CONTENT))])
+def test_a_wrong_partial_file_is_downloaded_again(server: Server, tmp_path: Path, partial: bytes) -> None:
+    (tmp_path / "a.zip.partial").write_bytes(partial)
     assert get(server, tmp_path).read_bytes() == CONTENT
 
 
@@ -150,14 +150,14 @@ def test_a_wrong_beginning_is_fetched_anew(server: Server, tmp_path: Path, there
     ("trick", "message"),
     [
         ("other", "its sha256 is .* not the published file"),
-        ("404", "the server answers 404"),
-        ("503", r"the server answers 503 .*\(5 tries brought nothing\); run again to go on"),
-        ("page", "says that it has 26 bytes, not 300000"),
+        ("404", "HTTP status 404"),
+        ("503", r"HTTP status 503 .*\(no data received in 5 attempts\); run again to resume"),
+        ("page", "has 26 bytes, expected 300000"),
         ("stall", "the connection ended at byte 0 of 300000"),
         ("endless", "sends more than 300000 bytes"),
     ],
 )
-def test_what_stays_wrong_is_one_line_and_never_gets_the_name(
+def test_a_permanent_failure_is_one_line_and_leaves_no_file(
     server: Server, tmp_path: Path, trick: str, message: str
 ) -> None:
     server.forever = trick
@@ -166,8 +166,8 @@ def test_what_stays_wrong_is_one_line_and_never_gets_the_name(
     assert not (tmp_path / "a.zip").exists()
 
 
-def test_nobody_at_the_address_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"a\.zip: .*refused.*5 tries"):
+def test_an_unreachable_server_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"a\.zip: .*refused.*5 attempts"):
         download(ARCHIVE, "http://127.0.0.1:9", tmp_path, progress=False, pause_s=0)
 
 
@@ -176,10 +176,10 @@ def archive_of(name: str, numbers: range) -> tuple[bytes, Archive]:
     with zipfile.ZipFile(buffer, "w") as file:
         file.writestr(f"{name}/", b"")
         for number in numbers:
-            picture = io.BytesIO()
+            content = io.BytesIO()
             pixels = np.random.default_rng(number).integers(0, 256, (64, 72, 3), np.uint8)
-            Image.fromarray(pixels).save(picture, "PNG")
-            file.writestr(f"{name}/{number:04d}.png", picture.getvalue())
+            Image.fromarray(pixels).save(content, "PNG")
+            file.writestr(f"{name}/{number:04d}.png", content.getvalue())
     content = buffer.getvalue()
     return content, Archive(f"{name}.zip", len(content), hashlib.sha256(content).hexdigest())
 
@@ -206,12 +206,12 @@ def test_div2k_by_name_becomes_a_data_set(
         "DIV2K_valid_HR/0802.png",
         "DIV2K_train_HR/0001.png",
     ]
-    # Complete: the archives are not asked for again, not even when they are gone.
+    # Complete: the archives are not downloaded again, even after they were deleted.
     for path in (tmp_path / "data" / "photos").iterdir():
         path.unlink()
-    server.asked.clear()
+    server.requests.clear()
     assert prepare(data, progress=False, on_ray=False) == result
-    assert server.asked == []
+    assert server.requests == []
 
 
 def test_div2k_into_an_object_store_needs_a_folder() -> None:

@@ -1,4 +1,4 @@
-"""HR and LR files are told apart by the names of folders and files, by one rule for ingest and evaluation."""
+"""HR and LR files are distinguished by the names of folders and files, by one rule for ingest and evaluation."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ DIV2K_LR = [
 
 
 def tree(folder: Path, *names: str, lr: tuple[str, ...] = ()) -> Path:
-    """Pictures of these names below `folder`: HR of 64 px, LR of 16."""
+    """Images of these names below `folder`: HR of 64 px, LR of 16."""
     for seed, name in enumerate([*names, *lr]):
         side = 16 if name in lr else 64
         write_picture(folder / name, side, side, seed)
@@ -138,13 +138,13 @@ def test_marked_files_in_an_hr_folder_alone_are_paired(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "names",
     [
-        ["LR/a.png", "b.png"],  # nothing says that the others are HR: Lightroom
+        ["LR/a.png", "b.png"],  # no name marks the others as HR: Lightroom
         ["holiday hr 2019/a.png", "holiday hr 2020/a.png", "more/a.png"],
         ["train/a.png", "test/b.png"],  # railways
         ["fox.png", "foxx5.png", "foxx.png", "lr.png", "x4.png"],
     ],
 )
-def test_folders_and_files_that_only_sound_like_it_are_used(tmp_path: Path, names: list[str]) -> None:
+def test_folders_and_files_with_similar_names_are_used(tmp_path: Path, names: list[str]) -> None:
     made = plan(tree(tmp_path, *names))
     assert [job.photo.name for job in made.jobs] == sorted(names)
     assert made.notes == ()
@@ -167,7 +167,7 @@ def test_a_folder_that_is_also_the_lr_folder_is_split_by_name(tmp_path: Path) ->
     assert (job.photo.name, job.low and job.low.name) == ("a.png", "ax4.png")
 
 
-def test_files_marked_hr_and_lr_in_one_folder_are_told_apart(tmp_path: Path) -> None:
+def test_files_marked_hr_and_lr_in_one_folder_are_distinguished(tmp_path: Path) -> None:
     folder = tree(tmp_path, "a_HR.png", "b_HR.png", lr=("a_LR.png", "b_LRBI_x4.png"))
     assert used(folder) == ["a_HR.png", "b_HR.png"]
     assert plan(folder).notes == (f"data.source={folder}: skipped as LR: 2 files such as a_LR.png",)

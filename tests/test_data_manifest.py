@@ -1,4 +1,4 @@
-"""A manifest is read as it was written, or refused in one line that says what is wrong with it."""
+"""A manifest is read as it was written, or refused in one line with the reason."""
 
 import json
 import re
@@ -25,7 +25,7 @@ CONTENT: dict[str, Any] = {
     "rejected": [{"path": "b.png", "reason": "empty"}],
     "shards": [SHARD],
     "held_out": [],
-    "licences": {},
+    "licenses": {},
     "libraries": {"numpy": "2.0"},
 }
 
@@ -48,8 +48,8 @@ def test_a_manifest_is_read_as_it_was_written() -> None:
         (b"\xff" + encode(CONTENT), "UnicodeDecodeError"),
         (encode(CONTENT).replace(b'"set":', b'"set"'), "JSONDecodeError"),
         (b"[]", "TypeError"),
-        (encode({**CONTENT, "schema_version": 7}), "schema version 7, but this release reads 1"),
-        (encode({"schema_version": 7}), "schema version 7, but this release reads 1"),
+        (encode({**CONTENT, "schema_version": 7}), "schema version 7, but this release reads 2"),
+        (encode({"schema_version": 7}), "schema version 7, but this release reads 2"),
         (encode({name: value for name, value in CONTENT.items() if name != "shards"}), "KeyError: 'shards'"),
         (
             encode({name: value for name, value in CONTENT.items() if name != "sources"}),
@@ -57,7 +57,11 @@ def test_a_manifest_is_read_as_it_was_written() -> None:
         ),
         (encode({**CONTENT, "shards": [{**SHARD, "lines": 2}]}), "unexpected keyword argument 'lines'"),
         (encode({**CONTENT, "settings": {}}), "KeyError: 'scale'"),
-        (encode({**CONTENT, "patches": 3}), "patches=3, but the shards hold 2"),
+        (
+            encode({**CONTENT, "settings": {**CONTENT["settings"], "codec": "lz4"}}),
+            "codec='lz4'; expected raw or webp",
+        ),
+        (encode({**CONTENT, "patches": 3}), "patches=3, but the shards contain 2"),
         (encode({**CONTENT, "sources": {"path": "a.png"}}), "not a list of objects"),
         *(
             (
@@ -92,7 +96,7 @@ def test_a_manifest_is_read_as_it_was_written() -> None:
         (encode({**CONTENT, "shards": [{**SHARD, "sha256": "A"}]}), "sha256 is not a sha256"),
     ],
 )
-def test_what_is_wrong_with_a_manifest_is_said_in_one_line(content: bytes, message: str) -> None:
+def test_an_invalid_manifest_is_refused_in_one_line(content: bytes, message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)) as caught:
         _ = decode(content, "data").sources
     assert str(caught.value).startswith("data/manifest.json: ")
@@ -102,4 +106,4 @@ def test_what_is_wrong_with_a_manifest_is_said_in_one_line(content: bytes, messa
 def test_equal_content_gives_equal_bytes() -> None:
     shuffled = dict(reversed(CONTENT.items()))
     assert encode(shuffled) == encode(CONTENT)
-    assert json.loads(encode(CONTENT)) == {"schema_version": 1, **CONTENT}
+    assert json.loads(encode(CONTENT)) == {"schema_version": 2, **CONTENT}

@@ -12,16 +12,16 @@ import pytest
 import ray.data
 from tiny_patches import write_patches
 
-from pipeline.data.feed import Batch, Feed, ray_feed
-from pipeline.data.feed.ray_feed import MOST_TASKS, FeedDataConfig, RayFeed, StepSource, choose
+from pipeline.data.feed import Feed, RawBatch, ray_feed
+from pipeline.data.feed.ray_feed import MAX_TASKS, FeedDataConfig, RayFeed, StepSource, choose
 from pipeline.errors import UserError
 
 FIELDS: dict[str, Any] = {"seed": 3, "batch_size": 6, "crop_px": 16}
 
 
-def digest(batch: Batch) -> str:
-    parts = [images.permute(0, 2, 3, 1).numpy().tobytes() for images in (batch.lr, batch.hr)]
-    return hashlib.sha256(b"".join(parts)).hexdigest() + f" {batch.damaged}"
+def digest(batch: RawBatch) -> str:
+    parts = [images.tobytes() for images in (batch.lr, batch.hr)]
+    return hashlib.sha256(b"".join(parts)).hexdigest() + f" {batch.corrupt}"
 
 
 def digests(feed: Feed, first: int, last: int) -> list[str]:
@@ -41,7 +41,7 @@ def digests(feed: Feed, first: int, last: int) -> list[str]:
         ({"a": 2.0, "b": 2.0}, ["a", "b"], "thread"),
     ],
 )
-def test_auto_takes_ray_only_where_cpus_are_to_spare(
+def test_auto_selects_ray_only_with_spare_cpus(
     nodes: dict[str, float], workers: list[str], expected: str
 ) -> None:
     transport, reason = choose(nodes, workers, len(workers), 1.0)
@@ -49,11 +49,11 @@ def test_auto_takes_ray_only_where_cpus_are_to_spare(
     assert "CPUs" in reason
 
 
-def test_auto_takes_the_thread_where_workers_hold_all_of_many_cores() -> None:
+def test_auto_selects_the_thread_if_workers_occupy_all_cores() -> None:
     assert choose({"a": 8.0}, ["a", "a"], 2, 4.0)[0] == "thread"
 
 
-def test_every_rank_gets_a_feed_of_its_own_and_the_choice_is_printed(
+def test_every_rank_gets_its_own_feed_and_the_choice_is_printed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     config = FeedDataConfig(root="data", feed="thread", **FIELDS)
@@ -67,7 +67,7 @@ def test_read_tasks_cover_every_step_once_and_stay_few(tmp_path: Path, steps: in
     feed = Feed(write_patches(tmp_path, 3), **FIELDS)
     source = StepSource(feed, 5, 5 + steps)
     spans = [(task.read_fn.first, task.read_fn.last) for task in source.get_read_tasks(-1)]
-    assert len(spans) <= MOST_TASKS
+    assert len(spans) <= MAX_TASKS
     assert spans[0][0] == 5
     assert spans[-1][1] == 5 + steps
     assert all(one[1] == two[0] and two[0] < two[1] for one, two in pairwise(spans))
@@ -82,7 +82,7 @@ def test_ray_and_thread_give_the_same_batches_from_any_step(ray_cluster: str, tm
 
 
 @pytest.mark.ray
-def test_a_users_error_in_a_task_of_ray_data_is_one_clear_line(ray_cluster: str, tmp_path: Path) -> None:
+def test_a_user_error_in_a_ray_data_task_is_one_line(ray_cluster: str, tmp_path: Path) -> None:
     root = write_patches(tmp_path, 5)
     for shard in tmp_path.glob("*.parquet"):
         shard.unlink()
@@ -95,13 +95,13 @@ def test_a_users_error_in_a_task_of_ray_data_is_one_clear_line(ray_cluster: str,
 def test_training_may_pause_longer_than_ray_data_waits_for_progress(
     ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A long validation takes no batches; Ray Data would end the run after half an hour of it."""
+    """Validation consumes no batches; by default Ray Data ends the run after half an hour of it."""
     monkeypatch.setattr(ray.data.DataContext.get_current(), "execution_no_progress_timeout_s", 1.0)
     monkeypatch.setattr(ray_feed, "STORE_BYTES", 2**20)
     feed = RayFeed(write_patches(tmp_path, 13, rows=5), **FIELDS)
     with closing(feed.batches(0, 30_000)) as batches:
         next(batches)
-        time.sleep(4)  # nothing to wait for: the pause itself is what is tested
+        time.sleep(4)  # the pause itself is tested
         assert sum(1 for _ in islice(batches, 2000)) == 2000
 
 
@@ -117,7 +117,7 @@ def test_two_workers_of_ray_train_get_their_shares_in_order(
     out = tmp_path / "out"
     out.mkdir()
 
-    # Inside the test, so that it travels to the workers by value.
+    # Inside the test, so that it is pickled by value for the workers.
     def loop(config: dict[str, Any]) -> None:
         import hashlib
         import json
@@ -128,8 +128,8 @@ def test_two_workers_of_ray_train_get_their_shares_in_order(
         lines = []
         with closing(feed.batches(config["first"], 20)) as batches:
             for batch in batches:
-                parts = [images.permute(0, 2, 3, 1).numpy().tobytes() for images in (batch.lr, batch.hr)]
-                lines.append(hashlib.sha256(b"".join(parts)).hexdigest() + f" {batch.damaged}")
+                parts = [images.tobytes() for images in (batch.lr, batch.hr)]
+                lines.append(hashlib.sha256(b"".join(parts)).hexdigest() + f" {batch.corrupt}")
         rank = ray.train.get_context().get_world_rank()
         Path(config["out"], f"{rank}.json").write_text(json.dumps([type(feed).__name__, lines]))
 

@@ -1,4 +1,4 @@
-"""Data sets and photographs on an object store: the same bytes as in a folder."""
+"""Data sets and images in an object store: the same bytes as in a folder."""
 
 import itertools
 import threading
@@ -16,9 +16,9 @@ from pipeline.data.config import DataConfig
 from pipeline.data.feed import Feed
 from pipeline.data.feed.fetch import REQUESTS
 from pipeline.data.format import reader
-from pipeline.data.format.reader import DamagedPatch, PatchReader, StoreAway, _RemoteFile
+from pipeline.data.format.reader import CorruptPatch, PatchReader, StoreUnreachable, _RemoteFile
 from pipeline.data.format.verify import verify
-from pipeline.data.ingest import cutting
+from pipeline.data.ingest import prepare as prepare_module
 from pipeline.data.ingest.sources import list_photos
 from pipeline.errors import UserError
 from pipeline.storage import Storage
@@ -45,47 +45,50 @@ def test_a_data_set_on_s3_is_the_one_in_a_folder(
     monkeypatch.setattr("pipeline.data.ingest.writer._MIB", 400)
     for name, count, side in (("photos", 3, 100), ("held_out", 2, 64)):
         upload(write_photos(tmp_path / name, count, side, seed=len(name)), f"{bucket}/{name}")
-    here = config(
+    local_config = config(
         source=str(tmp_path / "photos"), held_out=str(tmp_path / "held_out"), root=str(tmp_path / "data")
     )
-    there = config(source=f"{bucket}/photos", held_out=f"{bucket}/held_out", root=f"{bucket}/sets/one")
-    check_source(there)
-    prepare(here, progress=False, on_ray=False)
+    remote_config = config(
+        source=f"{bucket}/photos", held_out=f"{bucket}/held_out", root=f"{bucket}/sets/one"
+    )
+    check_source(remote_config)
+    prepare(local_config, progress=False, on_ray=False)
 
-    # Interrupted once on the way.
-    real, done = cutting.cut_photo, []
+    # Interrupted once.
+    real, done = prepare_module.cut_image, []
 
     def interrupted(job, data, paired):
         if len(done) == 4:
             raise KeyboardInterrupt
         done.append(job.index)
-        yield from real(job, data, paired)
+        return real(job, data, paired)
 
-    monkeypatch.setattr(cutting, "cut_photo", interrupted)
+    monkeypatch.setattr(prepare_module, "cut_image", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        prepare(there, progress=False, on_ray=False)
+        prepare(remote_config, progress=False, on_ray=False)
     with pytest.raises(UserError, match="ingest was interrupted"):
-        load_manifest(there.root)
-    monkeypatch.setattr(cutting, "cut_photo", real)
-    prepare(there, progress=False, on_ray=False)
+        load_manifest(remote_config.root)
+    monkeypatch.setattr(prepare_module, "cut_image", real)
+    prepare(remote_config, progress=False, on_ray=False)
 
-    storage = Storage(there.root)
+    storage = Storage(remote_config.root)
     assert {name: storage.read_bytes(name) for name in storage.files()} == {
         path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()
     }
-    manifest = load_manifest(there.root)
+    manifest = load_manifest(remote_config.root)
     assert len(manifest.shards) > 1
     assert verify(manifest, progress=False) == []
-    assert [photo.name for photo in read_held_out(there.root)] == ["picture0.png", "picture1.png"]
+    assert [photo.name for photo in read_held_out(remote_config.root)] == ["image0.png", "image1.png"]
     local, remote = (
-        Feed(root, seed=0, batch_size=4, crop_px=32).batches(0, 5) for root in (here.root, there.root)
+        Feed(root, seed=0, batch_size=4, crop_px=32).batches(0, 5)
+        for root in (local_config.root, remote_config.root)
     )
     for one, other in zip(local, remote, strict=True):
         assert (one.hr == other.hr).all()
         assert (one.lr == other.lr).all()
 
 
-def test_damage_on_s3_is_found(bucket: str, tmp_path: Path) -> None:
+def test_corruption_on_s3_is_found(bucket: str, tmp_path: Path) -> None:
     data = config(source=str(write_photos(tmp_path / "photos", 2, 100, seed=1)), root=f"{bucket}/set")
     prepare(data, progress=False, on_ray=False)
     manifest = load_manifest(data.root)
@@ -96,17 +99,17 @@ def test_damage_on_s3_is_found(bucket: str, tmp_path: Path) -> None:
     content[place + 64 * 3 * 20] ^= 4  # in its row 20
     storage.write_bytes(name, bytes(content))
     patches = PatchReader(data.root, manifest.layout)
-    with pytest.raises(DamagedPatch, match="row 7"):
+    with pytest.raises(CorruptPatch, match="row 7"):
         patches.crop(7, 0, 0, 32)
     assert np.array_equal(patches.crop(6, 0, 0, 32)[0].shape, (32, 32, 3))
     (line,) = verify(manifest, progress=False)
     assert "row 7" in line
     storage.remove(name)
     (line,) = verify(manifest, progress=False)
-    assert line == f"s3://photographs/set/{name}: missing"
+    assert line == f"s3://images/set/{name}: missing"
 
 
-def test_a_store_that_is_away_for_a_while_damages_nothing(
+def test_a_temporarily_unreachable_store_is_retried(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = f"{bucket}/set"
@@ -114,40 +117,40 @@ def test_a_store_that_is_away_for_a_while_damages_nothing(
     feed = Feed(root, seed=3, batch_size=6, crop_px=16)
     whole = list(feed.batches(0, 8))
 
-    tried: set[int] = set()
+    attempted: set[int] = set()
 
-    class Away(_RemoteFile):
-        """A connection that breaks at the first attempt to read a place."""
+    class Flaky(_RemoteFile):
+        """A connection that fails at the first read of every offset."""
 
         def read(self, offset: int, size: int) -> np.ndarray:
-            if offset not in tried:
-                tried.add(offset)
+            if offset not in attempted:
+                attempted.add(offset)
                 raise OSError("AWS Error NETWORK_CONNECTION during GetObject operation")
             return super().read(offset, size)
 
-    monkeypatch.setattr(reader, "_RemoteFile", Away)
+    monkeypatch.setattr(reader, "_RemoteFile", Flaky)
     monkeypatch.setattr(reader, "RETRY_AFTER_S", (0.0, 0.0, 0.0))
     for one, other in zip(whole, feed.batches(0, 8), strict=True):
         assert (one.hr == other.hr).all()
-        assert other.damaged == 0
-    assert "trying again" in caplog.text
+        assert other.corrupt == 0
+    assert "retrying in" in caplog.text
 
 
-def test_requests_to_a_store_are_under_way_together(
+def test_requests_to_a_store_are_concurrent(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One after another they would take a batch times the store's latency."""
+    """Sequential requests would take the batch size times the store's latency."""
     root = f"{bucket}/set"
     local = write_patches(tmp_path, 40)
     upload(Path(local), root)
-    asked = itertools.count(1)
+    requests = itertools.count(1)
     enough = threading.Event()
 
     class Meeting(_RemoteFile):
-        """Answers nothing until half as many requests as may be under way are."""
+        """Answers only once half of the maximum number of requests are pending."""
 
         def read(self, offset: int, size: int) -> np.ndarray:
-            if next(asked) == REQUESTS // 2:
+            if next(requests) == REQUESTS // 2:
                 enough.set()
             assert enough.wait(timeout=60)
             return super().read(offset, size)
@@ -159,33 +162,37 @@ def test_requests_to_a_store_are_under_way_together(
     assert enough.is_set()
 
 
-def test_a_store_that_stays_away_is_no_damage_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_store_is_not_corruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader, "RETRY_AFTER_S", (0.0, 0.0))
     with s3_bucket(monkeypatch) as address:
         upload(Path(write_patches(tmp_path, 5)), f"{address}/set")
         manifest = load_manifest(f"{address}/set")
         patches = PatchReader(manifest.root, manifest.layout)
         patches.crop(0, 0, 0, 16)
-    with pytest.raises(StoreAway, match=r"set/patches-00000\.parquet: the object store does not answer"):
+    with pytest.raises(
+        StoreUnreachable, match=r"set/patches-00000\.parquet: the object store does not answer"
+    ):
         patches.crop(1, 0, 0, 16)
     with pytest.raises(UserError, match=r"does not answer.*verify again"):
         verify(manifest, progress=False)
 
 
-def test_the_sample_photographs_go_to_s3(bucket: str) -> None:
+def test_the_sample_images_are_prepared_on_s3(bucket: str) -> None:
     data = config(source="sample", root=f"{bucket}/sample", patch_px=256, patch_stride_px=256)
     check_source(data)
     assert prepare(data, progress=False, on_ray=False).sources == 6
     assert len(read_held_out(data.root)) == 2
 
 
-def test_a_store_that_is_away_is_one_line(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_store_is_one_line(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     for ask in (
         lambda: has_manifest(f"{bucket}/x"),
         lambda: list_photos(f"{bucket}/photos", "data.held_out"),
     ):
-        with pytest.raises(UserError, match=r"^data\.(root|held_out)=s3://.*cannot be") as caught:
+        with pytest.raises(
+            UserError, match=r"^data\.(root|held_out)=s3://.*(unreachable|cannot be listed)"
+        ) as caught:
             ask()
         assert "\n" not in str(caught.value)
 
@@ -194,7 +201,7 @@ def test_mistakes_on_s3_are_one_line(bucket: str, tmp_path: Path) -> None:
     photos = str(write_photos(tmp_path / "photos", 1, 100, seed=1))
     with pytest.raises(UserError, match=r"data\.root=s3://no-such-bucket/x: not writable"):
         check_source(config(source=photos, root="s3://no-such-bucket/x"))
-    with pytest.raises(UserError, match=r"data\.source=s3://photographs/empty: no photographs there"):
+    with pytest.raises(UserError, match=r"data\.source=s3://images/empty: no images"):
         check_source(config(source=f"{bucket}/empty", root=f"{bucket}/x"))
     with pytest.raises(UserError, match=r"data\.source=s3://no-such-bucket/x"):
         check_source(config(source="s3://no-such-bucket/x", root=f"{bucket}/x"))

@@ -1,6 +1,7 @@
-"""prepare_data.py --verify and --show: everything damaged is named, and a data set can be looked at."""
+"""prepare_data.py --verify and --show: all corruption is listed, and patches are drawn."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from tiny import write_photos
 from pipeline.data import load_manifest, prepare, read_held_out
 from pipeline.data.config import DataConfig
 from pipeline.data.format.manifest import Manifest, encode
-from pipeline.data.format.reader import DamagedPatch, PatchReader
+from pipeline.data.format.reader import CorruptPatch, PatchReader
 from pipeline.data.format.verify import verify
 from pipeline.errors import UserError
 
@@ -34,11 +35,11 @@ def flip(path: Path, place: int) -> None:
     path.write_bytes(bytes(content))
 
 
-def test_an_untouched_data_set_has_no_damage(tmp_path: Path) -> None:
+def test_an_unmodified_data_set_is_not_corrupt(tmp_path: Path) -> None:
     assert verify(make(tmp_path), progress=False) == []
 
 
-@pytest.mark.parametrize("codec", ["raw", "lz4", "zstd", "webp"])
+@pytest.mark.parametrize("codec", ["raw", "webp"])
 def test_a_flipped_byte_anywhere_in_a_shard_is_found(tmp_path: Path, codec: str) -> None:
     manifest = make(tmp_path, codec)
     shard = manifest.shards[0]
@@ -53,7 +54,7 @@ def test_a_flipped_byte_anywhere_in_a_shard_is_found(tmp_path: Path, codec: str)
         path.write_bytes(whole)
 
 
-def test_the_damaged_patch_and_its_photograph_are_named(tmp_path: Path) -> None:
+def test_the_corrupt_patch_and_its_image_are_named(tmp_path: Path) -> None:
     manifest = make(tmp_path)
     path = tmp_path / "data" / manifest.shards[0].name
     reader = PatchReader(manifest.root, manifest.layout)
@@ -61,15 +62,15 @@ def test_the_damaged_patch_and_its_photograph_are_named(tmp_path: Path) -> None:
     reader.close()
     flip(path, path.read_bytes().index(pixels) + 5000)
     (line,) = verify(manifest, progress=False)
-    assert "row 11: column hr: the page fails its checksum (patch 11, of 'picture1.png')" in line
+    assert re.search(r"row 11: column hr: .*CRC checksum.* \(patch 11, of 'image1\.png'\)", line)
 
 
-def test_missing_cut_and_held_out_files_are_named(tmp_path: Path) -> None:
+def test_missing_truncated_and_held_out_files_are_named(tmp_path: Path) -> None:
     manifest = make(tmp_path)
     held_out = tmp_path / "data" / "held_out-00000.parquet"
     flip(held_out, 200)
     (line,) = verify(manifest, progress=False)
-    assert line == f"{held_out}: its sha256 is not the one in the manifest"
+    assert line == f"{held_out}: sha256 mismatch with the manifest"
     held_out.unlink()
     (line,) = verify(manifest, progress=False)
     assert line == f"{held_out}: missing"
@@ -99,12 +100,12 @@ def test_a_row_count_that_is_not_the_shards_is_found_and_never_read(
             read_held_out(manifest.root)
     else:
         reader = PatchReader(manifest.root, manifest.layout)
-        with pytest.raises(DamagedPatch, match="has 18 rows"):
+        with pytest.raises(CorruptPatch, match="has 18 rows"):
             reader.patch(0)
         reader.close()
 
 
-def test_the_command_verifies_and_draws_without_the_photographs(tmp_path: Path) -> None:
+def test_the_command_verifies_and_draws_without_the_images(tmp_path: Path) -> None:
     manifest = make(tmp_path)
     (tmp_path / "photos").rename(tmp_path / "gone")
     flags = [
@@ -117,15 +118,15 @@ def test_the_command_verifies_and_draws_without_the_photographs(tmp_path: Path) 
     ]
     assert not job("prepare_data")([*flags, "--verify"])
     result = json.loads((tmp_path / "r.json").read_text())
-    assert (result["patches"], result["damaged"]) == (18, [])
+    assert (result["patches"], result["corrupt"]) == (18, [])
     with Image.open(tmp_path / "s.png") as sheet:
         assert len(np.unique(np.asarray(sheet))) > 50
     flip(tmp_path / "data" / "patches-00000.parquet", 5000)
-    with pytest.raises(UserError, match=r"damaged in 1 place"):
+    with pytest.raises(UserError, match=r"1 corrupt part"):
         job("prepare_data")([*flags, "--verify"])
-    assert "row 0" in json.loads((tmp_path / "r.json").read_text())["damaged"][0]
+    assert "row 0" in json.loads((tmp_path / "r.json").read_text())["corrupt"][0]
 
 
-def test_verify_without_a_data_set_says_so(tmp_path: Path) -> None:
+def test_verify_without_a_data_set_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"manifest\.json is missing"):
         job("prepare_data")(["--data.root", str(tmp_path), "--verify"])

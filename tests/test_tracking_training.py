@@ -90,7 +90,7 @@ def test_a_run_on_s3_registers_a_model_with_its_card(
     model = pull_generator("models:/esrgan-x4@champion", uri).parent.parent
     card = (model / "README.md").read_text()
     assert "CC0, drawn for a test" in card
-    assert "![picture0.png](image-0.png)" in card
+    assert "![image0.png](image-0.png)" in card
     assert (model / "image-1.png").is_file()
     example = np.asarray(json.loads((model / "serving_input_example.json").read_text())["inputs"])
     assert example.shape == (1, 24, 32, 3)

@@ -1,9 +1,10 @@
 """From the feed's bytes to the step's floats."""
 
+import numpy as np
 import pytest
 import torch
 
-from pipeline.data.feed import Batch as RawBatch
+from pipeline.data.feed import RawBatch
 from pipeline.training.batches import on_device
 from pipeline.training.config import TrainConfig
 from pipeline.training.worker import Worker
@@ -13,8 +14,9 @@ BATCH = 6
 
 def raw_batch(first: int, last: int) -> RawBatch:
     """Every sample and channel has a value of its own, the same in low and high resolution."""
-    values = (torch.arange(first, last)[:, None] * 10 + torch.arange(3)).to(torch.uint8)[:, :, None, None]
-    return RawBatch(lr=values.expand(-1, 3, 4, 4), hr=values.expand(-1, 3, 16, 16), damaged=0)
+    values = (np.arange(first, last)[:, None] * 10 + np.arange(3)).astype(np.uint8)[:, None, None, :]
+    lr, hr = (np.tile(values, (1, side, side, 1)) for side in (4, 16))
+    return RawBatch(lr=lr, hr=hr, corrupt=0)
 
 
 def channels(world_size: int, shuffle_channels: bool) -> torch.Tensor:

@@ -75,7 +75,7 @@ def test_a_run_records_and_prints_the_images_of_the_manifest_and_not_what_the_co
 ) -> None:
     result = train(folder, run_name="own", **{"data.source": "sample", "data.held_out": "elsewhere"})
     printed = capsys.readouterr().out
-    images = "3 images: picture0.png ... picture2.png"
+    images = "3 images: image0.png ... image2.png"
     assert (
         f"data:    {folder / 'data'}: 12 patches of 64 px from {images}; validation on 2 images: " in printed
     )
@@ -84,7 +84,7 @@ def test_a_run_records_and_prints_the_images_of_the_manifest_and_not_what_the_co
     run = folder / "runs" / "own"
     recorded = json.loads((run / "tracking" / "run.json").read_text())["parameters"]
     assert recorded["data.source"] == images
-    assert recorded["data.held_out"] == "2 images: picture0.png picture1.png"
+    assert recorded["data.held_out"] == "2 images: image0.png image1.png"
     assert "sample" not in (run / "config.yaml").read_text()
     description = (
         MlflowClient(f"sqlite:///{folder}/runs/mlflow.db")

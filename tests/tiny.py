@@ -26,7 +26,7 @@ def write_photos(folder: Path, count: int, side: int, seed: int) -> Path:
         waves = [np.sin(2 * np.pi * (a * y + b * x)) for a, b in draws]
         edges = [(wave > 0.6) * 60.0 for wave in waves]
         picture = np.stack([90 + 60 * wave + edge for wave, edge in zip(waves, edges, strict=True)], axis=-1)
-        Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(folder / f"picture{index}.png")
+        Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(folder / f"image{index}.png")
     return folder
 
 

@@ -7,13 +7,13 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.data.format import manifest as manifests
-from pipeline.data.format.row_checksums import pack_seal, row_checks
+from pipeline.data.format.row_checksums import pack, patch_checksums
 from pipeline.data.format.shards import PATCH_SCHEMA, ShardWriter, encode_pixels
 from pipeline.storage import Storage
 
 
 def pixels(patch: int, side: int, scale: int) -> tuple[np.ndarray, np.ndarray]:
-    """A patch whose low-resolution version is every scale-th pixel of it, so that a wrong cut shows."""
+    """A patch whose low-resolution version is every scale-th pixel of it, so that a wrong crop is detected."""
     hr = np.random.default_rng(patch).integers(0, 256, (side, side, 3), np.uint8)
     return hr, np.ascontiguousarray(hr[::scale, ::scale])
 
@@ -21,14 +21,13 @@ def pixels(patch: int, side: int, scale: int) -> tuple[np.ndarray, np.ndarray]:
 def write_patches(
     folder: Path, count: int, side: int = 32, scale: int = 4, rows: int = 8, codec: str = "raw"
 ) -> str:
-    """Writes `count` patches in shards of `rows`; gives the data set's root."""
+    """Writes `count` patches in shards of `rows`; returns the data set's root."""
     storage = Storage(str(folder))
     shards = []
     for first in range(0, count, rows):
-        writer = ShardWriter(storage, f"patches-{len(shards):05d}.parquet", PATCH_SCHEMA, codec)
+        writer = ShardWriter(storage, f"patches-{len(shards):05d}.parquet", PATCH_SCHEMA)
         for patch in range(first, min(first + rows, count)):
             hr, lr = pixels(patch, side, scale)
-            checks = np.concatenate([row_checks(image.reshape(len(image), -1)) for image in (hr, lr)])
             cells = {
                 "patch_id": patch,
                 "source_id": 0,
@@ -37,7 +36,7 @@ def write_patches(
                 "hr": encode_pixels(hr, codec),
                 "lr": encode_pixels(lr, codec),
                 "detail": 1.0,
-                "checks": pack_seal(patch, checks),
+                "row_checksums": pack(patch, patch_checksums(hr, lr)),
             }
             writer.write(pa.Table.from_pylist([cells], schema=PATCH_SCHEMA))
         shards.append(asdict(writer.finish()))

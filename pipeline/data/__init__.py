@@ -1,6 +1,6 @@
-"""Photographs to verified patches, and patches to batches whose order depends on (seed, step) alone.
+"""Image files to verified patches, and patches to batches whose order depends on (seed, step) alone.
 
-`pipeline.data.ingest.ray_ingest` and `pipeline.data.feed.ray_feed`, which need Ray, are imported by name.
+`pipeline.data.ingest.ray_ingest` and `pipeline.data.feed.ray_feed`, which need Ray, are imported explicitly.
 """
 
 from pipeline.data.format.held_out import HeldOutPhoto, read_held_out

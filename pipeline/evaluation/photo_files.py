@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from pipeline.data.ingest.decoding import FORMATS, PhotoRefused, read_photo
+from pipeline.data.ingest.decoding import FORMATS, PhotoRejected, read_photo
 
 Pixels = NDArray[np.uint8]
 SUFFIXES = {"png": ".png", "jpg": ".jpg", "webp": ".webp"}
@@ -38,12 +38,12 @@ def read_source(data: bytes, max_megapixels: float) -> SourcePhoto:
     """Decodes a whole file; see `read_photo` for what is refused. Transparency is kept here.
 
     Raises:
-        PhotoRefused: with the reason.
+        PhotoRejected: with the reason.
     """
     try:
         photo = read_photo(data, max_megapixels)
-        rgb, alpha, grey = photo.pixels, None, "grey" in photo.notes
-    except PhotoRefused as refusal:
+        rgb, alpha, grey = photo.pixels, None, "gray" in photo.notes
+    except PhotoRejected as refusal:
         found = _with_transparency(data, max_megapixels)
         if found is None:
             raise refusal
@@ -63,14 +63,14 @@ def write_copy(pixels: Pixels, alpha: Pixels | None, source: SourcePhoto, form: 
     """An 8-bit PNG, JPEG (quality 95, full colour resolution) or WebP (quality 95), with profile and EXIF.
 
     Raises:
-        PhotoRefused: the format cannot hold it.
+        PhotoRejected: the format cannot hold it.
     """
     height, width = pixels.shape[:2]
     if form == "jpg" and alpha is not None:
-        raise PhotoRefused("has transparency, which JPEG cannot hold; use --format png or webp")
+        raise PhotoRejected("has transparency, which JPEG cannot hold; use --format png or webp")
     limit = {"jpg": JPEG_MAX_PX, "webp": WEBP_MAX_PX}.get(form)
     if limit is not None and max(height, width) > limit:
-        raise PhotoRefused(f"{width} x {height} pixels are too many for {form} (at most {limit} on a side)")
+        raise PhotoRejected(f"{width} x {height} pixels are too many for {form} (at most {limit} on a side)")
     image = Image.fromarray(pixels)
     if source.grey:
         image = image.convert("L")

@@ -11,7 +11,7 @@ import pyarrow
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.data.ingest.decoding import PhotoRefused, read_photo
+from pipeline.data.ingest.decoding import PhotoRejected, read_photo
 from pipeline.evaluation.crops import Box, most_different
 from pipeline.evaluation.layout import Pair
 from pipeline.evaluation.lpips import Lpips
@@ -55,7 +55,7 @@ class Scorer:
         """
         try:
             hr, lr = read_pair(pair, self.settings)
-        except PhotoRefused as error:
+        except PhotoRejected as error:
             return {"name": pair.name, "refused": str(error)}
         try:
             results = [model.upscale(lr, self.settings.tile_px) for model in self.models]
@@ -114,7 +114,7 @@ def read_pair(pair: Pair, settings: Settings) -> tuple[Pixels, Pixels]:
     up to a pixel short of the scale larger than `scale` times the file; it is cut.
 
     Raises:
-        PhotoRefused: with the reason.
+        PhotoRejected: with the reason.
     """
     scale = settings.scale
     hr = _read(pair.hr, settings)
@@ -126,7 +126,7 @@ def read_pair(pair: Pair, settings: Settings) -> tuple[Pixels, Pixels]:
     lr = _read(pair.lr, settings)
     height, width = (size * scale for size in lr.shape[:2])
     if not (0 <= hr.shape[0] - height < scale and 0 <= hr.shape[1] - width < scale):
-        raise PhotoRefused(size_mismatch((hr.shape[1], hr.shape[0]), (lr.shape[1], lr.shape[0]), scale))
+        raise PhotoRejected(size_mismatch((hr.shape[1], hr.shape[0]), (lr.shape[1], lr.shape[0]), scale))
     _require_size(height, width, settings)
     return np.ascontiguousarray(hr[:height, :width]), lr
 
@@ -154,15 +154,15 @@ def _read(path: str, settings: Settings) -> Pixels:
     folder, _, name = path.rpartition("/")
     try:
         return read_photo(Storage(folder or "/").read_bytes(name), settings.max_megapixels).pixels
-    except PhotoRefused as error:
-        raise PhotoRefused(f"{name}: {error}") from None
+    except PhotoRejected as error:
+        raise PhotoRejected(f"{name}: {error}") from None
     except (OSError, pyarrow.ArrowException) as error:
-        raise PhotoRefused(f"{name}: cannot be read ({str(error).splitlines()[0]})") from None
+        raise PhotoRejected(f"{name}: cannot be read ({str(error).splitlines()[0]})") from None
 
 
 def _require_size(height: int, width: int, settings: Settings) -> None:
     least = 2 * settings.border + _SSIM_WINDOW_PX
     if min(height, width) < least:
-        raise PhotoRefused(
+        raise PhotoRejected(
             f"{width} x {height} pixels are too few for border={settings.border} (at least {least})"
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow
 
-from pipeline.data.ingest.decoding import PhotoRefused
+from pipeline.data.ingest.decoding import PhotoRejected
 from pipeline.errors import UserError
 from pipeline.evaluation.layout import images_in
 from pipeline.evaluation.models import Model
@@ -74,7 +74,7 @@ class Upscaler:
             scale = self.model.scale
             alpha = photo.alpha if photo.alpha is None or scale == 1 else bicubic_upscale(photo.alpha, scale)
             copy = write_copy(pixels, alpha, photo, self.form)
-        except (PhotoRefused, FloatingPointError) as error:
+        except (PhotoRejected, FloatingPointError) as error:
             return {"name": task.name, "failed": str(error)}
         except (OSError, pyarrow.ArrowException) as error:
             return {"name": task.name, "failed": str(error).splitlines()[0]}

@@ -1,9 +1,11 @@
 """Moves loader batches to the device and converts them to float; optional channel shuffling."""
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.data.feed import Batch as RawBatch
+from pipeline.data.feed import RawBatch
 from pipeline.data.feed.samples import channel_orders, rank_share
 from pipeline.training.config import TrainConfig
 from pipeline.training.step import Batch
@@ -25,8 +27,9 @@ def on_device(raw: RawBatch, config: TrainConfig, worker: Worker, step: int) -> 
     device = worker.device
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
 
-    def ready(images: Tensor) -> Tensor:
-        return images.to(device, non_blocking=True).to(torch.float32, memory_format=layout).div_(255)
+    def ready(pixels: NDArray[np.uint8]) -> Tensor:
+        images = torch.from_numpy(pixels).to(device, non_blocking=True).permute(0, 3, 1, 2)
+        return images.to(torch.float32, memory_format=layout).div_(255)
 
     lr, hr = ready(raw.lr), ready(raw.hr)
     if config.shuffle_channels:

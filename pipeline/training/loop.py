@@ -87,7 +87,7 @@ def train(
                     state, batch, features, config.perceptual.layers, _weights(config), settings
                 )
             state.step += 1
-            meter.add(losses, wait_s, raw.damaged)
+            meter.add(losses, wait_s, raw.corrupt)
 
             now = due(config, state.step)
             save, resize, stop = now.save, False, False

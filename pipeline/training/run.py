@@ -310,7 +310,7 @@ def _candidate(
         for each in generators
     ]
     images = {key.removeprefix("validation/"): strip for key, strip in images_at(run, best.step).items()}
-    licenses = json.loads(manifest.content).get("licences", {})
+    licenses = json.loads(manifest.content).get("licenses", {})
     return Candidate(
         model_name=config.tracking.model_name,
         metric=config.tracking.metric,

@@ -1,6 +1,6 @@
 """From a data set to training batches: order of samples, fetching, prefetching."""
 
-from pipeline.data.feed.fetch import Batch
+from pipeline.data.feed.fetch import RawBatch
 from pipeline.data.feed.thread_feed import Feed
 
-__all__ = ["Batch", "Feed"]
+__all__ = ["Feed", "RawBatch"]

@@ -1,4 +1,4 @@
-"""One worker's part of one training step: read, verified, cropped, flipped and put together."""
+"""One worker's part of one training step: samples read, verified, cropped and flipped."""
 
 import logging
 from collections import deque
@@ -9,60 +9,59 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from pipeline.data.feed.samples import Samples
 from pipeline.data.format.manifest import Manifest
-from pipeline.data.format.reader import DamagedPatch, PatchReader
+from pipeline.data.format.reader import CorruptPatch, PatchReader
 from pipeline.errors import UserError
 
-# A damaged patch is replaced by another draw; this many in a row are damaged only where nearly all are.
+# Consecutive corrupt draws for one sample before giving up: by then nearly the whole data set must be corrupt.
 ATTEMPTS = 16
-# An object store answers in tens of milliseconds: so many requests and steps at once hide that at 20 steps/s.
+# An object store answers in tens of milliseconds: that many concurrent requests and steps hide it at 20 steps/s.
 REQUESTS = 24
-STEPS_AT_ONCE = 3
-# Replacements come from seeds that are far from those which people choose.
+CONCURRENT_STEPS = 3
+# Replacements use seeds offset by multiples of this, so that they never equal a seed that a user chose.
 _ATTEMPT_STRIDE = 2**40
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One worker's part of a step; images stay uint8 until they are on the device."""
+class RawBatch:
+    """One worker's part of a step; pixels stay uint8 until they are on the device."""
 
-    lr: Tensor
-    """(B, 3, h, w), uint8, channels-last in memory."""
-    hr: Tensor
-    """(B, 3, h * scale, w * scale), uint8, channels-last in memory."""
-    damaged: int
-    """Damaged patches that were drawn and replaced."""
+    lr: NDArray[np.uint8]
+    """(B, h, w, 3)."""
+    hr: NDArray[np.uint8]
+    """(B, h * scale, w * scale, 3)."""
+    corrupt: int
+    """Corrupt patches that were drawn and replaced."""
 
 
 def fetch_steps(
     reader: PatchReader, samples: Samples, steps: Sequence[int], first: int, last: int
-) -> Generator[Batch, None, None]:
-    """What `fetch` gives for each of `steps`, in their order; from an object store, several are under way at once.
+) -> Generator[RawBatch, None, None]:
+    """The result of `fetch` for each of `steps`, in order; from an object store, several are fetched concurrently.
 
     Raises:
-        UserError, StoreAway: as `fetch`.
+        UserError, StoreUnreachable: as `fetch`.
     """
     if not reader.remote:
         for step in steps:
             yield fetch(reader, samples, step, first, last)
         return
-    requests, makers = ThreadPoolExecutor(REQUESTS), ThreadPoolExecutor(STEPS_AT_ONCE)
-    under_way: deque[Future[Batch]] = deque()
+    requests, steps_pool = ThreadPoolExecutor(REQUESTS), ThreadPoolExecutor(CONCURRENT_STEPS)
+    pending: deque[Future[RawBatch]] = deque()
     try:
         for step in steps:
-            under_way.append(makers.submit(fetch, reader, samples, step, first, last, requests.map))
-            if len(under_way) == STEPS_AT_ONCE:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
+            pending.append(steps_pool.submit(fetch, reader, samples, step, first, last, requests.map))
+            if len(pending) == CONCURRENT_STEPS:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     finally:
-        makers.shutdown(cancel_futures=True)
+        steps_pool.shutdown(cancel_futures=True)
         requests.shutdown()
 
 
@@ -73,58 +72,53 @@ def fetch(
     first: int,
     last: int,
     for_each: Callable[[Callable[[int], int], Iterable[int]], Iterable[int]] = map,
-) -> Batch:
+) -> RawBatch:
     """Samples at positions first..last of the global batch of `step`.
 
-    A damaged patch is logged once, counted, and replaced by a draw that (seed, step, position, attempt) decide, so
-    whichever rank meets it replaces it alike.
+    A corrupt patch is logged once, counted, and replaced by a draw that depends on (seed, step, position, attempt)
+    only, so that every rank replaces it by the same one.
 
     Args:
-        for_each: `map`, or that of an executor whose threads share the samples.
+        for_each: `map`, or that of an executor whose threads fetch the samples concurrently.
 
     Raises:
-        UserError: ATTEMPTS draws in a row were damaged.
-        StoreAway: an object store does not answer.
+        UserError: ATTEMPTS consecutive draws were corrupt.
+        StoreUnreachable: an object store does not answer.
     """
     count, side, scale = last - first, samples.crop_px, samples.scale
     hr = np.empty((count, side, side, 3), np.uint8)
     lr = np.empty((count, side // scale, side // scale, 3), np.uint8)
     draws = samples.of_step(step, first, last)
-    places = list(
+    positions = list(
         zip(draws.patch.tolist(), draws.y.tolist(), draws.x.tolist(), draws.flips.tolist(), strict=True)
     )
 
-    def put(index: int) -> int:
-        """Fills one sample in; how many damaged patches were drawn for it."""
-        (patch, y, x, flips), damaged = places[index], 0
+    def fill(index: int) -> int:
+        """Fills one sample in; returns the number of corrupt patches drawn for it."""
+        (patch, y, x, flips), corrupt = positions[index], 0
         while True:
             try:
                 crops = reader.crop(patch, y, x, side)
                 break
-            except DamagedPatch as error:
-                damaged += 1
-                _name_once(error.shard, error.row, error.reason)
-                if damaged == ATTEMPTS:
+            except CorruptPatch as error:
+                corrupt += 1
+                _log_once(error.shard, error.row, error.reason)
+                if corrupt == ATTEMPTS:
                     raise UserError(
-                        f"{error}; {damaged} patches in a row are damaged: check with prepare_data.py --verify, "
+                        f"{error}; {corrupt} consecutive patches are corrupt: check with prepare_data.py --verify, "
                         "and prepare the data set again"
                     ) from None
-            patch, y, x, flips = _another(samples, step, first + index, damaged)
+            patch, y, x, flips = _replacement(samples, step, first + index, corrupt)
         for out, crop in zip((hr[index], lr[index]), crops, strict=True):
             put_flipped(out, crop, flips)
-        return damaged
+        return corrupt
 
-    damaged = sum(for_each(put, range(count)))
-    return Batch(as_tensor(lr), as_tensor(hr), damaged)
-
-
-def as_tensor(images: np.ndarray) -> Tensor:
-    """uint8 (B, h, w, 3) as (B, 3, h, w) over the same memory."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2)
+    corrupt = sum(for_each(fill, range(count)))
+    return RawBatch(lr, hr, corrupt)
 
 
 def flipped(pixels: np.ndarray, flips: int) -> np.ndarray:
-    """A view of (h, w, 3): bit 0 flips left and right, bit 1 up and down, bit 2 transposes afterwards."""
+    """A view of (h, w, 3): bit 0 flips left-right, bit 1 up-down, bit 2 transposes afterwards."""
     if flips & 1:
         pixels = pixels[:, ::-1]
     if flips & 2:
@@ -135,7 +129,7 @@ def flipped(pixels: np.ndarray, flips: int) -> np.ndarray:
 
 
 def put_flipped(out: np.ndarray, pixels: np.ndarray, flips: int) -> None:
-    """out = flipped(pixels, flips), a plane at a time where rows do not stay rows: three times as fast in numpy."""
+    """out = flipped(pixels, flips). Copies per channel when the view is not row-contiguous (3x faster in numpy)."""
     view = flipped(pixels, flips)
     if flips & 5:
         for channel in range(view.shape[2]):
@@ -148,7 +142,7 @@ def put_flipped(out: np.ndarray, pixels: np.ndarray, flips: int) -> None:
 def opened(
     manifest: Manifest, seed: int, batch_size: int, crop_px: int
 ) -> Iterator[tuple[PatchReader, Samples]]:
-    """What `fetch` needs, for one data set. Raises UserError: a crop is larger than the patches."""
+    """Reader and samples of a data set; closes the reader. Raises UserError: the crop does not fit the patches."""
     reader, samples = reader_and_samples(manifest, seed, batch_size, crop_px)
     try:
         yield reader, samples
@@ -159,7 +153,7 @@ def opened(
 def reader_and_samples(
     manifest: Manifest, seed: int, batch_size: int, crop_px: int
 ) -> tuple[PatchReader, Samples]:
-    """What `fetch` needs; the reader is the caller's to close. Raises UserError: a crop is larger than the patches."""
+    """Reader (closed by the caller) and samples of a data set. Raises UserError: the crop does not fit the patches."""
     layout = manifest.layout
     if layout.patch_px < crop_px:
         raise UserError(
@@ -173,12 +167,12 @@ def reader_and_samples(
     return PatchReader(manifest.root, layout), samples
 
 
-def _another(samples: Samples, step: int, position: int, attempt: int) -> tuple[int, int, int, int]:
-    other = replace(samples, seed=samples.seed + attempt * _ATTEMPT_STRIDE)
-    draws = other.of_step(step, position, position + 1)
+def _replacement(samples: Samples, step: int, position: int, attempt: int) -> tuple[int, int, int, int]:
+    reseeded = replace(samples, seed=samples.seed + attempt * _ATTEMPT_STRIDE)
+    draws = reseeded.of_step(step, position, position + 1)
     return int(draws.patch[0]), int(draws.y[0]), int(draws.x[0]), int(draws.flips[0])
 
 
 @lru_cache(maxsize=4096)
-def _name_once(shard: str, row: int, reason: str) -> None:
-    logger.warning("damaged patch left out: %s, row %d: %s", shard, row, reason)
+def _log_once(shard: str, row: int, reason: str) -> None:
+    logger.warning("replacing corrupt patch %s, row %d: %s", shard, row, reason)

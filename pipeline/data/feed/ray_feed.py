@@ -1,4 +1,4 @@
-"""Batches through Ray Data, and the choice between it and the thread, made anew for every group of workers."""
+"""Batches through Ray Data, and the choice between it and the prefetch thread for every worker group."""
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -16,23 +16,23 @@ from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 from ray.exceptions import GetTimeoutError, RayTaskError
 
-from pipeline.data.feed import Feed
-from pipeline.data.feed.fetch import Batch, as_tensor, fetch_steps, reader_and_samples
+from pipeline.data.feed.fetch import RawBatch, fetch_steps, reader_and_samples
 from pipeline.data.feed.samples import Samples, rank_share
+from pipeline.data.feed.thread_feed import Feed
 from pipeline.data.format.manifest import load_manifest
 from pipeline.data.format.reader import PatchReader
 from pipeline.errors import UserError
 
-# A block of several steps spreads Ray's cost for a block, and a task of several blocks that for a task; few tasks make
-# the first batch come soon at any length.
-STEPS_IN_A_BLOCK = 16
+# Several steps per block and blocks per task amortize Ray's per-block and per-task overhead; few tasks keep the time to
+# the first batch low.
+STEPS_PER_BLOCK = 16
 BLOCK_BYTES = 16 * 2**20
-BLOCKS_IN_A_TASK = 4
-MOST_TASKS = 1500
-# Without a limit Ray Data runs hundreds of steps ahead; with less, only one of the two tasks has room to run.
+BLOCKS_PER_TASK = 4
+MAX_TASKS = 1500
+# Without a limit Ray Data prefetches hundreds of steps; with a lower one, only one of its two tasks can run.
 STORE_BYTES = 384 * 2**20
 START_TIMEOUT_S = 120.0
-# Ray Data's executor takes about a core for each worker while it waits for room.
+# Ray Data's executor uses about one core per worker while it is throttled.
 CORES_FOR_RAY = 4.0
 
 Transport = Literal["thread", "ray"]
@@ -42,7 +42,7 @@ Transport = Literal["thread", "ray"]
 class RayFeed(Feed):
     """The same batches, read and cropped by Ray Data's tasks on any node."""
 
-    def batches(self, first_step: int, last_step: int) -> Generator[Batch, None, None]:
+    def batches(self, first_step: int, last_step: int) -> Generator[RawBatch, None, None]:
         """As `Feed.batches`.
 
         Raises:
@@ -55,7 +55,7 @@ class RayFeed(Feed):
         dataset = ray.data.read_datasource(
             source,
             override_num_blocks=source.tasks,
-            # Workers may hold every CPU; a task that waited for one would hang the run without a word.
+            # Workers may occupy every CPU; a task that waited for one would hang the run without a message.
             num_cpus=0,
             concurrency=2,
         )
@@ -65,10 +65,10 @@ class RayFeed(Feed):
             object_store_memory=STORE_BYTES
         )
         context.enable_progress_bars = False
-        # A long validation takes no batches, which is no fault.
+        # Validation consumes no batches; disable the no-progress timeout.
         context.execution_no_progress_timeout_s = -1
-        # A split of one runs the executor in a process of its own; in this one it would fight the training step for the
-        # interpreter.
+        # A split of one runs the executor in a separate process; in this one it would compete with the training step
+        # for the interpreter lock.
         (split,) = dataset.streaming_split(1)
         expected = first_step
         try:
@@ -78,7 +78,7 @@ class RayFeed(Feed):
                 for block in blocks:
                     for step, batch in _unpacked(block, self.crop_px):
                         if step != expected:
-                            raise RuntimeError(f"Ray Data gave step {step} instead of {expected}")
+                            raise RuntimeError(f"Ray Data returned step {step}, expected {expected}")
                         expected += 1
                         yield batch
         except RayTaskError as error:
@@ -89,9 +89,9 @@ class RayFeed(Feed):
 
 
 class FeedDataConfig(ray.train.DataConfig):
-    """Gives every worker a feed of its own instead of a split of a data set, so that the order depends on steps alone.
+    """Gives every worker its own feed instead of a split of a data set, so that the order depends on steps alone.
 
-    Ray Train calls `configure` whenever a group of workers starts, with the size of the group.
+    Ray Train calls `configure` whenever a worker group starts, with its world size.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class FeedDataConfig(ray.train.DataConfig):
             "batch_size": batch_size,
             "crop_px": crop_px,
         }
-        self._wanted, self._cpus_per_worker = feed, cpus_per_worker
+        self._feed, self._cpus_per_worker = feed, cpus_per_worker
 
     def configure(
         self,
@@ -121,8 +121,8 @@ class FeedDataConfig(ray.train.DataConfig):
         worker_node_ids: list[str] | None = None,
         **more: Any,
     ) -> list[dict[str, Any]]:
-        """For each rank, its feed under every name in `datasets`; prints which transport it is, and why."""
-        transport, reason = self._wanted, "as configured"
+        """For each rank, its feed under every name in `datasets`; prints the transport and the reason."""
+        transport, reason = self._feed, "as configured"
         if transport == "auto":
             cpus = {
                 node["NodeID"]: float(node["Resources"].get("CPU", 0.0))
@@ -139,17 +139,17 @@ class FeedDataConfig(ray.train.DataConfig):
 def choose(
     cpus_of_nodes: Mapping[str, float], worker_nodes: Sequence[str], world_size: int, cpus_per_worker: float
 ) -> tuple[Transport, str]:
-    """Ray Data where every worker has a CPU to spare for it, on another node or among many cores; and the reason."""
+    """`ray` if there is a spare CPU per worker, on another node or among many cores, else `thread`; and the reason."""
     total = sum(cpus_of_nodes.values())
     spare = (total - world_size * cpus_per_worker) / world_size
     elsewhere = sum(cpus for node, cpus in cpus_of_nodes.items() if node not in worker_nodes) / world_size
     if worker_nodes and elsewhere >= 1:
-        return "ray", f"{elsewhere:.3g} CPUs for each worker on other nodes"
+        return "ray", f"{elsewhere:.3g} CPUs per worker on other nodes"
     if total / world_size >= CORES_FOR_RAY and spare >= 1:
-        return "ray", f"{spare:.3g} spare CPUs for each worker"
+        return "ray", f"{spare:.3g} spare CPUs per worker"
     return (
         "thread",
-        f"{spare:.3g} spare CPUs and {total / world_size:.3g} in all for each worker are too few for Ray Data",
+        f"{spare:.3g} spare CPUs and {total / world_size:.3g} in total per worker are too few for Ray Data",
     )
 
 
@@ -161,16 +161,16 @@ class StepSource(Datasource):
         self._feed, self._first, self._last, self._sha256 = feed, first_step, last_step, manifest.sha256
         first, last = rank_share(feed.batch_size, feed.rank, feed.world_size)
         self._step_bytes = 3 * (last - first) * (feed.crop_px**2 + (feed.crop_px // manifest.scale) ** 2)
-        self._block_steps = max(1, min(STEPS_IN_A_BLOCK, BLOCK_BYTES // max(1, self._step_bytes)))
-        task_steps = BLOCKS_IN_A_TASK * self._block_steps
-        self.tasks = min(MOST_TASKS, -(-(last_step - first_step) // task_steps))
+        self._block_steps = max(1, min(STEPS_PER_BLOCK, BLOCK_BYTES // max(1, self._step_bytes)))
+        task_steps = BLOCKS_PER_TASK * self._block_steps
+        self.tasks = min(MAX_TASKS, -(-(last_step - first_step) // task_steps))
 
     def estimate_inmemory_data_size(self) -> int:
         """Bytes of all steps."""
         return self._step_bytes * (self._last - self._first)
 
     def get_read_tasks(self, parallelism: int, *args: Any, **more: Any) -> list[ReadTask]:
-        """One task for each run of consecutive steps."""
+        """One task per range of consecutive steps."""
         edges = np.linspace(self._first, self._last, self.tasks + 1).round().astype(int).tolist()
         tasks = []
         for first, last in pairwise(edges):
@@ -181,14 +181,14 @@ class StepSource(Datasource):
                 exec_stats=None,
             )
             tasks.append(
-                ReadTask(_Reading(self._feed, self._sha256, first, last, self._block_steps), metadata)
+                ReadTask(_FetchTask(self._feed, self._sha256, first, last, self._block_steps), metadata)
             )
         return tasks
 
 
 @dataclass(frozen=True)
-class _Reading:
-    """What a task does: batches of its steps, a block at a time."""
+class _FetchTask:
+    """The work of one task: batches of its steps, block by block."""
 
     feed: Feed
     manifest_sha256: str
@@ -198,7 +198,7 @@ class _Reading:
 
     def __call__(self) -> Iterator[pa.Table]:
         feed = self.feed
-        reader, samples = _kept_open(
+        reader, samples = _shared_reader(
             feed.root, self.manifest_sha256, feed.seed, feed.batch_size, feed.crop_px
         )
         share = rank_share(feed.batch_size, feed.rank, feed.world_size)
@@ -210,46 +210,45 @@ class _Reading:
 
 
 @lru_cache(maxsize=4)
-def _kept_open(
+def _shared_reader(
     root: str, manifest_sha256: str, seed: int, batch_size: int, crop_px: int
 ) -> tuple[PatchReader, Samples]:
-    """Tasks that run one after another in a process share its open files."""
+    """Consecutive tasks in one process share open files."""
     manifest = load_manifest(root)
     if manifest.sha256 != manifest_sha256:
         raise UserError(
-            f"data.root={root}: the data set has been prepared anew since training started; start again"
+            f"data.root={root}: the data set was prepared again after training started; restart the run"
         )
     return reader_and_samples(manifest, seed, batch_size, crop_px)
 
 
-def _packed(steps: Sequence[int], batches: Sequence[Batch]) -> pa.Table:
-    """One row per step; images as (B, h, w, 3) bytes."""
+def _packed(steps: Sequence[int], batches: Sequence[RawBatch]) -> pa.Table:
+    """One row per step; pixels as the bytes of (B, h, w, 3)."""
     columns = {
         "step": pa.array(steps, pa.int64()),
-        "damaged": pa.array([batch.damaged for batch in batches], pa.int64()),
+        "corrupt": pa.array([batch.corrupt for batch in batches], pa.int64()),
     }
     for name in ("lr", "hr"):
-        images = np.stack([getattr(batch, name).permute(0, 2, 3, 1).numpy() for batch in batches])
+        images = np.stack([getattr(batch, name) for batch in batches])
         kind = pa.binary(images[0].nbytes)
         columns[name] = pa.Array.from_buffers(kind, len(images), [None, pa.py_buffer(images)])
     return pa.table(columns)
 
 
-def _unpacked(block: pa.Table, crop_px: int) -> Iterator[tuple[int, Batch]]:
+def _unpacked(block: pa.Table, crop_px: int) -> Iterator[tuple[int, RawBatch]]:
     for row in range(block.num_rows):
-        data = {name: block[name][row].as_buffer() for name in ("lr", "hr")}
-        count = len(data["hr"]) // (3 * crop_px**2)
-        images = {}
-        for name, buffer in data.items():
-            side = round((len(buffer) / (3 * count)) ** 0.5)
-            # A copy: the block's memory is shared, read-only, and wanted back.
-            pixels = np.frombuffer(buffer, np.uint8).reshape(count, side, side, 3).copy()
-            images[name] = as_tensor(pixels)
-        yield block["step"][row].as_py(), Batch(images["lr"], images["hr"], block["damaged"][row].as_py())
+        cells = {name: block[name][row].as_buffer() for name in ("lr", "hr")}
+        count = len(cells["hr"]) // (3 * crop_px**2)
+        pixels = {}
+        for name, cell in cells.items():
+            side = round((len(cell) / (3 * count)) ** 0.5)
+            # A copy: the block's memory is shared and read-only, and Ray needs it back.
+            pixels[name] = np.frombuffer(cell, np.uint8).reshape(count, side, side, 3).copy()
+        yield block["step"][row].as_py(), RawBatch(**pixels, corrupt=block["corrupt"][row].as_py())
 
 
 def _require_tasks_start() -> None:
-    """A task like those of the feed must run; Ray Data would wait for it without a word."""
+    """Checks that a task like the feed's runs; Ray Data would wait for it without a message. Raises UserError."""
     probe = ray.remote(_nothing).options(num_cpus=0).remote()
     try:
         ray.get(probe, timeout=START_TIMEOUT_S)
@@ -257,7 +256,7 @@ def _require_tasks_start() -> None:
         ray.cancel(probe, force=True)
         raise UserError(
             f"data.feed=ray: no task of the feed started within {START_TIMEOUT_S:g} s (`ray status` shows what the "
-            "cluster waits for); use data.feed=thread"
+            "cluster is waiting for); use data.feed=thread"
         ) from None
 
 

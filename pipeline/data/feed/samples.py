@@ -1,8 +1,8 @@
-"""Which patch, crop and flip each sample of a training step gets: a pure function of (seed, step, manifest).
+"""Patch, crop and flip of each sample of a training step: a pure function of (seed, step, manifest).
 
-Sample number n = step * batch_size + position. Epoch n // patches is a permutation of all patches, made by a Feistel
-network over the patch numbers with cycle walking (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
-So nothing is stored or shuffled: sample one million costs as much as sample zero, in constant memory, on any rank.
+Sample number n = step * batch_size + position. Epoch n // patches is a permutation of all patches, computed by a
+Feistel network over the patch numbers with cycle walking (Black and Rogaway, "Ciphers with arbitrary finite domains",
+2002). Nothing is stored or shuffled: sample one million costs as much as sample zero, in constant memory, on any rank.
 Crops, flips and channel orders are hashes of (seed, n). Batches run across the end of an epoch.
 """
 
@@ -16,7 +16,7 @@ from pipeline.data.format.row_checksums import splitmix64
 
 _ROUNDS = 6
 _CHANNEL_ORDERS = np.array(list(permutations(range(3))), np.int64)
-# Streams keep the hashes of different purposes apart.
+# Separate hash streams for separate purposes.
 _ORDER, _CROP_Y, _CROP_X, _FLIPS, _CHANNELS = 1, 2, 3, 4, 5
 
 
@@ -31,14 +31,20 @@ def _key(seed: int, stream: int) -> np.uint64:
 
 
 def permute(index: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
-    """Position `index` (int64, 0 <= index < size) of a permutation of range(size), chosen by `keys` (uint64, alike)."""
+    """Position `index` of a permutation of range(size) that depends on `keys`.
+
+    Args:
+        index: int64, 0 <= index < size.
+        size: length of the permutation.
+        keys: uint64, one per index.
+    """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)
     shift = np.uint64(half)
     values = index.astype(np.uint64)
     round_keys = splitmix64(keys ^ np.arange(_ROUNDS, dtype=np.uint64)[:, None])
     outside = np.arange(len(values))
-    # The network permutes 4 ** half >= size numbers; who lands outside walks on until inside again.
+    # The network permutes 4 ** half >= size numbers. Cycle walking: indices outside the range are encrypted again.
     while len(outside):
         left, right = values[outside] >> shift, values[outside] & mask
         for key in round_keys[:, outside]:
@@ -60,7 +66,7 @@ def channel_orders(seed: int, batch_size: int, step: int, first: int, last: int)
     super-resolution networks", 2019).
 
     Returns:
-        (last - first, 3), int64: the channel that each one takes its values from.
+        (last - first, 3), int64: the source channel of each channel.
     """
     numbers = np.arange(step * batch_size + first, step * batch_size + last, dtype=np.int64)
     return _CHANNEL_ORDERS[_below(keyed(seed, _CHANNELS, numbers), np.uint64(len(_CHANNEL_ORDERS)))]
@@ -78,7 +84,7 @@ class Draws:
 
 @dataclass(frozen=True)
 class Samples:
-    """The endless sequence of samples that (seed, batch size, data set) decide."""
+    """The infinite sequence of samples of (seed, batch size, data set)."""
 
     patches: int
     patch_px: int
@@ -92,12 +98,12 @@ class Samples:
         last = self.batch_size if last is None else last
         numbers = np.arange(step * self.batch_size + first, step * self.batch_size + last, dtype=np.int64)
         epoch, index = numbers // self.patches, numbers % self.patches
-        places = np.uint64((self.patch_px - self.crop_px) // self.scale + 1)
+        offsets = np.uint64((self.patch_px - self.crop_px) // self.scale + 1)
         flips = (keyed(self.seed, _FLIPS, numbers) >> np.uint64(61)).astype(np.uint8)
         return Draws(
             patch=permute(index, self.patches, keyed(self.seed, _ORDER, epoch)),
-            y=_below(keyed(self.seed, _CROP_Y, numbers), places) * self.scale,
-            x=_below(keyed(self.seed, _CROP_X, numbers), places) * self.scale,
+            y=_below(keyed(self.seed, _CROP_Y, numbers), offsets) * self.scale,
+            x=_below(keyed(self.seed, _CROP_X, numbers), offsets) * self.scale,
             flips=flips,
         )
 

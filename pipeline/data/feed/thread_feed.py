@@ -1,4 +1,4 @@
-"""Batches for one worker, in the order that (seed, step) decides, made ahead of training."""
+"""Batches for one worker from a prefetch thread; their order depends on (seed, step) alone."""
 
 import threading
 from collections.abc import Generator
@@ -7,77 +7,77 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TypeVar
 
-from pipeline.data.feed.fetch import Batch, fetch_steps, opened
+from pipeline.data.feed.fetch import RawBatch, fetch_steps, opened
 from pipeline.data.feed.samples import rank_share
 from pipeline.data.format.manifest import load_manifest
 
-# Two steps hide a slow read; more would only take memory.
-AHEAD = 3
+# Prefetch depth, in steps: enough to hide a slow read; more would only take memory.
+PREFETCH_STEPS = 3
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class Feed:
-    """One worker's batches of any steps. Small and picklable: it opens the data set where it is used."""
+    """One worker's batches of any steps. Small and picklable: the data set is opened by the process that uses it."""
 
     root: str
     seed: int
     batch_size: int
-    """Over all workers."""
+    """Global: over all workers."""
     crop_px: int
     rank: int = 0
     world_size: int = 1
 
-    def batches(self, first_step: int, last_step: int) -> Generator[Batch, None, None]:
-        """Batches of the steps from `first_step` to before `last_step`. Close the generator to stop what makes them.
+    def batches(self, first_step: int, last_step: int) -> Generator[RawBatch, None, None]:
+        """Batches of steps first_step..last_step - 1. Closing the generator stops the prefetch.
 
         Raises:
-            UserError: no usable data set at `root`, a crop that does not fit it, or hardly a patch that is not damaged.
+            UserError: no usable data set at `root`, a crop that does not fit it, or nearly all patches are corrupt.
         """
-        yield from ahead(self._made(first_step, last_step), AHEAD)
+        yield from prefetched(self._fetched(first_step, last_step), PREFETCH_STEPS)
 
-    def _made(self, first_step: int, last_step: int) -> Generator[Batch, None, None]:
+    def _fetched(self, first_step: int, last_step: int) -> Generator[RawBatch, None, None]:
         manifest = load_manifest(self.root)
         share = rank_share(self.batch_size, self.rank, self.world_size)
         with opened(manifest, self.seed, self.batch_size, self.crop_px) as (reader, samples):
             yield from fetch_steps(reader, samples, range(first_step, last_step), *share)
 
 
-def ahead(items: Generator[_T, None, None], depth: int) -> Generator[_T, None, None]:
-    """`items`, made by a thread that has at most `depth` of them waiting.
+def prefetched(items: Generator[_T, None, None], depth: int) -> Generator[_T, None, None]:
+    """`items`, computed by a thread; at most `depth` of them wait to be consumed.
 
-    What the thread raises is raised here. Closing the generator ends the thread after the item that it is making, and
-    closes `items`.
+    An exception in the thread is raised here. Closing the generator ends the thread after its current item, and closes
+    `items`.
     """
-    made: SimpleQueue[tuple[_T] | BaseException | None] = SimpleQueue()
-    room = threading.Semaphore(depth)
+    results: SimpleQueue[tuple[_T] | BaseException | None] = SimpleQueue()
+    slots = threading.Semaphore(depth)
     stop = threading.Event()
 
     def work() -> None:
         try:
             with closing(items):
                 while True:
-                    room.acquire()  # before making the item: `depth` bounds what lies in memory
+                    slots.acquire()  # before computing the item: `depth` limits the items in memory
                     if stop.is_set():
                         return
                     try:
                         item = next(items)
                     except StopIteration:
                         break
-                    made.put((item,))
-            made.put(None)
-        except BaseException as error:  # noqa: BLE001 - raised again where the items are used
-            made.put(error)
+                    results.put((item,))
+            results.put(None)
+        except BaseException as error:  # noqa: BLE001 - raised again by the consumer
+            results.put(error)
 
     thread = threading.Thread(target=work, name="feed", daemon=True)
     thread.start()
     try:
-        while (got := made.get()) is not None:
-            if isinstance(got, BaseException):
-                raise got
-            room.release()
-            yield got[0]
+        while (result := results.get()) is not None:
+            if isinstance(result, BaseException):
+                raise result
+            slots.release()
+            yield result[0]
     finally:
         stop.set()
-        room.release()
+        slots.release()
         thread.join()

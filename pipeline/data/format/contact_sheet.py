@@ -1,4 +1,4 @@
-"""Draws a contact sheet of a data set: patches beside their low-resolution versions, from flat to detailed."""
+"""Draws a contact sheet of a data set: patches next to their low-resolution versions, sorted by detail score."""
 
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -7,10 +7,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.data.format.manifest import Manifest
-from pipeline.data.format.reader import DamagedPatch, PatchReader
+from pipeline.data.format.reader import CorruptPatch, PatchReader
 
-_LOOKED_AT = 96  # patches, spread over the data set
-_SHOWN = 24  # of these, spread over their scores
+_READ = 96  # patches, evenly spaced over the data set
+_SHOWN = 24  # of these, evenly spaced over their scores
 _COLUMNS = 3
 _SIDE = 192  # pixels of a patch that are shown, unscaled
 _GAP, _CAPTION = 8, 16
@@ -26,13 +26,12 @@ class _Patch:
 
 
 def contact_sheet(manifest: Manifest) -> Image.Image:
-    """Pairs of low resolution (pixels enlarged, without smoothing) and high resolution, sorted by detail score.
+    """Pairs of low resolution (enlarged by repeating pixels) and high resolution, sorted by detail score.
 
-    Of each patch the middle is shown, pixel for pixel. The score is what `data.min_detail` compares with. Damaged
-    patches are left out.
+    The center of each patch is shown, unscaled. `data.min_detail` is a limit on the score. Corrupt patches are skipped.
     """
     patches = sorted(_some_patches(manifest), key=lambda patch: patch.detail)
-    chosen = [patches[place] for place in _spread(len(patches), _SHOWN)]
+    chosen = [patches[index] for index in _evenly_spaced(len(patches), _SHOWN)]
     side = min(_SIDE, manifest.patch_px) // manifest.scale * manifest.scale
     width, height = 2 * side + _GAP, side + _CAPTION + _GAP
     columns = min(_COLUMNS, max(1, len(chosen)))
@@ -43,37 +42,37 @@ def contact_sheet(manifest: Manifest) -> Image.Image:
         left, top = _GAP + number % columns * (width + _GAP), _GAP + number // columns * height
         draw.text((left, top), _fitted(patch.caption, font, width), _INK, font)
         enlarged = patch.lr.repeat(manifest.scale, axis=0).repeat(manifest.scale, axis=1)
-        for place, pixels in enumerate((enlarged, patch.hr)):
-            middle = _middle(pixels, side, manifest.scale)
-            sheet.paste(Image.fromarray(middle), (left + place * (side + _GAP // 2), top + _CAPTION))
+        for column, pixels in enumerate((enlarged, patch.hr)):
+            center = _center(pixels, side, manifest.scale)
+            sheet.paste(Image.fromarray(center), (left + column * (side + _GAP // 2), top + _CAPTION))
     return sheet
 
 
 def _some_patches(manifest: Manifest) -> list[_Patch]:
     names = {entry["source_id"]: PurePosixPath(entry["path"]).name for entry in manifest.sources}
     reader = PatchReader(manifest.root, manifest.layout)
-    found = []
-    for number in _spread(manifest.patches, _LOOKED_AT):
+    patches = []
+    for number in _evenly_spaced(manifest.patches, _READ):
         try:
             cells = reader.row(*manifest.layout.locate(number))
             hr, lr = reader.patch(number)
-        except DamagedPatch:
+        except CorruptPatch:
             continue
         name = names[cells["source_id"]].encode("ascii", "backslashreplace").decode()
         caption = f"{cells['detail']:.1f}  {name}  y {cells['y']} x {cells['x']}"
-        found.append(_Patch(hr, lr, cells["detail"], caption))
+        patches.append(_Patch(hr, lr, cells["detail"], caption))
     reader.close()
-    return found
+    return patches
 
 
-def _spread(count: int, most: int) -> list[int]:
-    """At most `most` of range(count), evenly spread, both ends among them."""
+def _evenly_spaced(count: int, most: int) -> list[int]:
+    """At most `most` numbers of range(count), evenly spaced, both ends included."""
     if count <= most:
         return list(range(count))
-    return [round(place * (count - 1) / (most - 1)) for place in range(most)]
+    return [round(index * (count - 1) / (most - 1)) for index in range(most)]
 
 
-def _middle(pixels: np.ndarray, side: int, scale: int) -> np.ndarray:
+def _center(pixels: np.ndarray, side: int, scale: int) -> np.ndarray:
     first = (pixels.shape[0] - side) // 2 // scale * scale
     return np.ascontiguousarray(pixels[first : first + side, first : first + side])
 

@@ -1,4 +1,4 @@
-"""Held-out photographs, for validation: whole, with their low-resolution versions."""
+"""Reads the held-out set: whole images for validation, with their low-resolution versions."""
 
 import hashlib
 import io
@@ -15,7 +15,7 @@ from pipeline.storage import Storage
 
 @dataclass(frozen=True)
 class HeldOutPhoto:
-    """A photograph that training never sees."""
+    """An image that is not used in training."""
 
     name: str
     hr: NDArray[np.uint8]
@@ -25,10 +25,10 @@ class HeldOutPhoto:
 
 
 def read_held_out(root: str) -> list[HeldOutPhoto]:
-    """All held-out photographs of the data set, in its order; empty where it has none.
+    """All held-out images of the data set, in its order; empty if it has none.
 
     Raises:
-        UserError: no data set at `root`, or a file that is not what the manifest says.
+        UserError: no data set at `root`, or a file that does not match the manifest.
     """
     manifest = load_manifest(root)
     storage = Storage(root)
@@ -37,12 +37,13 @@ def read_held_out(root: str) -> list[HeldOutPhoto]:
         content = storage.read_bytes(shard.name)
         if hashlib.sha256(content).hexdigest() != shard.sha256:
             raise UserError(
-                f"{storage.path(shard.name)}: differs from its checksum in the manifest; prepare it again"
+                f"{storage.path(shard.name)}: sha256 mismatch with the manifest; prepare the data set again"
             )
         rows = pq.read_table(io.BytesIO(content)).to_pylist()
         if len(rows) != shard.rows:
             raise UserError(
-                f"{storage.path(shard.name)}: has {len(rows)} rows, and the manifest {shard.rows}; prepare it again"
+                f"{storage.path(shard.name)}: has {len(rows)} rows, and the manifest {shard.rows}; "
+                "prepare the data set again"
             )
         for row in rows:
             height, width, scale = row["height"], row["width"], manifest.scale

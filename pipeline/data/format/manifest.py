@@ -1,4 +1,4 @@
-"""manifest.json: what a data set holds, and the sha256 that everything else is checked against."""
+"""manifest.json: the content of a data set, and the sha256 of every other file in it."""
 
 import hashlib
 import json
@@ -14,11 +14,12 @@ from pipeline.errors import UserError
 from pipeline.storage import Storage
 
 NAME = "manifest.json"
-SCHEMA_VERSION = 1
-# The names that ingest gives. A manifest with any other name could make a reader open a file outside the data set.
+SCHEMA_VERSION = 2
+CODECS = ("raw", "webp")
+# The names that ingest gives. Any other name in a manifest could make a reader open a file outside the data set.
 SHARD_NAME = re.compile(r"(patches|held_out)-[0-9]{5,}\.parquet")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-# How `encode` writes its last field, and its end. No JSON string holds a newline, so these are found there only.
+# How `encode` writes its last field, and its end. No JSON string contains a newline, so they occur there only.
 _SOURCES, _END = b',\n "sources": ', b"\n}\n"
 
 
@@ -52,7 +53,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Layout:
-    """All that a reader of patches needs; small, so that it travels to every worker."""
+    """What a reader of patches needs; small, because every worker gets a copy."""
 
     scale: int
     patch_px: int
@@ -77,7 +78,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A finished data set."""
+    """A complete data set."""
 
     root: str
     sha256: str  # of the bytes of manifest.json
@@ -90,12 +91,12 @@ class Manifest:
 
     @cached_property
     def sources(self) -> tuple[dict[str, Any], ...]:
-        """Of each photograph: path, set, bytes, sha256, pixels_sha256, height, width, first_patch, patches.
+        """Of each image: path, set, bytes, sha256, pixels_sha256, height, width, first_patch, patches.
 
-        Decoded when it is asked for: nine tenths of a manifest, of which training needs nothing.
+        Parsed on first use: 90 % of the manifest, unused by training.
 
         Raises:
-            UserError: it is not a list of objects.
+            UserError: not a list of objects.
         """
         try:
             sources = json.loads(self.content)["sources"]
@@ -142,12 +143,12 @@ class Manifest:
 
     @property
     def codec(self) -> str:
-        """How pixels are stored."""
+        """Encoding of the pixels, one of CODECS."""
         return self.layout.codec
 
     @property
     def shards(self) -> tuple[Shard, ...]:
-        """Shards with patches."""
+        """Shards of patches."""
         return self.layout.shards
 
 
@@ -162,13 +163,13 @@ def load_manifest(root: str) -> Manifest:
     """Reads and checks root/manifest.json.
 
     Raises:
-        UserError: it is missing, damaged, or of another schema version.
+        UserError: missing, corrupt, or of another schema version.
     """
     storage = Storage(root)
     try:
         content = storage.read_bytes(NAME)
     except (FileNotFoundError, NotADirectoryError):
-        state = "ingest was interrupted; run it again" if storage.exists(".ingest") else "no data set there"
+        state = "ingest was interrupted; run it again" if storage.exists(".ingest") else "no data set"
         raise UserError(
             f"data.root={root}: {NAME} is missing ({state}): python jobs/prepare_data.py --data.root {root}"
         ) from None
@@ -178,11 +179,11 @@ def load_manifest(root: str) -> Manifest:
 
 
 def has_manifest(root: str) -> bool:
-    """Whether there is a data set. Raises UserError: the object store does not answer."""
+    """Whether a data set exists at `root`. Raises UserError: the object store is unreachable."""
     try:
         return Storage(root).exists(NAME)
     except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"data.root={root}: cannot be reached ({str(error).splitlines()[0]})") from None
+        raise UserError(f"data.root={root}: unreachable ({str(error).splitlines()[0]})") from None
 
 
 def decode(content: bytes, root: str) -> Manifest:
@@ -205,8 +206,10 @@ def decode(content: bytes, root: str) -> Manifest:
         )
         if not layout.shards:
             raise ValueError("it lists no shards with patches")
+        if layout.codec not in CODECS:
+            raise ValueError(f"codec={layout.codec!r}; expected {' or '.join(CODECS)}")
         if layout.patches != raw["patches"]:
-            raise ValueError(f"patches={raw['patches']}, but the shards hold {layout.patches}")
+            raise ValueError(f"patches={raw['patches']}, but the shards contain {layout.patches}")
         if end < 0 or not content.endswith(_END):
             raise ValueError("it does not end with its sources")
         return Manifest(

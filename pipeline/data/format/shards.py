@@ -1,12 +1,11 @@
-"""Writes Parquet shards: one row per row group, page checksums, deterministic bytes, visible whole or not at all."""
+"""Parquet shards: schemas, cells, and an atomic writer with one row per row group and deterministic bytes."""
 
 import hashlib
 import io
 import os
-import struct
+import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,7 +26,7 @@ PATCH_SCHEMA = pa.schema(
         pa.field("hr", pa.binary(), nullable=False),
         pa.field("lr", pa.binary(), nullable=False),
         pa.field("detail", pa.float32(), nullable=False),
-        pa.field("checks", pa.binary(), nullable=False),
+        pa.field("row_checksums", pa.binary(), nullable=False),
     ]
 )
 HELD_OUT_SCHEMA = pa.schema(
@@ -39,12 +38,10 @@ HELD_OUT_SCHEMA = pa.schema(
         pa.field("lr", pa.binary(), nullable=False),
     ]
 )
-COMPRESSION = {"raw": "NONE", "webp": "NONE", "lz4": "LZ4", "zstd": "ZSTD"}
-_TAIL = struct.Struct("<I4s")
 
 
 def encode_pixels(pixels: np.ndarray, codec: str) -> bytes:
-    """uint8 (h, w, 3) as the bytes of a cell: row-major RGB, or a lossless WebP file."""
+    """uint8 (h, w, 3) as the bytes of a cell: row-major RGB (`raw`), or a lossless WebP file (`webp`)."""
     if codec != "webp":
         return pixels.tobytes()
     buffer = io.BytesIO()
@@ -54,27 +51,22 @@ def encode_pixels(pixels: np.ndarray, codec: str) -> bytes:
     return buffer.getvalue()
 
 
-def decode_pixels(cell: bytes | memoryview, codec: str, side: int) -> np.ndarray:
+def decode_pixels(cell: bytes, codec: str, side: int) -> np.ndarray:
     """The inverse of `encode_pixels` for a square patch: uint8 (side, side, 3). Raises ValueError."""
     if codec != "webp":
         return np.frombuffer(cell, np.uint8).reshape(side, side, 3)
-    with Image.open(io.BytesIO(cell), formats=("WEBP",)) as image:
-        pixels = np.asarray(image.convert("RGB"))
+    try:
+        with Image.open(io.BytesIO(cell), formats=("WEBP",)) as image:
+            pixels = np.asarray(image.convert("RGB"))
+    except OSError as error:
+        raise ValueError(f"cannot be decoded: {error}") from None
     if pixels.shape != (side, side, 3):
-        raise ValueError(f"a WebP of {pixels.shape}, not {side} px")
+        raise ValueError(f"a WebP of {pixels.shape}, expected {side} px")
     return pixels
 
 
-def split_footer(tail: bytes) -> int:
-    """Length in bytes of a Parquet footer, its length field and magic included, from the file's last 8 bytes."""
-    length, magic = _TAIL.unpack(tail[-_TAIL.size :])
-    if magic != b"PAR1":
-        raise ValueError("does not end as a Parquet file")
-    return int(length) + _TAIL.size
-
-
 class _HashingFile(io.RawIOBase):
-    """Counts and hashes what passes through to a file."""
+    """Counts and hashes the bytes written to a file."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -96,9 +88,9 @@ class _HashingFile(io.RawIOBase):
 
 
 class ShardWriter:
-    """Writes one shard; `finish` publishes it, `abandon` leaves nothing behind."""
+    """Writes one shard; `finish` publishes it atomically, `abandon` removes it."""
 
-    def __init__(self, storage: Storage, name: str, schema: pa.Schema, codec: str) -> None:
+    def __init__(self, storage: Storage, name: str, schema: pa.Schema) -> None:
         self.storage, self.name, self.rows = storage, name, 0
         folder = Path(tempfile.gettempdir()) if storage.remote else Path(storage.uri)
         folder.mkdir(parents=True, exist_ok=True)
@@ -108,9 +100,7 @@ class ShardWriter:
         self._writer = pq.ParquetWriter(
             self._sink,
             schema,
-            compression={
-                column: COMPRESSION[codec] if column in ("hr", "lr") else "NONE" for column in schema.names
-            },
+            compression="NONE",
             use_dictionary=False,  # one value per page: plain bytes at an offset that the footer gives
             write_statistics=False,
             write_page_checksum=True,
@@ -122,19 +112,19 @@ class ShardWriter:
         """Bytes written so far, without the footer."""
         return self._sink.bytes
 
-    def write(self, row: pa.Table) -> None:
-        """Appends one row as a row group of its own."""
-        self._writer.write_table(row, row_group_size=1)
-        self.rows += row.num_rows
+    def write(self, rows: pa.Table) -> None:
+        """Appends rows of the schema, each as its own row group."""
+        self._writer.write_table(rows, row_group_size=1)
+        self.rows += rows.num_rows
 
     def finish(self) -> Shard:
-        """Completes the file, makes it durable, and gives it its name."""
+        """Completes the file, makes it durable, and renames it to `name`."""
         self._writer.close()
         self._file.flush()
         os.fsync(self._file.fileno())
         size = self._sink.bytes
-        self._file.seek(size - _TAIL.size)
-        footer_bytes = split_footer(self._file.read())
+        self._file.seek(size - 8)  # the footer's length, then PAR1
+        footer_bytes = int.from_bytes(self._file.read(4), "little") + 8
         self._file.seek(size - footer_bytes)
         footer_sha256 = hashlib.sha256(self._file.read()).hexdigest()
         if self.storage.remote:
@@ -155,11 +145,5 @@ class ShardWriter:
         filesystem, base = self.storage.filesystem()
         self._file.seek(0)
         with filesystem.open_output_stream(f"{base}/{self.name}") as remote:
-            for chunk in _chunks(self._file):
-                remote.write(chunk)
+            shutil.copyfileobj(self._file, remote, 8 << 20)
         self.abandon()
-
-
-def _chunks(file: BinaryIO, size: int = 8 << 20) -> Iterator[bytes]:
-    while chunk := file.read(size):
-        yield chunk

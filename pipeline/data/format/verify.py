@@ -1,4 +1,4 @@
-"""Reads a whole data set again and names everything that is not what was written."""
+"""Verifies a data set: reads every byte again and lists what is corrupt."""
 
 import hashlib
 import sys
@@ -8,28 +8,28 @@ import pyarrow
 from tqdm import tqdm
 
 from pipeline.data.format.manifest import Manifest, Shard
-from pipeline.data.format.reader import DamagedPatch, PatchReader, StoreAway, read_footer
+from pipeline.data.format.reader import CorruptPatch, PatchReader, StoreUnreachable, read_footer
 from pipeline.errors import UserError
 from pipeline.storage import Storage, join
 
 _CHUNK_BYTES = 8 << 20
-# Hashing lets go of the interpreter's lock; more threads than this only help a slow disk.
+# Hashing releases the interpreter lock; more threads only help a slow disk.
 _THREADS = 4
 _MISSING = "missing"
 
 
 def verify(manifest: Manifest, progress: bool = True) -> list[str]:
-    """One line for each damaged thing, empty when every byte is as it was written.
+    """One line for each corrupt file or patch; empty if every byte is as it was written.
 
-    A shard whose sha256 is the manifest's is right in every byte; its number of rows must be the manifest's too. In any
-    other, every patch is read and checked, and the damaged ones are named with the photograph that they come from.
+    A shard whose sha256 is the manifest's is correct in every byte; its number of rows must be the manifest's too. In
+    any other shard, every patch is read and verified, and the corrupt ones are listed with the image they come from.
 
     Raises:
-        UserError: an object store does not answer, so nothing can be said of what lies there.
+        UserError: an object store does not answer, so its content cannot be verified.
     """
     storage = Storage(manifest.root)
     shards = [*manifest.shards, *manifest.held_out]
-    found: list[str] = []
+    corrupt: list[str] = []
     with (
         ThreadPoolExecutor(_THREADS) as threads,
         tqdm(
@@ -37,18 +37,18 @@ def verify(manifest: Manifest, progress: bool = True) -> list[str]:
             file=sys.stdout, mininterval=1 if sys.stdout.isatty() else 10, desc="verifying",
         ) as bar,
     ):  # fmt: skip
-        verdicts = threads.map(lambda shard: _shard_damage(storage, shard), shards)
-        for number, (shard, damage) in enumerate(zip(shards, verdicts, strict=True)):
+        reasons = threads.map(lambda shard: _shard_corruption(storage, shard), shards)
+        for number, (shard, reason) in enumerate(zip(shards, reasons, strict=True)):
             bar.update(shard.bytes)
-            if damage is None:
+            if reason is None:
                 continue
-            has_patches = number < len(manifest.shards) and damage != _MISSING
-            rows = _damaged_rows(manifest, number) if has_patches else []
-            found += rows or [f"{storage.path(shard.name)}: {damage}"]
-    return found
+            has_patches = number < len(manifest.shards) and reason != _MISSING
+            rows = _corrupt_rows(manifest, number) if has_patches else []
+            corrupt += rows or [f"{storage.path(shard.name)}: {reason}"]
+    return corrupt
 
 
-def _shard_damage(storage: Storage, shard: Shard) -> str | None:
+def _shard_corruption(storage: Storage, shard: Shard) -> str | None:
     try:
         filesystem, base = storage.filesystem()
         digest, size, tail = hashlib.sha256(), 0, b""
@@ -64,7 +64,7 @@ def _shard_damage(storage: Storage, shard: Shard) -> str | None:
     if size != shard.bytes:
         return f"has {size} bytes, not {shard.bytes}"
     if digest.hexdigest() != shard.sha256:
-        return "its sha256 is not the one in the manifest"
+        return "sha256 mismatch with the manifest"
     try:
         read_footer(tail, shard)
     except (ValueError, pyarrow.ArrowException) as error:
@@ -72,30 +72,30 @@ def _shard_damage(storage: Storage, shard: Shard) -> str | None:
     return None
 
 
-def _damaged_rows(manifest: Manifest, number: int) -> list[str]:
-    """A line for every damaged patch of a shard, one for all where all are; none where the damage lies between them."""
+def _corrupt_rows(manifest: Manifest, number: int) -> list[str]:
+    """One line per corrupt patch; one for all if all share a reason; none if only bytes between rows differ."""
     reader = PatchReader(manifest.root, manifest.layout)
     first = int(manifest.layout.first_ids[number])
-    damaged: list[DamagedPatch] = []
+    corrupt: list[CorruptPatch] = []
     for row in range(manifest.shards[number].rows):
         try:
             reader.row(number, row)
             reader.patch(first + row)
-        except DamagedPatch as damage:
-            damaged.append(damage)
-        except StoreAway as error:
-            raise UserError(f"data.root={manifest.root}: {error}; verify again when it does") from None
+        except CorruptPatch as error:
+            corrupt.append(error)
+        except StoreUnreachable as error:
+            raise UserError(f"data.root={manifest.root}: {error}; verify again once it does") from None
     reader.close()
-    if len(damaged) == manifest.shards[number].rows > 1 and len({damage.reason for damage in damaged}) == 1:
-        return [f"{damaged[0].shard}, all {len(damaged)} rows: {damaged[0].reason}"]
+    if len(corrupt) == manifest.shards[number].rows > 1 and len({error.reason for error in corrupt}) == 1:
+        return [f"{corrupt[0].shard}, all {len(corrupt)} rows: {corrupt[0].reason}"]
     return [
-        f"{damage} (patch {first + damage.row}, of {_photograph(manifest, first + damage.row)!r})"
-        for damage in damaged
+        f"{error} (patch {first + error.row}, of {_source(manifest, first + error.row)!r})"
+        for error in corrupt
     ]
 
 
-def _photograph(manifest: Manifest, patch: int) -> str:
+def _source(manifest: Manifest, patch: int) -> str:
     for entry in manifest.sources:
         if entry["set"] == "train" and 0 <= patch - entry["first_patch"] < entry["patches"]:
             return entry["path"]
-    return "an unknown photograph"
+    return "an unknown image"

@@ -1,4 +1,4 @@
-"""Downloads DIV2K's official archives: goes on after an interruption, and keeps only what has the published sha256."""
+"""Downloads DIV2K's official archives: resumes after an interruption, keeps only files with the published sha256."""
 
 import hashlib
 import http.client
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from pipeline.errors import UserError
 from pipeline.storage import sync_folder
 
-_TRIES = 5  # in a row that bring no new byte
+_ATTEMPTS = 5  # consecutive, without a new byte
 _TIMEOUT_S = 30
 _CHUNK_BYTES = 1 << 20
 
@@ -41,7 +41,7 @@ DIV2K_HELD_OUT = Archive(
 
 
 def missing_bytes(archive: Archive, folder: Path) -> int:
-    """Bytes that `download` would still fetch into `folder`."""
+    """Bytes that `download` still has to fetch into `folder`."""
     if _complete(archive, folder):
         return 0
     partial = _partial(archive, folder)
@@ -51,16 +51,16 @@ def missing_bytes(archive: Archive, folder: Path) -> int:
 def download(
     archive: Archive, base_url: str, folder: Path, *, progress: bool = True, pause_s: float = 1.0
 ) -> Path:
-    """Fetches base_url/name into `folder` and gives its path; one that is there already is left alone.
+    """Downloads base_url/name into `folder` and returns its path; an existing file is not downloaded again.
 
-    What has arrived lies in a .partial file, from whose end the next try goes on. The file gets its name only after its
-    sha256 was checked.
+    Received bytes are kept in a .partial file, which the next attempt resumes. The file gets its name only after its
+    sha256 was verified.
 
     Args:
-        pause_s: before the second try without a new byte; doubled before each further one.
+        pause_s: before the second attempt without a new byte; doubled before each further one.
 
     Raises:
-        UserError: not found, wrong content, or several tries in a row brought nothing.
+        UserError: not found, wrong content, or several consecutive attempts without new data.
     """
     target, partial, url = folder / archive.name, _partial(archive, folder), f"{base_url}/{archive.name}"
     if _complete(archive, folder):
@@ -69,17 +69,16 @@ def download(
     resumed = partial.exists()
     while True:
         _complete_partial(archive, url, partial, progress, pause_s)
-        found = _sha256(partial)
-        if found == archive.sha256:
+        sha256 = _sha256(partial)
+        if sha256 == archive.sha256:
             partial.replace(target)
             sync_folder(folder)
             return target
         partial.unlink()
         if not resumed:
-            raise UserError(f"{url}: its sha256 is {found}, not {archive.sha256}: not the published file")
-        resumed = (
-            False  # the beginning came from an earlier try, perhaps from elsewhere: once more, from the start
-        )
+            raise UserError(f"{url}: its sha256 is {sha256}, not {archive.sha256}: not the published file")
+        # The first bytes came from an earlier attempt, perhaps from another server: retry from the start.
+        resumed = False
 
 
 def _partial(archive: Archive, folder: Path) -> Path:
@@ -93,7 +92,7 @@ def _complete(archive: Archive, folder: Path) -> bool:
 
 def _complete_partial(archive: Archive, url: str, partial: Path, progress: bool, pause_s: float) -> None:
     """Appends to the partial file until it has the published size."""
-    fruitless, reason = 0, ""
+    failures, reason = 0, ""
     with (
         partial.open("ab") as file,
         tqdm(
@@ -102,49 +101,51 @@ def _complete_partial(archive: Archive, url: str, partial: Path, progress: bool,
         ) as bar,
     ):  # fmt: skip
         while (before := file.tell()) != archive.size:
-            if fruitless == _TRIES:
-                raise UserError(f"{url}: {reason} ({_TRIES} tries brought nothing); run again to go on")
-            if fruitless:
-                time.sleep(pause_s * 2 ** (fruitless - 1))
+            if failures == _ATTEMPTS:
+                raise UserError(
+                    f"{url}: {reason} (no data received in {_ATTEMPTS} attempts); run again to resume"
+                )
+            if failures:
+                time.sleep(pause_s * 2 ** (failures - 1))
             try:
                 _append(url, file, archive.size, bar)
                 reason = f"the connection ended at byte {file.tell()} of {archive.size}"
             except urllib.error.HTTPError as error:
                 if 400 <= error.code < 500 and error.code not in (408, 416, 429):
-                    raise UserError(f"{url}: the server answers {error.code} {error.reason}") from None
+                    raise UserError(f"{url}: HTTP status {error.code} {error.reason}") from None
                 if error.code == 416:
                     file.truncate(0)
-                reason = f"the server answers {error.code} {error.reason}"
-            except (OSError, http.client.HTTPException, _BadAnswer) as error:
+                reason = f"HTTP status {error.code} {error.reason}"
+            except (OSError, http.client.HTTPException, _BadResponse) as error:
                 reason = " ".join(str(error).split()) or type(error).__name__
             file.flush()
             file.seek(0, os.SEEK_END)
-            fruitless = 0 if file.tell() > before else fruitless + 1
+            failures = 0 if file.tell() > before else failures + 1
         os.fsync(file.fileno())
 
 
-class _BadAnswer(Exception):
-    """The server sends something else than what was asked for."""
+class _BadResponse(Exception):
+    """The response is not the requested range."""
 
 
 def _append(url: str, file: BinaryIO, size: int, bar: tqdm) -> None:
-    """Adds what one request brings, at most up to `size` bytes in all."""
+    """Appends the bytes of one request, up to `size` bytes in total."""
     have = file.tell()
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
-        if answer.status == 206:
-            match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", ""))
+    with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
+        if response.status == 206:
+            match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
             if not match or int(match[1]) != have or match[2] not in ("*", str(size)):
-                raise _BadAnswer(f"answers with the range {answer.headers.get('Content-Range')}")
+                raise _BadResponse(f"unexpected range {response.headers.get('Content-Range')}")
         else:
-            length = answer.headers.get("Content-Length")
+            length = response.headers.get("Content-Length")
             if length is not None and int(length) != size:
-                raise _BadAnswer(f"says that it has {length} bytes, not {size}")
-            # The server knows no ranges: from the start.
+                raise _BadResponse(f"has {length} bytes, expected {size}")
+            # The server does not support ranges: from the start.
             file.truncate(0)
             have = 0
         bar.n = have
-        while chunk := answer.read(min(_CHUNK_BYTES, size - have + 1)):
+        while chunk := response.read(min(_CHUNK_BYTES, size - have + 1)):
             have += len(chunk)
             if have > size:
                 raise UserError(f"{url}: sends more than {size} bytes: not the published file")

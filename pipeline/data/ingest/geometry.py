@@ -1,16 +1,16 @@
-"""Where patches lie in a photograph. All lengths are high-resolution pixels."""
+"""Positions of patches in an image. All lengths are in high-resolution pixels."""
 
 from pipeline.data.config import DataConfig
 from pipeline.errors import UserError
 
 
 def check_geometry(config: DataConfig) -> None:
-    """Checks that patches fit the scale and leave no gap between them. Raises UserError."""
+    """Checks that patches fit the scale and have no gaps between them. Raises UserError."""
     for field in ("patch_px", "patch_stride_px"):
         value = getattr(config, field)
         if value % config.scale:
             raise UserError(
-                f"data.{field}={value} is no multiple of data.scale={config.scale}; use {value - value % config.scale}"
+                f"data.{field}={value} is not a multiple of data.scale={config.scale}; use {cut(value, config.scale)}"
             )
     if config.patch_stride_px > config.patch_px:
         raise UserError(
@@ -20,29 +20,29 @@ def check_geometry(config: DataConfig) -> None:
 
 
 def cut(length: int, scale: int) -> int:
-    """The largest multiple of `scale` that is not above `length`."""
+    """The largest multiple of `scale` not above `length`."""
     return length - length % scale
 
 
-def origins(length: int, patch_px: int, step_px: int) -> list[int]:
-    """Offsets of patches along a side of `length`: every `step_px`, and one flush with the far end.
+def origins(length: int, patch_px: int, stride_px: int) -> list[int]:
+    """Offsets of patches along a side of `length`: every `stride_px`, and one flush with the far end.
 
     `length` must be a multiple of the scale and at least `patch_px`; then every offset is a multiple of the scale.
     """
     last = length - patch_px
-    found = list(range(0, last + 1, step_px))
-    if found[-1] != last:
-        found.append(last)
-    return found
+    offsets = list(range(0, last + 1, stride_px))
+    if offsets[-1] != last:
+        offsets.append(last)
+    return offsets
 
 
-def grid(height: int, width: int, patch_px: int, step_px: int) -> list[tuple[int, int]]:
+def grid(height: int, width: int, patch_px: int, stride_px: int) -> list[tuple[int, int]]:
     """(y, x) of the upper left corner of every patch, row by row."""
-    return [(y, x) for y in origins(height, patch_px, step_px) for x in origins(width, patch_px, step_px)]
+    return [(y, x) for y in origins(height, patch_px, stride_px) for x in origins(width, patch_px, stride_px)]
 
 
 def expected_bytes(height: int, width: int, config: DataConfig) -> int:
-    """Raw bytes of the patches of one photograph, low resolution included; 0 where it is too small."""
+    """Raw bytes of the patches of one image, low resolution included; 0 if it is too small."""
     height, width = cut(height, config.scale), cut(width, config.scale)
     if min(height, width) < config.patch_px:
         return 0

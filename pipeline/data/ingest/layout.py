@@ -40,18 +40,18 @@ class Folders:
 
     def lr_folders_of(self, hr: Iterable[str]) -> list[str]:
         """Folders in `lr` that belong to the folders of these HR files."""
-        groups = {_Place(name).group for name in hr}
-        return sorted(folder for folder, names in self.lr.items() if _Place(names[0]).group in groups)
+        groups = {_Location(name).group for name in hr}
+        return sorted(folder for folder, names in self.lr.items() if _Location(names[0]).group in groups)
 
     def rivals(self) -> list[str]:
         """LR folders that belong to the same HR folder; empty where the choice is clear."""
         by_group = defaultdict(list)
         for folder, names in self.lr.items():
-            by_group[_Place(names[0]).group].append(folder)
+            by_group[_Location(names[0]).group].append(folder)
         return next((folders for folders in by_group.values() if len(folders) > 1), [])
 
 
-class _Place:
+class _Location:
     """What the folders of a relative file name say about the file."""
 
     def __init__(self, name: str) -> None:
@@ -82,7 +82,7 @@ class _Place:
         self.address = "/".join(part for part in kept if part)
         """The same for the folder of an HR file and that of its LR file."""
         self.words = {word for each in words for word in each}
-        # `HR_sub` beside `HR` holds other images, not another version.
+        # `HR_sub` next to `HR` contains other images, not another version.
         alone = first is not None and len(words[first]) == roles[first][1] + 1
         self.version = (
             next((rank for rank, form in enumerate(_VERSIONS) if form.fullmatch(words[first][-1])), None)
@@ -93,62 +93,68 @@ class _Place:
 
 def split_folders(names: Iterable[str], scale: int) -> Folders | None:
     """HR and LR files by the names of their folders; None where no folder is an HR folder."""
-    places = {name: _Place(name) for name in sorted(names)}
-    groups = {place.group for place in places.values() if place.role == "hr"}
+    locations = {name: _Location(name) for name in sorted(names)}
+    groups = {location.group for location in locations.values() if location.role == "hr"}
     if not groups:
         return None
     best: dict[str, tuple[int, str]] = {}
-    for place in places.values():
-        if place.version is not None:
-            best[place.group] = min(best.get(place.group, (99, "")), (place.version, place.folder))
+    for location in locations.values():
+        if location.version is not None:
+            best[location.group] = min(
+                best.get(location.group, (99, "")), (location.version, location.folder)
+            )
     # Some sets keep an HR folder for every scale.
-    scaled = {place.group for place in places.values() if place.role == "hr" and place.scale == scale}
+    scaled = {
+        location.group for location in locations.values() if location.role == "hr" and location.scale == scale
+    }
     hr, rest = [], []
     lr: dict[str, list[str]] = defaultdict(list)
     other_lr: dict[str, list[str]] = defaultdict(list)
     versions: dict[str, list[str]] = defaultdict(list)
-    for name, place in places.items():
-        if place.role == "lr" or (place.role == "scale" and place.group in groups):
-            (lr if place.scale in (None, scale) else other_lr)[place.folder].append(name)
-        elif place.role != "hr":
+    for name, location in locations.items():
+        if location.role == "lr" or (location.role == "scale" and location.group in groups):
+            (lr if location.scale in (None, scale) else other_lr)[location.folder].append(name)
+        elif location.role != "hr":
             rest.append(name)
-        elif (place.version is not None and best[place.group][1] != place.folder) or (
-            place.group in scaled and place.scale not in (None, scale)
+        elif (location.version is not None and best[location.group][1] != location.folder) or (
+            location.group in scaled and location.scale not in (None, scale)
         ):
-            versions[place.folder].append(name)
+            versions[location.folder].append(name)
         else:
             hr.append(name)
     # A folder that names the scale is preferred to one that names none.
-    exact = {_Place(files[0]).group for files in lr.values() if _Place(files[0]).scale == scale}
-    for folder in [folder for folder, files in lr.items() if _Place(files[0]).scale is None]:
-        if _Place(lr[folder][0]).group in exact:
+    exact = {_Location(files[0]).group for files in lr.values() if _Location(files[0]).scale == scale}
+    for folder in [folder for folder, files in lr.items() if _Location(files[0]).scale is None]:
+        if _Location(lr[folder][0]).group in exact:
             other_lr[folder] = lr.pop(folder)
     return Folders(hr, dict(lr), dict(other_lr), dict(versions), rest)
 
 
 def hr_folders(names: Iterable[str]) -> list[str]:
     """The HR folders of files in them."""
-    return sorted({_Place(name).folder for name in names})
+    return sorted({_Location(name).folder for name in names})
 
 
 def split_parts(names: Iterable[str]) -> tuple[list[str], list[str]]:
     """Files in HR folders for training and for validation, where both are there; otherwise two empty lists."""
-    places = {name: _Place(name) for name in names}
-    validation = [name for name, place in places.items() if place.words & _VALIDATION]
-    training = [name for name, place in places.items() if place.words & _TRAINING and name not in validation]
+    locations = {name: _Location(name) for name in names}
+    validation = [name for name, location in locations.items() if location.words & _VALIDATION]
+    training = [
+        name for name, location in locations.items() if location.words & _TRAINING and name not in validation
+    ]
     return (training, validation) if training and validation else ([], [])
 
 
 def lr_files(names: Iterable[str], scale: int) -> list[str]:
     """What of a folder of LR files may be paired: without HR folders in it, and without other scales."""
-    places = {name: _Place(name) for name in names}
-    has_lr = any(place.role in ("lr", "scale") for place in places.values())
+    locations = {name: _Location(name) for name in names}
+    has_lr = any(location.role in ("lr", "scale") for location in locations.values())
     fitting = [
         name
-        for name, place in places.items()
-        if not (has_lr and place.role == "hr") and place.scale in (None, scale)
+        for name, location in locations.items()
+        if not (has_lr and location.role == "hr") and location.scale in (None, scale)
     ]
-    return fitting or list(places)
+    return fitting or list(locations)
 
 
 def lr_beside_hr(names: Iterable[str]) -> dict[str, str]:
@@ -165,7 +171,7 @@ def lr_beside_hr(names: Iterable[str]) -> dict[str, str]:
             hr.setdefault((path.parent, marked_hr), name)
         else:
             lr[name] = (path.parent, marked_lr)
-    return {name: hr[place] for name, place in lr.items() if place in hr}
+    return {name: hr[location] for name, location in lr.items() if location in hr}
 
 
 def is_marked_hr(name: str) -> bool:
@@ -183,31 +189,31 @@ def lr_candidates(hr: Mapping[str, str], lr: Mapping[str, str], scale: int) -> d
     """
     exact, short, anywhere = defaultdict(list), defaultdict(list), defaultdict(list)
     for key, name in sorted(lr.items(), key=lambda item: item[1]):
-        folder, stem = _Place(name).address, _stem(name)
+        folder, stem = _Location(name).address, _stem(name)
         exact[folder, stem].append(key)
         short[folder, _short(stem, scale)].append(key)
         for each in {stem, _short(stem, scale)}:
             anywhere[each].append(key)
-    names = {key: (_Place(name).address, _stem(name)) for key, name in hr.items()}
-    found = {key: exact.get(place, []) for key, place in names.items()}
-    taken = {each for candidates in found.values() for each in candidates}
+    names = {key: (_Location(name).address, _stem(name)) for key, name in hr.items()}
+    matches = {key: exact.get(location, []) for key, location in names.items()}
+    taken = {each for candidates in matches.values() for each in candidates}
     count: dict[str, set[tuple[str, str]]] = defaultdict(set)
-    for place in names.values():
-        count[place[1]].add(place)
+    for location in names.values():
+        count[location[1]].add(location)
 
     def free(candidates: list[str]) -> list[str]:
         return [each for each in candidates if each not in taken]
 
     for key, (folder, stem) in names.items():
-        if not found[key]:
+        if not matches[key]:
             near = free(short.get((folder, stem), [])) or free(short.get((folder, _short(stem, scale)), []))
             far = free(anywhere.get(stem, [])) if len(count[stem]) == 1 else []
-            found[key] = near or far
-    return found
+            matches[key] = near or far
+    return matches
 
 
 def _role(words: list[str]) -> tuple[str | None, int]:
-    """hr or lr and which word says so; None where no word does."""
+    """hr or lr, and the index of the word that names it; (None, 0) if no word does."""
     if len(words) == 1 and words[0] in _HR_NAMES:
         return "hr", 0
     for index, word in enumerate(words):
@@ -223,7 +229,7 @@ def _stem(name: str) -> str:
 
 
 def _short(stem: str, scale: int) -> str:
-    """A file's name without what tells the two sizes apart."""
+    """A file's name without the endings that distinguish the two sizes."""
     scale_ending = rf"(?<=.)[_-]?(x{scale}|{scale}x)$"
     stem = re.sub(scale_ending, "", stem)
     stem = re.sub(rf"(?<=.)({_LR_ENDING}|{_HR_ENDING})", "", stem)

@@ -1,4 +1,4 @@
-"""What an ingest will read: every photograph in its order, found without decoding any."""
+"""The plan of an ingest: every image in order, listed without decoding any."""
 
 import tempfile
 from dataclasses import dataclass
@@ -6,7 +6,8 @@ from pathlib import Path, PurePosixPath
 
 from pipeline.data.config import DataConfig
 from pipeline.data.format.manifest import Manifest
-from pipeline.data.ingest.cutting import PhotoJob
+from pipeline.data.ingest.cutting import ImageJob
+from pipeline.data.ingest.decoding import read_size
 from pipeline.data.ingest.download import DIV2K_HELD_OUT, DIV2K_TRAIN, download, missing_bytes
 from pipeline.data.ingest.geometry import expected_bytes
 from pipeline.data.ingest.layout import (
@@ -17,68 +18,68 @@ from pipeline.data.ingest.layout import (
     split_folders,
     split_parts,
 )
-from pipeline.data.ingest.pairs import pair_by_name, read_size
+from pipeline.data.ingest.pairs import pair_by_name
 from pipeline.data.ingest.sample_images import write_sample_photos
-from pipeline.data.ingest.sources import PhotoFile, find_licence, list_photos
+from pipeline.data.ingest.sources import PhotoFile, find_license, list_photos
 from pipeline.errors import UserError
 from pipeline.storage import Storage, absolute, is_remote, join
 
 _HEADER_BYTES = 65536
 _HEADERS = 200
 _DIV2K_PHOTOS, _DIV2K_SIZE = 800, (1404, 2040)
-_DIV2K_LICENCE = "DIV2K (Agustsson and Timofte, 2017): for academic research only; https://data.vision.ee.ethz.ch/cvl/DIV2K/"
+_DIV2K_LICENSE = "DIV2K (Agustsson and Timofte, 2017): for academic research only; https://data.vision.ee.ethz.ch/cvl/DIV2K/"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All photographs of a data set."""
+    """All images of a data set."""
 
-    jobs: list[PhotoJob]
-    licences: dict[str, str | None]
+    jobs: list[ImageJob]
+    licenses: dict[str, str | None]
     notes: tuple[str, ...] = ()
-    """What was skipped for its place or name, a line for each source."""
+    """Files skipped for their folder or name, one line per source."""
 
 
 def make_plan(config: DataConfig, progress: bool = True) -> Plan:
-    """Lists every photograph, held-out ones first: a picture in both sets is then found early.
+    """Lists every image, held-out ones first, so that an image in both sets is found early.
 
-    `sample` writes its photographs first, and `div2k` downloads its archives.
+    Writes the images of `sample` and downloads the archives of `div2k` first.
 
     Raises:
-        UserError: nothing there, LR files that do not belong to the images, or LR files among the images.
+        UserError: no images, LR files that cannot be paired, or LR files among the images.
     """
     if config.source is None:
-        raise UserError("data.source: not set; give a folder of photographs, `sample` or `div2k`")
-    source, held_out, licence = config.source, config.held_out, config.license
+        raise UserError("data.source: not set; give a folder of images, `sample` or `div2k`")
+    source, held_out, license = config.source, config.held_out, config.license
     if source == "sample":
-        source, own = _sample_folders(config)
-        held_out = held_out or own
+        source, default_held_out = _sample_folders(config)
+        held_out = held_out or default_held_out
     elif source == "div2k":
         folder = download_folder(config)
-        source, own = (
+        source, default_held_out = (
             str(download(archive, config.div2k_url, folder, progress=progress))
             for archive in (DIV2K_TRAIN, DIV2K_HELD_OUT)
         )
-        held_out, licence = held_out or own, licence or _DIV2K_LICENCE
+        held_out, license = held_out or default_held_out, license or _DIV2K_LICENSE
     low = list_photos(config.lr_dir, "data.lr_dir") if config.lr_dir is not None else []
     train, notes = _hr_files(source, "data.source", low, config)
     kept_out, more = _hr_files(held_out, "data.held_out", low, config) if held_out else ([], [])
     lows = pair_by_name(train + kept_out, low, config.scale) if low else {}
     everything = [(photo, True) for photo in kept_out] + [(photo, False) for photo in train]
     jobs = [
-        PhotoJob(index, photo, is_held_out, lows.get(photo.path))
+        ImageJob(index, photo, is_held_out, lows.get(photo.path))
         for index, (photo, is_held_out) in enumerate(everything)
     ]
-    licences = {"train": licence or find_licence(source)}
+    licenses = {"train": license or find_license(source)}
     if held_out:
-        licences["held_out"] = licence or find_licence(held_out)
-    return Plan(jobs, licences, (*notes, *more))
+        licenses["held_out"] = license or find_license(held_out)
+    return Plan(jobs, licenses, (*notes, *more))
 
 
 def _hr_files(
     source: str, field: str, low: list[PhotoFile], config: DataConfig
 ) -> tuple[list[PhotoFile], list[str]]:
-    """The images of a source without the LR files among them, and what was skipped. Raises UserError."""
+    """The images of a source without LR files, and notes on what was skipped. Raises UserError."""
     files = {photo.name: photo for photo in list_photos(source, field)}
     chosen, notes = list(files), []
     folders = split_folders(files, config.scale)
@@ -103,31 +104,31 @@ def _hr_files(
             where = ", ".join(hr_folders(used or folders.hr))
             more = f" and {len(folders.rest)} files in other folders" if folders.rest else ""
             notes = [f"{field}={source}: HR images from {where}{more}; {'; '.join(notes)}"]
-    beside = lr_beside_hr(chosen)
+    adjacent_lr = lr_beside_hr(chosen)
     low_paths = {file.path for file in low}
     unmarked = [
-        name for name, hr in beside.items() if not is_marked_hr(hr) and files[name].path not in low_paths
+        name for name, hr in adjacent_lr.items() if not is_marked_hr(hr) and files[name].path not in low_paths
     ]
     if unmarked:
         raise UserError(
-            f"{field}={source}: {unmarked[0]} is next to {beside[unmarked[0]]} and by its name the same image at "
-            f"another size ({len(unmarked)} such files); move LR files to a folder of their own (data.lr_dir reads "
+            f"{field}={source}: {unmarked[0]} is next to {adjacent_lr[unmarked[0]]} and by its name the same image at "
+            f"another size ({len(unmarked)} such files); move LR files to a separate folder (data.lr_dir reads "
             "them), or rename them"
         )
-    if beside:
-        first = next(iter(beside))
-        notes.append(f"{field}={source}: skipped as LR: {len(beside)} files such as {first}")
-    return [files[name] for name in sorted(set(chosen) - beside.keys())], notes
+    if adjacent_lr:
+        first = next(iter(adjacent_lr))
+        notes.append(f"{field}={source}: skipped as LR: {len(adjacent_lr)} files such as {first}")
+    return [files[name] for name in sorted(set(chosen) - adjacent_lr.keys())], notes
 
 
 def _lr_advice(source: str, folders: Folders, used: list[str], config: DataConfig) -> str:
-    """How to train on the LR files that are skipped, where data.lr_dir is not set."""
+    """How to train on the skipped LR files, if data.lr_dir is not set."""
     if config.lr_dir is not None:
         return ""
     fitting = folders.lr_folders_of(used or folders.hr)
     if len(fitting) == 1 and (is_remote(source) or Path(source).is_dir()):
-        return f" (LR is made by bicubic; set data.lr_dir={join(source, fitting[0])} to use these files)"
-    return " (LR is made by bicubic; set data.lr_dir to one of these to use its files)"
+        return f" (LR is computed by bicubic; set data.lr_dir={join(source, fitting[0])} to use these files)"
+    return " (LR is computed by bicubic; set data.lr_dir to one of these to use its files)"
 
 
 def plans_held_out(config: DataConfig) -> bool:
@@ -136,33 +137,33 @@ def plans_held_out(config: DataConfig) -> bool:
 
 
 def needed_bytes(config: DataConfig) -> int:
-    """About how much space patches and downloads will take. Raises UserError, as `make_plan` does."""
+    """Estimated size of patches and downloads. Raises UserError, as `make_plan` does."""
     if config.source == "sample":
         return 0
     if config.source == "div2k":
-        # The archives count even where their folder is on another disk: a little too much.
+        # The archives count even if their folder is on another disk: an overestimate.
         folder = download_folder(config)
         archives = sum(missing_bytes(archive, folder) for archive in (DIV2K_TRAIN, DIV2K_HELD_OUT))
         return archives + _DIV2K_PHOTOS * expected_bytes(*_DIV2K_SIZE, config)
     jobs = [job for job in make_plan(config).jobs if not job.held_out]
-    step = max(1, len(jobs) // _HEADERS)
+    stride = max(1, len(jobs) // _HEADERS)
     total = 0
-    for job in jobs[::step]:
+    for job in jobs[::stride]:
         try:
             size = read_size(job.photo.read(_HEADER_BYTES))
-        except Exception:  # noqa: BLE001 - only an estimate; ingest names what is wrong
+        except Exception:  # noqa: BLE001 - only an estimate; ingest reports the reason
             continue
         if size is not None:
             total += expected_bytes(*size, config)
-    return total * step
+    return total * stride
 
 
 def download_folder(config: DataConfig) -> Path:
-    """Where div2k's archives go. Raises UserError: an object store, and no folder is named."""
+    """Folder of div2k's archives. Raises UserError: an object store without data.download_dir."""
     root = Storage(config.root)
     if config.download_dir is None and root.remote:
         raise UserError(
-            f"data.root={config.root}: div2k's archives need a folder that every node sees; set data.download_dir"
+            f"data.root={config.root}: div2k's archives need a folder that all nodes share; set data.download_dir"
         )
     return Path(absolute(config.download_dir or root.path("photos")))
 
@@ -178,7 +179,7 @@ def is_div2k(manifest: Manifest) -> bool:
 
 
 def _sample_folders(config: DataConfig) -> tuple[str, str]:
-    """Writes the sample photographs beside the data set (for an object store: into a temporary folder)."""
+    """Writes the sample images next to the data set (for an object store: into a temporary folder)."""
     root = Storage(config.root)
     folder = f"{tempfile.gettempdir()}/esrgan-ray-sample-photos" if root.remote else root.path("photos")
     write_sample_photos(folder)

@@ -1,4 +1,4 @@
-"""Photographs in, a data set out: the plan, its checks, and the run of it."""
+"""Prepares a data set: preflight checks, plan, ingest, manifest."""
 
 import sys
 from collections.abc import Iterable
@@ -6,19 +6,18 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-import pyarrow as pa
 from tqdm import tqdm
 
 from pipeline.data.config import DataConfig
 from pipeline.data.format.manifest import NAME, Manifest, load_manifest
-from pipeline.data.ingest.cutting import PhotoJob, cut_photos
+from pipeline.data.ingest.cutting import CutImage, ImageJob, Rejection, cut_image
 from pipeline.data.ingest.geometry import check_geometry
 from pipeline.data.ingest.plan import Plan, download_folder, is_div2k, make_plan, needed_bytes
-from pipeline.data.ingest.writer import NOTES, Builder
+from pipeline.data.ingest.writer import NOTES, DataSetWriter
 from pipeline.errors import UserError
 from pipeline.storage import LOCK, Storage, only_writer
 
-# What decides the bytes of a data set, besides the photographs.
+# The fields that determine the bytes of a data set, with the images.
 SETTINGS = (
     "scale",
     "edge",
@@ -33,35 +32,34 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class PrepareResult:
-    """What a data set holds."""
+    """Counts of a complete data set."""
 
     patches: int
     sources: int
-    """Photographs that gave patches or are held out."""
+    """Images with patches, or held out."""
     rejected: int
-    """Photographs that were refused; the manifest says why."""
+    """Rejected images; the manifest has the reasons."""
     manifest_sha256: str
 
 
 def check_source(config: DataConfig, prepare_command: str | None = None) -> None:
-    """Finds mistakes before anything is started: places, photographs, sizes, free space.
+    """Preflight checks: source, images, sizes, free space.
 
     Args:
-        config: the data section; there is no data set at its root.
-        prepare_command: the command that prepares it, where that is left to the user to confirm.
+        config: the data section; no data set exists at its root.
+        prepare_command: the command that prepares it, if the user must run it.
 
     Raises:
         UserError: one line that names the field.
     """
     if prepare_command is not None:
         raise UserError(
-            f"data.root={config.root}: there is no data set there; check the path, or prepare one first: "
-            f"{prepare_command}"
+            f"data.root={config.root}: no data set; check the path, or prepare one first: {prepare_command}"
         )
     check_geometry(config)
     if config.source is None:
         raise UserError(
-            f"data.root={config.root}: there is no data set, and data.source does not say where photographs are; "
+            f"data.root={config.root}: no data set, and data.source is not set; "
             "set data.source to a folder, or to `sample`"
         )
     storage = Storage(config.root)
@@ -72,38 +70,37 @@ def check_source(config: DataConfig, prepare_command: str | None = None) -> None
     if free is not None and needed > free:
         raise UserError(
             f"data.root={config.root}: {free / 2**30:.1f} GiB free, and patches take about {needed / 2**30:.1f} GiB; "
-            "choose another place, a larger data.patch_stride_px or data.codec=webp"
+            "choose another data.root, a larger data.patch_stride_px or data.codec=webp"
         )
 
 
 def prepare(
     config: DataConfig, *, strict: bool = False, progress: bool = True, on_ray: bool = True
 ) -> PrepareResult:
-    """Makes the data set, or goes on where an earlier try was interrupted.
+    """Prepares the data set, or resumes an interrupted attempt.
 
-    The result is the same, byte for byte, whatever the number of CPUs and interruptions. A data set that is complete
-    is left alone.
+    The result is identical in every byte for any number of CPUs and interruptions. A complete data set is not modified.
 
     Args:
-        config: source, held-out photographs, root and geometry.
-        strict: the first photograph that is refused is an error.
-        progress: show photographs/s and the time left.
-        on_ray: cut on Ray's workers (it must be connected), or in this process.
+        config: source, held-out images, root and geometry.
+        strict: any rejected image is an error.
+        progress: show images/s and the remaining time.
+        on_ray: cut in tasks of the connected Ray cluster, or in this process.
 
     Raises:
-        UserError: nothing usable, too much refused, or a data set with other settings or photographs at the root.
+        UserError: no usable image, too many rejected, or a data set with other settings or images at the root.
     """
     check_geometry(config)
     storage = Storage(config.root)
     if storage.exists(NAME):
-        return _found(config, strict, progress)
+        return _existing(config, strict, progress)
     plan = make_plan(config, progress)
-    refusal = (
+    locked = (
         f"data.root={config.root}: another process is preparing this data set; wait for it or stop it first"
     )
-    with only_writer(storage, refusal):
-        if storage.exists(NAME):  # by now
-            return _found(config, strict, progress)
+    with only_writer(storage, locked):
+        if storage.exists(NAME):  # written while waiting for the lock
+            return _existing(config, strict, progress)
         for note in plan.notes:
             print(f"note: {note}", flush=True)
         _make(plan, config, strict, progress, on_ray)
@@ -113,15 +110,15 @@ def prepare(
     return describe(manifest)
 
 
-def _found(config: DataConfig, strict: bool, progress: bool) -> PrepareResult:
-    """What is there, if it is what is asked for. Raises UserError."""
+def _existing(config: DataConfig, strict: bool, progress: bool) -> PrepareResult:
+    """The complete data set at the root, if it is the configured one. Raises UserError."""
     storage, manifest = Storage(config.root), load_manifest(config.root)
     _require_same_settings(manifest, _settings(config), config.lr_dir)
-    # Its archives may be gone by now, and nobody wants to fetch them again for this.
+    # The archives may have been deleted; do not download them again just for this check.
     if config.source != "div2k" or not is_div2k(manifest):
-        _require_same_photographs(manifest, make_plan(config, progress).jobs)
+        _require_same_images(manifest, make_plan(config, progress).jobs)
     _require_few_rejected(manifest, config, strict)
-    for name in (NOTES, LOCK):  # where an ingest was killed right after its last step
+    for name in (NOTES, LOCK):  # if an ingest was killed just after writing the manifest
         if storage.exists(name):
             storage.remove(name)
     print(f"{storage.path(NAME)}: complete, nothing to do", flush=True)
@@ -129,30 +126,28 @@ def _found(config: DataConfig, strict: bool, progress: bool) -> PrepareResult:
 
 
 def _make(plan: Plan, config: DataConfig, strict: bool, progress: bool, on_ray: bool) -> None:
-    builder = Builder(Storage(config.root), plan.jobs, config, _settings(config), strict)
-    paired = config.lr_dir is not None
-    left = plan.jobs[builder.first_index :]
-    if builder.first_index:
-        print(f"going on at photograph {builder.first_index + 1} of {len(plan.jobs)}", flush=True)
+    writer = DataSetWriter(Storage(config.root), plan.jobs, config, _settings(config), strict)
+    remaining = plan.jobs[writer.images :]
+    if writer.images:
+        print(f"resuming at image {writer.images + 1} of {len(plan.jobs)}", flush=True)
     with tqdm(
-        total=len(plan.jobs), initial=builder.first_index, unit="photo", disable=not progress, file=sys.stdout,
+        total=len(plan.jobs), initial=writer.images, unit="image", disable=not progress, file=sys.stdout,
         mininterval=1 if sys.stdout.isatty() else 10, desc="cutting",
     ) as bar:  # fmt: skip
-        builder.consume(
-            _tables(left, config, paired, on_ray), on_photo=lambda index: bar.update(index - bar.n)
-        )
+        writer.write(_cut(remaining, config, on_ray), on_image=lambda index: bar.update(index - bar.n))
         bar.update(len(plan.jobs) - bar.n)
     libraries = {name: metadata.version(name) for name in ("numpy", "pillow", "pyarrow")}
-    builder.finish(plan.licences, libraries)
+    writer.finish(plan.licenses, libraries)
 
 
 def _settings(config: DataConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in SETTINGS}
 
 
-def _tables(jobs: list[PhotoJob], config: DataConfig, paired: bool, on_ray: bool) -> Iterable[pa.Table]:
+def _cut(jobs: list[ImageJob], config: DataConfig, on_ray: bool) -> Iterable[CutImage | Rejection]:
+    paired = config.lr_dir is not None
     if not on_ray:
-        return cut_photos(jobs, config, paired)
+        return (cut_image(job, config, paired) for job in jobs)
     from pipeline.data.ingest.ray_ingest import cut_on_ray
 
     return cut_on_ray(jobs, config, paired)
@@ -170,43 +165,40 @@ def _require_same_settings(manifest: Manifest, settings: dict[str, Any], lr_dir:
         )
     if different:
         raise UserError(
-            f"data.root={manifest.root} holds a data set with other settings ({'; '.join(different)}); "
+            f"data.root={manifest.root} contains a data set with other settings ({'; '.join(different)}); "
             "choose another data.root, or remove it"
         )
 
 
-def _require_same_photographs(manifest: Manifest, jobs: list[PhotoJob]) -> None:
-    noted = [*manifest.sources, *(entry for entry in manifest.rejected if "set" in entry)]
-    sizes = {(entry["set"] == "held_out", entry["path"]): entry["bytes"] for entry in noted}
-    # Older data sets know only the names of what was refused.
-    refused = {entry["path"] for entry in manifest.rejected if "set" not in entry}
+def _require_same_images(manifest: Manifest, jobs: list[ImageJob]) -> None:
+    entries = [*manifest.sources, *manifest.rejected]
+    sizes = {(entry["set"] == "held_out", entry["path"]): entry["bytes"] for entry in entries}
     for job in jobs:
         size = sizes.get((job.held_out, job.photo.name))
-        new = size is None and job.photo.name not in refused
-        if new or (size is not None and min(size, job.photo.size) >= 0 and size != job.photo.size):
+        if size is None or (min(size, job.photo.size) >= 0 and size != job.photo.size):
             raise UserError(
-                f"data.root={manifest.root} was made from other photographs ({job.photo.name} is new or changed); "
+                f"data.root={manifest.root} was made from other images ({job.photo.name} is new or changed); "
                 "choose another data.root, or remove it"
             )
-    if len(jobs) != len(manifest.sources) + len(manifest.rejected):
+    if len(jobs) != len(entries):
         raise UserError(
-            f"data.root={manifest.root} was made from more photographs than there are now; "
+            f"data.root={manifest.root} was made from more images than the source contains now; "
             "choose another data.root, or remove it"
         )
 
 
 def _require_few_rejected(manifest: Manifest, config: DataConfig, strict: bool) -> None:
-    """A data set that is there is held to the same limits as one that is made now. Raises UserError."""
+    """Applies the limits of an ingest to an existing data set. Raises UserError."""
     if strict and manifest.rejected:
         first = manifest.rejected[0]
         raise UserError(
             f"data.root={manifest.root}: made without {first['path']}: {first['reason']} (--strict)"
         )
-    rejected, photographs = len(manifest.rejected), len(manifest.rejected) + len(manifest.sources)
-    if rejected > config.max_rejected_share * photographs:
+    rejected, images = len(manifest.rejected), len(manifest.rejected) + len(manifest.sources)
+    if rejected > config.max_rejected_share * images:
         raise UserError(
-            f"data.root={manifest.root}: made without {rejected} of {photographs} photographs, more than "
-            f"data.max_rejected_share={config.max_rejected_share:g}; prepare_data.py names them"
+            f"data.root={manifest.root}: made without {rejected} of {images} images, more than "
+            f"data.max_rejected_share={config.max_rejected_share:g}; prepare_data.py lists them"
         )
 
 
@@ -214,14 +206,14 @@ def _warn_of_other_degradations(manifest: Manifest) -> None:
     matches: dict[str, int] = manifest.degradation.get("matches", {})
     others = {name: count for name, count in matches.items() if name != "matlab_uint8"}
     if others:
-        found = ", ".join(f"{count} x {name}" for name, count in sorted(others.items()))
+        counts = ", ".join(f"{count} x {name}" for name, count in sorted(others.items()))
         print(
-            f"warning: data.lr_dir: low resolution was not made by MATLAB's bicubic on uint8 ({found} of "
-            f"{sum(matches.values())}); evaluate.py makes its own that way unless --lr names files",
+            f"warning: data.lr_dir: low resolution was not made by MATLAB's bicubic on uint8 ({counts} of "
+            f"{sum(matches.values())}); evaluate.py downscales that way unless --lr is given",
             flush=True,
         )
 
 
 def describe(manifest: Manifest) -> PrepareResult:
-    """The counts of a finished data set."""
+    """The counts of a complete data set."""
     return PrepareResult(manifest.patches, len(manifest.sources), len(manifest.rejected), manifest.sha256)

@@ -1,4 +1,4 @@
-"""Photographs with a clear licence that come with installed packages."""
+"""Sample images with a clear license from installed packages."""
 
 from importlib import resources
 from pathlib import Path
@@ -9,12 +9,12 @@ TRAIN = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")  # skimage/
 HELD_OUT = ("china.jpg", "flower.jpg")  # sklearn/datasets/images
 
 ATTRIBUTION = """\
-Photographs in train/ come with scikit-image:
+Images in train/ come with scikit-image:
   astronaut  Eileen Collins, by NASA (public domain)
   coffee     by Rachel Michetti (CC0)
   chelsea    Chelsea the cat, by Stefan van der Walt (CC0)
   rocket     Falcon 9 with DSCOVR, by SpaceX (CC0)
-Photographs in held_out/ come with scikit-learn:
+Images in held_out/ come with scikit-learn:
   china      by danielbuechele, https://www.flickr.com/photos/danielbuechele/6061409035/ (CC BY 2.0)
   flower     by vultilion, https://www.flickr.com/photos/vultilion/6056698931/ (CC BY 2.0)
 All are stored as PNG; the pixels are unchanged.
@@ -22,9 +22,9 @@ All are stored as PNG; the pixels are unchanged.
 
 
 def write_sample_photos(folder: str | Path) -> None:
-    """Writes four photographs to folder/train and two to folder/held_out as PNG, with ATTRIBUTION.txt beside them.
+    """Writes four images to folder/train and two to folder/held_out as PNG, with ATTRIBUTION.txt next to them.
 
-    Files that are there already are left alone.
+    Existing files are not modified.
     """
     target = Path(folder)
     for part, package, names in (

@@ -1,4 +1,4 @@
-"""Finds photographs: a folder, a glob, a zip archive, or an s3:// prefix, in an order that depends on names alone."""
+"""Lists image files in a folder, a glob, a .zip archive or an s3:// prefix, in an order that depends on names alone."""
 
 import glob
 import lzma
@@ -15,13 +15,13 @@ from typing import Literal
 
 import pyarrow
 
-from pipeline.data.ingest.decoding import EXTENSIONS, PhotoRefused
+from pipeline.data.ingest.decoding import EXTENSIONS, PhotoRejected, looks_like_photo
 from pipeline.errors import UserError
 from pipeline.storage import Storage, is_remote
 
-LICENCE_NAMES = ("attribution", "license", "licence", "copying")
-_LICENCE_BYTES = 16384
-# What reading a damaged or locked file or archive raises; zipfile lets the decompressors' own errors through.
+_LICENSE_NAMES = ("attribution", "license", "licence", "copying")
+_LICENSE_BYTES = 16384
+# Exceptions of corrupt or locked files and archives; zipfile does not wrap its decompressors' exceptions.
 _UNREADABLE = (
     OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError, zlib.error, lzma.LZMAError,
 )  # fmt: skip
@@ -29,23 +29,23 @@ _UNREADABLE = (
 
 @dataclass(frozen=True)
 class PhotoFile:
-    """One file of a source; `read` works in any process of the cluster that sees the source."""
+    """One file of a source; `read` works in any process of the cluster with access to the source."""
 
     name: str  # relative to the source, forward slashes; bytes that are not UTF-8 as surrogates
     kind: Literal["file", "zip", "s3"]
     container: str  # folder, archive or prefix
-    size: int  # bytes; -1 where it could not be asked
+    size: int  # bytes; -1 if unknown
     modified_ns: int = 0
-    unreadable: str | None = None  # why it cannot be read, where listing already found out
+    unreadable: str | None = None  # the reason, if listing already failed
 
     @property
     def known_extension(self) -> bool:
-        """Whether the name says that this is an image."""
+        """Whether this is an image by its extension."""
         return PurePosixPath(self.name).suffix.lower() in EXTENSIONS
 
     @property
     def path(self) -> str:
-        """Container and name: no other file has the same."""
+        """Container and name: unique among all files."""
         return f"{self.container}/{self.name}"
 
     @property
@@ -54,9 +54,9 @@ class PhotoFile:
         return PurePosixPath(self.name).stem.lower()
 
     def read(self, limit: int | None = None) -> bytes:
-        """The file's bytes, at most `limit` of them. Raises PhotoRefused."""
+        """The file's bytes, at most `limit` of them. Raises PhotoRejected."""
         if self.unreadable:
-            raise PhotoRefused(self.unreadable)
+            raise PhotoRejected(self.unreadable)
         try:
             if self.kind == "file":
                 with (Path(self.container) / self.name).open("rb") as file:
@@ -68,10 +68,10 @@ class PhotoFile:
             with filesystem.open_input_file(f"{base}/{self.name}") as remote:
                 return remote.read(limit)
         except FileNotFoundError:
-            raise PhotoRefused("cannot be read: it is gone") from None
+            raise PhotoRejected("cannot be read: the file no longer exists") from None
         except _UNREADABLE as error:
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-            raise PhotoRefused(f"cannot be read: {reason}") from None
+            raise PhotoRejected(f"cannot be read: {reason}") from None
 
 
 @lru_cache(maxsize=4)
@@ -80,60 +80,58 @@ def _archive(path: str) -> zipfile.ZipFile:
 
 
 def list_photos(source: str, field: str = "data.source") -> list[PhotoFile]:
-    """Every file of `source` that may be a photograph, sorted by name. Hidden files are left out.
+    """Every file of `source` that may be an image, sorted by name. Hidden files are skipped.
 
     Raises:
-        UserError: nothing there, naming `field`.
+        UserError: no such source, or no images in it; names `field`.
     """
     if is_remote(source):
-        found = list(_in_s3(source, field))
+        files = list(_in_s3(source, field))
     elif Path(source).is_dir():
-        found = list(_in_folder(Path(source).absolute()))
+        files = list(_in_folder(Path(source).absolute()))
     elif Path(source).is_file():
         if not zipfile.is_zipfile(source):
             raise UserError(f"{field}={source}: a file that is not a .zip archive; give its folder")
-        found = list(_in_zip(Path(source).absolute()))
+        files = list(_in_zip(Path(source).absolute()))
     elif glob.has_magic(source):
-        found = list(_in_glob(source))
+        files = list(_in_glob(source))
     else:
         raise UserError(f"{field}={source}: no such folder, archive or pattern")
-    found.sort(key=lambda photo: photo.name)
-    if not any(photo.known_extension or _sniffed(photo) for photo in found):
-        raise UserError(f"{field}={source}: no photographs there (of {len(found)} files)")
-    return [photo for photo in found if photo.known_extension or _sniffed(photo)]
+    files.sort(key=lambda photo: photo.name)
+    if not any(photo.known_extension or _sniffed(photo) for photo in files):
+        raise UserError(f"{field}={source}: no images (of {len(files)} files)")
+    return [photo for photo in files if photo.known_extension or _sniffed(photo)]
 
 
-def find_licence(source: str) -> str | None:
-    """Text of an ATTRIBUTION, LICENSE or COPYING file in a folder, in that of a pattern of names, or in an archive."""
+def find_license(source: str) -> str | None:
+    """Text of an ATTRIBUTION, LICENSE or COPYING file in a folder, in the folder of a glob, or in an archive."""
     if is_remote(source):
         return None
     if glob.has_magic(source) and _fixed_part(source) != Path(source).absolute().parent:
         return None
     if Path(source).is_file():
         members = _in_zip(Path(source).absolute())
-        found = [file for file in members if file.name.count("/") <= 1 and _is_licence(file.name)]
+        files = [file for file in members if file.name.count("/") <= 1 and _is_license(file.name)]
     else:
         folder = Path(source) if Path(source).is_dir() else _fixed_part(source)
-        found = [_local(folder, path) for path in folder.iterdir() if _is_licence(path.name)]
-    for file in sorted(found, key=lambda file: file.name):
-        with suppress(PhotoRefused):
-            return file.read(_LICENCE_BYTES).decode("utf-8", "replace")
+        files = [_local(folder, path) for path in folder.iterdir() if _is_license(path.name)]
+    for file in sorted(files, key=lambda file: file.name):
+        with suppress(PhotoRejected):
+            return file.read(_LICENSE_BYTES).decode("utf-8", "replace")
     return None
 
 
-def _is_licence(name: str) -> bool:
+def _is_license(name: str) -> bool:
     path = PurePosixPath(name)
-    return path.stem.lower() in LICENCE_NAMES and path.suffix.lower() in ("", ".txt", ".md")
+    return path.stem.lower() in _LICENSE_NAMES and path.suffix.lower() in ("", ".txt", ".md")
 
 
 def _sniffed(photo: PhotoFile) -> bool:
-    from pipeline.data.ingest.decoding import looks_like_photo
-
     if photo.kind == "s3" or photo.unreadable:
         return False
     try:
         return looks_like_photo(photo.read(64))
-    except PhotoRefused:
+    except PhotoRejected:
         return False
 
 
@@ -142,7 +140,7 @@ def _in_folder(root: Path) -> Iterator[PhotoFile]:
     failures: list[OSError] = []
     for folder, folders, files in os.walk(root, followlinks=True, onerror=failures.append):
         real = os.path.realpath(folder)
-        if real in visited:  # a link that leads back up
+        if real in visited:  # a link to a parent folder
             folders.clear()
             continue
         visited.add(real)
@@ -182,7 +180,7 @@ def _local(root: Path, path: Path) -> PhotoFile:
         broken = path.is_symlink() and not path.exists()
         reason = "broken link" if broken else f"cannot be read: {error.strerror}"
         return PhotoFile(name, "file", str(root), -1, 0, reason)
-    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would block forever
         return PhotoFile(name, "file", str(root), -1, 0, "not a regular file")
     return PhotoFile(name, "file", str(root), status.st_size, status.st_mtime_ns)
 
@@ -191,7 +189,7 @@ def _in_zip(path: Path) -> Iterator[PhotoFile]:
     try:
         members = zipfile.ZipFile(path).infolist()
     except zipfile.BadZipFile as error:
-        raise UserError(f"{path}: damaged archive: {error}") from None
+        raise UserError(f"{path}: corrupt archive: {error}") from None
     for member in members:
         parts = PurePosixPath(member.filename).parts
         if not member.is_dir() and not any(part.startswith((".", "__MACOSX")) for part in parts):

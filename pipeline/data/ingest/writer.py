@@ -1,7 +1,7 @@
-"""Turns the ordered stream of cut photographs into shards, and remembers after each shard how far it came.
+"""Writes cut images to shards and the manifest; an interrupted ingest resumes after its last complete shard.
 
-The stream has one order, so the same photographs give the same bytes whatever made the stream and however often it was
-interrupted. Notes of progress lie in .ingest/ until the manifest is written.
+Images are written in one order, and a shard is closed between images. So the same images give the same bytes, on Ray or
+in one process, however often the ingest was interrupted. Progress notes are in .ingest/ until the manifest is written.
 """
 
 import hashlib
@@ -17,23 +17,24 @@ import pyarrow as pa
 from pipeline.data.config import DataConfig
 from pipeline.data.format import manifest as manifests
 from pipeline.data.format.manifest import Shard
-from pipeline.data.format.row_checksums import pack_seal
+from pipeline.data.format.row_checksums import pack
 from pipeline.data.format.shards import HELD_OUT_SCHEMA, PATCH_SCHEMA, ShardWriter
-from pipeline.data.ingest.cutting import PhotoJob
+from pipeline.data.ingest.cutting import CutImage, ImageJob, Rejection
+from pipeline.data.ingest.geometry import cut
 from pipeline.errors import UserError
 from pipeline.storage import Storage
 
 NOTES = ".ingest"
 _PLAN = f"{NOTES}/plan.json"
 _MIB = 1 << 20
-# What an ingest makes in its folder; anything else there is somebody's own.
+# Partial files of ingest; everything else in the folder is left untouched.
 _PARTIAL = re.compile(
     rf"\.({manifests.SHARD_NAME.pattern}|{re.escape(manifests.NAME)})\.[0-9a-f]{{8}}\.partial"
 )
 
 
-def plan_fingerprint(jobs: Iterable[PhotoJob], settings: dict[str, Any]) -> str:
-    """sha256 over everything that decides the result, file times included."""
+def plan_fingerprint(jobs: Iterable[ImageJob], settings: dict[str, Any]) -> str:
+    """sha256 over everything that determines the result, file times included."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for job in jobs:
         for file in (job.photo, job.low):
@@ -44,273 +45,227 @@ def plan_fingerprint(jobs: Iterable[PhotoJob], settings: dict[str, Any]) -> str:
 
 @dataclass
 class _Progress:
-    """What is finished: everything before row `rows` of photograph `index`."""
+    """What images 0..images - 1 gave."""
 
-    index: int = 0
-    rows: int = 0
+    images: int = 0
     patches: int = 0
-    shards: list[Shard] = field(default_factory=list)
-    held_out: list[Shard] = field(default_factory=list)
     sources: list[dict[str, Any]] = field(default_factory=list)
     rejected: list[dict[str, Any]] = field(default_factory=list)
 
 
-class Builder:
-    """Writes a data set from tables in order; resumes where an earlier one stopped."""
+class DataSetWriter:
+    """Writes a data set from cut images in the order of `jobs`."""
 
     def __init__(
         self,
         storage: Storage,
-        jobs: list[PhotoJob],
+        jobs: list[ImageJob],
         config: DataConfig,
         settings: dict[str, Any],
         strict: bool,
     ) -> None:
         self._storage, self._jobs, self._config, self._settings = storage, jobs, config, settings
         self._strict = strict
-        self._fingerprint = plan_fingerprint(jobs, settings)
-        self._done = self._resume()
-        self._next_patch = self._done.patches
-        self._seen: dict[str, dict[str, Any]] = {
-            entry["pixels_sha256"]: entry for entry in self._done.sources
-        }
+        self._shards: list[Shard] = []
+        self._held_out: list[Shard] = []
+        self._done = _Progress()
+        self._resume()
+        self._noted = (len(self._done.sources), len(self._done.rejected))
+        self._by_pixels = {entry["pixels_sha256"]: entry for entry in self._done.sources}
         self._writer: ShardWriter | None = None
-        self._writer_held_out = False
-        self._current = -1  # photograph in work
-        self._skip = False  # its patches are dropped: refused after it was cut
-        self._rows = 0  # its rows seen so far
-        self._fresh_sources: list[dict[str, Any]] = []
-        self._fresh_rejected: list[dict[str, Any]] = []
 
     @property
-    def first_index(self) -> int:
-        """The photograph to begin with."""
-        return self._done.index
+    def images(self) -> int:
+        """Images in complete shards; writing starts with the next one."""
+        return self._done.images
 
-    @property
-    def rejected(self) -> int:
-        """Photographs refused so far."""
-        return len(self._done.rejected) + len(self._fresh_rejected)
-
-    def consume(
-        self, tables: Iterable[pa.Table], on_photo: Callable[[int], None] = lambda index: None
+    def write(
+        self,
+        images: Iterable[CutImage | Rejection],
+        on_image: Callable[[int], None] = lambda index: None,
     ) -> None:
-        """Writes the shards. `on_photo` is called with the index of each photograph that begins."""
+        """Writes the shards of all remaining images. `on_image` is called with the index of each image.
+
+        Raises:
+            UserError: an image is in both sets, too many are rejected, or any is and `strict` is set.
+        """
         try:
-            for table in tables:
-                for position in range(table.num_rows):
-                    row = table.slice(position, 1)
-                    index = row["index"][0].as_py()
-                    text = row["info"][0].as_py()
-                    if text is not None:
-                        on_photo(index)
-                        self._begin(index, json.loads(text))
-                    elif not self._skip:
-                        self._take(row)
-            if self._writer is not None:
-                self._close_shard()
+            for job, image in zip(self._jobs[self.images :], images, strict=True):
+                on_image(job.index)
+                self._add(job, image)
+                self._done.images += 1
+                following = self._jobs[job.index + 1 : job.index + 2]
+                last_of_set = not following or following[0].held_out != job.held_out
+                writer = self._writer
+                if writer is not None and (last_of_set or writer.bytes >= self._config.shard_mib * _MIB):
+                    self._close_shard(writer, job.held_out)
         finally:
             if self._writer is not None:
                 self._writer.abandon()
 
-    def finish(self, licences: dict[str, str | None], libraries: dict[str, str]) -> None:
-        """Writes the manifest, then removes the notes. Raises UserError: too much was refused."""
-        rejected = self._done.rejected + self._fresh_rejected
-        sources = self._done.sources + self._fresh_sources
-        self._check_share(rejected)
-        if not any(entry["set"] == "train" for entry in sources):
-            first = f"; the first: {rejected[0]['path']}: {rejected[0]['reason']}" if rejected else ""
+    def finish(self, licenses: dict[str, str | None], libraries: dict[str, str]) -> None:
+        """Writes the manifest, then removes the notes. Raises UserError: a set is empty, or too many are rejected."""
+        done = self._done
+        self._check_share()
+        if not any(entry["set"] == "train" for entry in done.sources):
+            first = f"; the first: {_named(done.rejected[0])}" if done.rejected else ""
             raise UserError(
-                f"data.source={self._config.source}: no usable photograph ({len(rejected)} refused{first})"
+                f"data.source={self._config.source}: no usable image ({len(done.rejected)} rejected{first})"
             )
         held_out = sum(job.held_out for job in self._jobs)
-        if held_out and not any(entry["set"] == "held_out" for entry in sources):
+        if held_out and not any(entry["set"] == "held_out" for entry in done.sources):
             raise UserError(
-                f"data.held_out={self._config.held_out}: none of {held_out} photographs is usable; "
-                f"the first: {rejected[0]['path']}: {rejected[0]['reason']}"
+                f"data.held_out={self._config.held_out}: none of {held_out} images is usable; "
+                f"the first: {_named(done.rejected[0])}"
             )
-        if not self._next_patch:
+        if not done.patches:
             raise UserError(
                 f"data.min_detail={self._config.min_detail}: every patch has a lower score; use a lower value"
             )
         matches: dict[str, int] = {}
-        for entry in sources:
+        for entry in done.sources:
             if "degradation" in entry:
                 matches[entry["degradation"]] = matches.get(entry["degradation"], 0) + 1
         content = {
-            "patches": self._next_patch,
+            "patches": done.patches,
             "settings": self._settings,
             "degradation": {
                 "kind": "files" if matches else "matlab_uint8",
                 "edge": self._config.edge,
                 **({"matches": matches} if matches else {}),
             },
-            "sources": sources,
-            "rejected": rejected,
-            "shards": [asdict(shard) for shard in self._done.shards],
-            "held_out": [asdict(shard) for shard in self._done.held_out],
-            "licences": licences,
+            "sources": done.sources,
+            "rejected": done.rejected,
+            "shards": [asdict(shard) for shard in self._shards],
+            "held_out": [asdict(shard) for shard in self._held_out],
+            "licenses": licenses,
             "libraries": libraries,
         }
         self._storage.write_bytes(manifests.NAME, manifests.encode(content))
         self._storage.remove(NOTES)
 
-    def _begin(self, index: int, info: dict[str, Any]) -> None:
-        """A photograph begins: the one before is complete."""
-        self._current, self._rows, self._skip = index, 0, False
-        job = self._jobs[index]
+    def _add(self, job: ImageJob, image: CutImage | Rejection) -> None:
         name = "held_out" if job.held_out else "train"
-        path = job.photo.name
-        reason = info.get("refused")
-        twin = None if reason else self._seen.get(info["pixels_sha256"])
-        if twin is not None and twin["set"] != name:
-            raise UserError(
-                f"data.source: {path} has the same pixels as {twin['path']} in the held-out set; remove one of them"
-            )
-        if twin is not None:
-            reason = f"the same pixels as {twin['path']}"
-        if reason is not None:
-            self._skip = True
-            self._fresh_rejected.append(
-                {"path": path, "set": name, "reason": reason, "bytes": job.photo.size}
-            )
+        reason = image.reason if isinstance(image, Rejection) else self._duplicate(job, name, image.facts)
+        if isinstance(image, Rejection) or reason is not None:
+            path = job.photo.name
+            self._done.rejected.append({"path": path, "set": name, "reason": reason, "bytes": job.photo.size})
             if self._strict:
                 raise UserError(f"{path}: {reason} (--strict)")
-            self._check_share(self._done.rejected + self._fresh_rejected)
+            self._check_share()
             return
+        first_patch = self._done.patches
+        for table in image.tables:
+            if self._writer is None:
+                self._writer = self._open_shard(job.held_out)
+            if job.held_out:
+                self._writer.write(self._held_out_row(job, image.facts, table))
+            else:
+                self._writer.write(self._patch_rows(job, table))
+                self._done.patches += table.num_rows
         entry = {
-            "path": path,
+            "path": job.photo.name,
             "set": name,
-            "source_id": index,
-            "first_patch": self._next_patch,
-            "patches": 0,
-            **info,
+            "source_id": job.index,
+            "first_patch": first_patch,
+            "patches": self._done.patches - first_patch,
+            **image.facts,
         }
-        if index == self._done.index and self._done.rows:  # the rows in finished shards come first
-            entry.update(first_patch=self._next_patch - self._done.rows, patches=self._done.rows)
-        self._seen[info["pixels_sha256"]] = entry
-        self._fresh_sources.append(entry)
+        self._by_pixels[entry["pixels_sha256"]] = entry
+        self._done.sources.append(entry)
 
-    def _take(self, row: pa.Table) -> None:
-        job = self._jobs[self._current]
-        self._rows += 1
-        if self._current == self._done.index and self._rows <= self._done.rows:
-            return  # in a finished shard already
-        if self._writer is not None and self._writer_held_out != job.held_out:
-            self._close_shard()
-            self._rows = 1
-        if self._writer is None:
-            self._writer_held_out = job.held_out
-            name = "held_out" if job.held_out else "patches"
-            number = len(self._done.held_out if job.held_out else self._done.shards)
-            schema, codec = (HELD_OUT_SCHEMA, "raw") if job.held_out else (PATCH_SCHEMA, self._config.codec)
-            self._writer = ShardWriter(self._storage, f"{name}-{number:05d}.parquet", schema, codec)
-        self._writer.write(self._held_out_row(row) if job.held_out else self._patch_row(row))
-        if not job.held_out:
-            self._next_patch += 1
-            self._fresh_sources[-1]["patches"] += 1
-        if self._writer.bytes >= self._config.shard_mib * _MIB:
-            self._close_shard()
+    def _duplicate(self, job: ImageJob, name: str, facts: dict[str, Any]) -> str | None:
+        """Why an image is rejected as a duplicate. Raises UserError: the other one is in the other set."""
+        other = self._by_pixels.get(facts["pixels_sha256"])
+        if other is None:
+            return None
+        if other["set"] != name:
+            raise UserError(
+                f"data.source: {job.photo.name} has the same pixels as {other['path']} in the held-out set; "
+                "remove one of them"
+            )
+        return f"the same pixels as {other['path']}"
 
-    def _patch_row(self, row: pa.Table) -> pa.Table:
-        body = np.frombuffer(row["checks"][0].as_buffer(), "<u8")
-        columns = {
-            "patch_id": pa.array([self._next_patch], pa.int64()),
-            "source_id": pa.array([self._current], pa.int32()),
-            "y": row["y"],
-            "x": row["x"],
-            "hr": row["hr"],
-            "lr": row["lr"],
-            "detail": row["detail"],
-            "checks": pa.array([pack_seal(self._next_patch, body)], pa.binary()),
+    def _patch_rows(self, job: ImageJob, table: pa.Table) -> pa.Table:
+        ids = range(self._done.patches, self._done.patches + table.num_rows)
+        sums = [np.frombuffer(cell.as_buffer(), "<u8") for cell in table["row_checksums"]]
+        columns = {name: table[name] for name in table.column_names} | {
+            "patch_id": pa.array(ids, pa.int64()),
+            "source_id": pa.array([job.index] * table.num_rows, pa.int32()),
+            "row_checksums": pa.array([pack(*pair) for pair in zip(ids, sums, strict=True)], pa.binary()),
         }
         return pa.Table.from_arrays([columns[name] for name in PATCH_SCHEMA.names], schema=PATCH_SCHEMA)
 
-    def _held_out_row(self, row: pa.Table) -> pa.Table:
-        name = (
-            self._jobs[self._current]
-            .photo.name.encode("utf-8", "surrogateescape")
-            .decode("utf-8", "backslashreplace")
-        )
-        columns = [
-            pa.array([name]),
-            row["y"],
-            row["x"],
-            row["hr"],
-            row["lr"],
-        ]
-        return pa.Table.from_arrays(columns, schema=HELD_OUT_SCHEMA)
+    def _held_out_row(self, job: ImageJob, facts: dict[str, Any], table: pa.Table) -> pa.Table:
+        # Parquet strings are UTF-8; file names need not be.
+        name = job.photo.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        height, width = (cut(facts[side], self._config.scale) for side in ("height", "width"))
+        columns = [pa.array([name]), pa.array([height], pa.int32()), pa.array([width], pa.int32())]
+        return pa.Table.from_arrays([*columns, table["hr"], table["lr"]], schema=HELD_OUT_SCHEMA)
 
-    def _close_shard(self) -> None:
-        assert self._writer is not None
-        shard = self._writer.finish()
-        self._writer = None
-        done = self._done
-        (done.held_out if self._writer_held_out else done.shards).append(shard)
-        done.patches = self._next_patch
-        # The photograph in work stays out of the finished ones: it is announced again after an interruption. When the
-        # set changes, it has no row in the finished shard yet.
-        begun = self._fresh_sources.pop() if self._fresh_sources else None
-        if begun is not None and begun["source_id"] != self._current:
-            self._fresh_sources.append(begun)
-            begun = None
-        switched = self._jobs[self._current].held_out != self._writer_held_out
-        done.index, done.rows = self._current, 0 if switched else self._rows
-        done.sources += self._fresh_sources
-        refused_now = self._skip and self._fresh_rejected
-        last_refusal = [self._fresh_rejected.pop()] if refused_now else []
-        done.rejected += self._fresh_rejected
+    def _open_shard(self, held_out: bool) -> ShardWriter:
+        kind, number = ("held_out", len(self._held_out)) if held_out else ("patches", len(self._shards))
+        return ShardWriter(
+            self._storage, f"{kind}-{number:05d}.parquet", HELD_OUT_SCHEMA if held_out else PATCH_SCHEMA
+        )
+
+    def _close_shard(self, writer: ShardWriter, held_out: bool) -> None:
+        """Commits all images so far: publishes the shard, then writes its note."""
+        shard, self._writer = writer.finish(), None
+        number = len(self._shards) + len(self._held_out)
+        (self._held_out if held_out else self._shards).append(shard)
+        sources, rejected = self._noted
         note = {
             "shard": asdict(shard),
-            "held_out": self._writer_held_out,
-            "index": done.index,
-            "rows": done.rows,
-            "patches": done.patches,
-            "sources": self._fresh_sources,
-            "rejected": self._fresh_rejected,
+            "held_out": held_out,
+            "images": self._done.images,
+            "patches": self._done.patches,
+            "sources": self._done.sources[sources:],
+            "rejected": self._done.rejected[rejected:],
         }
-        number = len(done.shards) + len(done.held_out) - 1
+        self._noted = (len(self._done.sources), len(self._done.rejected))
         self._storage.write_bytes(f"{NOTES}/{number:05d}.json", json.dumps(note).encode())
-        self._fresh_sources = [begun] if begun is not None else []
-        self._fresh_rejected = last_refusal
 
-    def _resume(self) -> _Progress:
-        """Progress of an earlier ingest of the same plan; otherwise clears what is left of another one."""
-        done = _Progress()
+    def _resume(self) -> None:
+        """Loads the progress of an earlier ingest of the same plan, or removes the files of another plan."""
         for name in self._storage.names():
-            if _PARTIAL.fullmatch(name):  # of a process that was killed
+            if _PARTIAL.fullmatch(name):  # of a killed process
                 self._storage.remove(name)
+        fingerprint = plan_fingerprint(self._jobs, self._settings)
         plan: dict[str, Any] | None
         try:
             plan = json.loads(self._storage.read_bytes(_PLAN))
         except (FileNotFoundError, ValueError):
             plan = None
-        if plan is None or plan.get("fingerprint") != self._fingerprint:
+        if plan is None or plan.get("fingerprint") != fingerprint:
             self._storage.remove(NOTES)
             for name in self._storage.names():
                 if manifests.SHARD_NAME.fullmatch(name):
                     self._storage.remove(name)
-            self._storage.write_bytes(_PLAN, json.dumps({"fingerprint": self._fingerprint}).encode())
-            return done
+            self._storage.write_bytes(_PLAN, json.dumps({"fingerprint": fingerprint}).encode())
+            return
         while True:
-            number = len(done.shards) + len(done.held_out)
+            number = len(self._shards) + len(self._held_out)
             try:
                 note = json.loads(self._storage.read_bytes(f"{NOTES}/{number:05d}.json"))
                 shard = Shard(**note["shard"])
                 if self._storage.size(shard.name) != shard.bytes:
-                    return done
+                    return
             except (FileNotFoundError, TypeError, ValueError):
-                return done
-            (done.held_out if note["held_out"] else done.shards).append(shard)
-            done.index, done.rows, done.patches = note["index"], note["rows"], note["patches"]
-            done.sources += note["sources"]
-            done.rejected += note["rejected"]
+                return
+            (self._held_out if note["held_out"] else self._shards).append(shard)
+            self._done.images, self._done.patches = note["images"], note["patches"]
+            self._done.sources += note["sources"]
+            self._done.rejected += note["rejected"]
 
-    def _check_share(self, rejected: list[dict[str, Any]]) -> None:
-        limit = self._config.max_rejected_share * len(self._jobs)
+    def _check_share(self) -> None:
+        rejected, limit = self._done.rejected, self._config.max_rejected_share * len(self._jobs)
         if len(rejected) > limit:
-            last = rejected[-1]
             raise UserError(
-                f"{len(rejected)} of {len(self._jobs)} photographs were refused, more than data.max_rejected_share="
-                f"{self._config.max_rejected_share:g}; the last: {last['path']}: {last['reason']}"
+                f"{len(rejected)} of {len(self._jobs)} images were rejected, more than data.max_rejected_share="
+                f"{self._config.max_rejected_share:g}; the last: {_named(rejected[-1])}"
             )
+
+
+def _named(entry: dict[str, Any]) -> str:
+    return f"{entry['path']}: {entry['reason']}"
