@@ -1,4 +1,4 @@
-"""Trains ESRGAN: stage 1 on pixels, then stage 2 against a discriminator. Run again, it resumes."""
+"""Trains ESRGAN: stage 1 on the pixel loss, stage 2 with a discriminator. Run again to resume."""
 
 import argparse
 from dataclasses import asdict
@@ -12,12 +12,12 @@ DEMO = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What belongs to the command and not to the configuration."""
-    parser.add_argument("--json", metavar="FILE", help="Also write the result there.")
+    """Adds the command's own flags."""
+    parser.add_argument("--json", metavar="FILE", help="Also write the result to this file.")
     parser.add_argument(
         "--accept-changes",
         action="store_true",
-        help="Go on with a run although its configuration, its data set or package versions have changed.",
+        help="Resume a run although its configuration, its data set or package versions have changed.",
     )
 
 

@@ -1,4 +1,4 @@
-"""Sweeps loss weights and residual scaling; each trial is a whole training run. Run again, it resumes."""
+"""Runs a sweep over loss weights and residual scaling. Each trial is a complete training run; run again to resume."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -16,36 +16,30 @@ def main(argv: list[str]) -> None:
         description=__doc__ or "",
         default_file=DEMO,
         add_arguments=lambda parser: parser.add_argument(
-            "--json", metavar="FILE", help="Also write the result there."
+            "--json", metavar="FILE", help="Also write the result to this file."
         ),
     )
     command.require_writable_file(options.json, "--json")
     from pipeline.tuning.sweep import run_sweep
 
-    result = run_sweep(config, prepare_command=options.prepare_command)
+    result = run_sweep(config.alone(), config.tune, options.prepare_command)
     command.write_json(options.json, asdict(result))
-    metric = config.tune.metric
-    fields = list(config.tune.space)
+    metric, fields = config.tune.metric, list(config.tune.space)
+    ranked = sorted(result.trials, key=lambda trial: trial.metrics.get(metric, float("-inf")), reverse=True)
     rows = [
-        [
-            trial.run_name,
-            trial.status,
-            str(trial.step),
-            *(
-                f"{value:.4g}" if isinstance(value, float) else str(value)
-                for value in map(trial.values.get, fields)
-            ),
-            f"{trial.metrics[metric]:.4f}" if metric in trial.metrics else "-",
-        ]
-        for trial in sorted(
-            result.trials, key=lambda trial: trial.metrics.get(metric, float("-inf")), reverse=True
-        )
-    ]
+        [trial.run_name, trial.status, str(trial.step), *map(_shown, map(trial.values.get, fields)),
+         f"{trial.metrics[metric]:.4f}" if metric in trial.metrics else "-"]
+        for trial in ranked
+    ]  # fmt: skip
     print(command.table(["trial", "status", "step", *fields, metric], rows))
-    print(f"picture: {result.picture}")
+    print(f"figure: {result.figure}")
     best = " ".join(f"--{name} {value}" for name, value in result.best.values.items())
     value = f"{metric} {result.best.metrics[metric]:.4f} at step {result.best.step}"
     print(f"best: {result.best.run_name} with {value}: {best}")
+
+
+def _shown(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Loads the configuration: one file, then the environment, then dotted flags; each later one wins."""
+"""Loads the configuration: one file, the environment, dotted flags, in ascending order of precedence."""
 
 import argparse
 import difflib
@@ -11,22 +11,19 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 from pydantic_settings import BaseSettings, CliSettingsSource, EnvSettingsSource, SettingsConfigDict
 
 from pipeline.errors import UserError
-from pipeline.section import flat_fields
+from pipeline.section import RENAMED, flat_fields, merged, validated
 from pipeline.training.config import TrainConfig
 from pipeline.tuning.config import TuneConfig
 
 ENV_PREFIX = "ESRGAN_"
-# Old to new name; the old one is refused with a message that has the new one.
-RENAMED = {
-    "data.licence": "data.license",
-    "data.max_damaged_share": "data.max_corrupt_share",
-    "data.patch_step_px": "data.patch_stride_px",
-    "tracking.if_away": "tracking.if_unreachable",
-}
+FIRST_FIELDS = (
+    "Most commands need no more than --config, --run_name, --storage, --workers, --data.source and --data.root; every "
+    "field below can also be set in the file or in the environment (docs/fields.md)."
+)
 
 
 class Config(TrainConfig):
@@ -50,8 +47,8 @@ class _Parser(argparse.ArgumentParser):
         hint = ""
         if "unrecognized arguments:" in message:
             flag = message.split("unrecognized arguments:")[1].split()[0].split("=")[0]
-            known = [option for action in self._actions for option in action.option_strings]
-            near = difflib.get_close_matches(flag, known, n=1)
+            flags = [option for action in self._actions for option in action.option_strings]
+            near = difflib.get_close_matches(flag, flags, n=1)
             hint = f"; did you mean {near[0]}?" if near else "; --help lists the flags"
             if flag.removeprefix("--") in RENAMED:
                 hint = f"; renamed to --{RENAMED[flag.removeprefix('--')]}"
@@ -75,20 +72,21 @@ def load_config(
 
     Args:
         argv: arguments without the program's name.
-        description: first line of --help.
+        description: first paragraph of --help.
         default_file: read when --config is not given.
         add_arguments: adds the command's own flags (such as --json).
         environment: instead of os.environ.
 
     Returns:
-        The configuration, and the command's own flags. Among these, `prepare_command` is None where a missing data
-        set may be prepared; otherwise it is the command line that would prepare it, for the user to confirm.
+        The configuration, and the command's own flags. Among these, `prepare_command` is None if a missing data set
+        may be prepared; otherwise it is the command line that would prepare it, for the user to confirm.
 
     Raises:
-        UserError: one line that names the field, its value and where it was set.
+        UserError: one line with the field, its value and its source.
     """
     environment = os.environ if environment is None else environment
-    parser = make_parser(description)
+    parser = make_parser(f"{description} {FIRST_FIELDS}")
+    parser.usage = "%(prog)s [--config FILE] [--FIELD VALUE ...]"
     default_text = f" (default: {default_file.name})" if default_file else ""
     parser.add_argument("--config", metavar="FILE", help=f"YAML file with the fields below{default_text}.")
     if add_arguments:
@@ -107,33 +105,13 @@ def load_config(
         ("environment", _environment_values(environment)),
         (str(chosen), _file_values(chosen) if chosen else {}),
     ]
-    merged: dict[str, Any] = {}
-    for _, values in reversed(sources):
-        merged = _merge(merged, values)
-    config = validate(merged, sources)
-    given = flat_fields(_merge(sources[1][1], sources[0][1]))
+    values: dict[str, Any] = {}
+    for _, overrides in reversed(sources):
+        values = merged(values, overrides)
+    config = validated(Config, values, sources)
+    given = flat_fields(merged(sources[1][1], sources[0][1]))
     options.prepare_command = _prepare_command(config, given, chosen)
     return config, options
-
-
-def validate(values: Mapping[str, Any], sources: Sequence[tuple[str, Mapping[str, Any]]] = ()) -> Config:
-    """A configuration from plain values. Raises UserError naming the field, its value and its source."""
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        raise UserError(_explain(error, sources)) from None
-
-
-def with_fields(config: Config, changes: Mapping[str, Any]) -> Config:
-    """A copy of `config` with dotted fields changed, validated again. Raises UserError."""
-    nested: dict[str, Any] = {}
-    for name, value in changes.items():
-        *sections, field = name.split(".")
-        place = nested
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[field] = value
-    return validate(_merge(config.model_dump(), nested), [("change", nested)])
 
 
 def json_schema() -> dict[str, Any]:
@@ -144,8 +122,8 @@ def json_schema() -> dict[str, Any]:
 def _prepare_command(config: Config, given: Mapping[str, Any], file: Path | None) -> str | None:
     """The command that prepares a data set at a data.root given by flag or environment, from the file's data.source.
 
-    A mistyped root must not be filled with whatever images the file happens to name. None where the same place, or
-    the user, decides both.
+    A mistyped root must not be filled with the images of the file's data.source. None if both come from the file, or
+    both from the user.
     """
     if "data.root" not in given or "data.source" in given or config.data.source is None:
         return None
@@ -166,29 +144,30 @@ def _file_values(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"--config {path}: there is no such file") from None
+        raise UserError(f"--config {path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: cannot be read ({error})") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        place = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{place}: not valid YAML ({getattr(error, 'problem', error)})") from None
+        line = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)})") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"{path}: holds a {type(values).__name__}; expected fields such as `run_name: demo`")
+        raise UserError(
+            f"{path}: contains a {type(values).__name__}; expected fields such as `run_name: demo`"
+        )
     return values
 
 
 def _environment_values(environment: Mapping[str, str]) -> dict[str, Any]:
-    known = set(Config.model_fields)
     for name in environment:
         if name.upper().startswith(ENV_PREFIX):
             field = name[len(ENV_PREFIX) :].split("__")[0].lower()
-            if field not in known:
-                near = difflib.get_close_matches(field, known, n=1)
+            if field not in Config.model_fields:
+                near = difflib.get_close_matches(field, Config.model_fields, n=1)
                 hint = f"did you mean {ENV_PREFIX}{near[0].upper()}?" if near else "unset it"
-                raise UserError(f"environment {name}: there is no field {field}; {hint}")
+                raise UserError(f"environment {name}: no field {field}; {hint}")
     source = EnvSettingsSource(_Settings)
     source.env_vars = {name.lower(): value for name, value in environment.items()}
     try:
@@ -197,77 +176,16 @@ def _environment_values(environment: Mapping[str, str]) -> dict[str, Any]:
         raise UserError(f"environment: {str(error).splitlines()[0]}") from None
 
 
-def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for name, value in above.items():
-        old = merged.get(name)
-        merged[name] = (
-            _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-        )
-    return merged
-
-
-def _explain(error: ValidationError, sources: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-    """The first mistake, in one line."""
-    details = error.errors()
-    # A union reports every alternative; the first error's field is enough.
-    first = details[0]
-    path = [str(part) for part in first["loc"]]
-    field, model = _field_path(path)
-    origin = next((name for name, values in sources if _holds(values, field)), "")
-    where = {"": "", "flag": "", "environment": "environment: ", "change": ""}.get(origin, f"{origin}: ")
-    name = ".".join(field)
-    more = f" (and {len(details) - 1} more)" if len({d["loc"][: len(field)] for d in details}) > 1 else ""
-    if first["type"] == "extra_forbidden":
-        known = sorted(model.model_fields) if model else []
-        near = difflib.get_close_matches(path[-1], known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-        if ".".join(path) in RENAMED:
-            hint = f"renamed to {RENAMED['.'.join(path)]}"
-        return f"{where}{'.'.join(path)}: there is no such field; {hint}{more}"
-    if first["type"] == "value_error":
-        message = str(first["ctx"]["error"])
-        return f"{where}{name}: {message}{more}" if name else f"{where}{message}{more}"
-    return f"{where}{name}={first['input']!r}: {_plain(first)}{more}"
-
-
-def _plain(detail: Any) -> str:
-    message = str(detail["msg"]).removeprefix("Input ").removeprefix("Value error, ")
-    return message[0].lower() + message[1:]
-
-
-def _field_path(path: Sequence[str]) -> tuple[list[str], type[BaseModel] | None]:
-    """The part of an error's location that names fields, and the section that holds the last one."""
-    model: type[BaseModel] | None = Config
-    field: list[str] = []
-    for part in path:
-        if model is None or part not in model.model_fields:
-            break
-        field.append(part)
-        annotation = model.model_fields[part].annotation
-        model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
-    return field, model
-
-
-def _holds(values: Mapping[str, Any], field: Sequence[str]) -> bool:
-    place: Any = values
-    for part in field:
-        if not isinstance(place, Mapping) or part not in place:
-            return False
-        place = place[part]
-    return bool(field)
-
-
 def fields_page() -> str:
     """All fields as a Markdown page: name, type or choices, default, help."""
     lines = [
         "# Configuration fields",
         "",
         "Set a field by a flag (`--gan.steps 1000`), the environment (`ESRGAN_GAN__STEPS=1000`) or the file",
-        "(`gan: {steps: 1000}`); the first of these that is there wins. This page is generated:",
+        "(`gan: {steps: 1000}`), in descending order of precedence. This page is generated:",
         "`python -m pipeline.config --page > docs/fields.md`.",
         "",
-        "| field | default | what it does |",
+        "| field | default | description |",
         "|---|---|---|",
     ]
     lines += [f"| `{name}` | `{default}` | {text} |" for name, default, text in _described(Config(), "")]

@@ -159,6 +159,14 @@ class CandidateDescription:
 
 
 @dataclass(frozen=True)
+class SweepIdentity:
+    """What must be equal when a sweep is resumed."""
+
+    fields: dict[str, Any]
+    """The search space, the metric, and the configuration fields that decide what a trial learns."""
+
+
+@dataclass(frozen=True)
 class TrialOutcome:
     """How a trial ended."""
 
@@ -170,7 +178,9 @@ class TrialOutcome:
     status: str
     """finished, stopped (early, by the scheduler) or failed."""
     step: int
+    """Step of `metrics`: the final step, or the last validation before the trial was stopped."""
     metrics: dict[str, float]
+    """The last validation of the EMA weights."""
     reason: str = ""
     """Why it failed."""
 
@@ -205,10 +215,9 @@ CANDIDATE: JsonFile[CandidateDescription] = JsonFile(
     "tracking/candidate/candidate.json", CandidateDescription, "The generator to be registered; removed afterwards.",
     "start the training again with this run name",
 )  # fmt: skip
-SWEEP: JsonFile[dict[str, Any]] = JsonFile(
-    "sweep.json", dict[str, Any], "What a sweep searches and what stays fixed.",
-    "restore it or choose another tune.name",
-)  # fmt: skip
+SWEEP: JsonFile[SweepIdentity] = JsonFile(
+    "sweep.json", SweepIdentity, "Sweep identity.", "restore it or choose another tune.name"
+)
 TRIAL_VALUES: JsonFile[dict[str, Any]] = JsonFile(
     "trials/{name}/values.json", dict[str, Any], "A trial's searched fields, written when it starts."
 )

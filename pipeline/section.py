@@ -1,19 +1,33 @@
-"""The base of every section of the configuration, and its fields by dotted names."""
+"""The base of every section of the configuration: validation with one-line errors, and fields by dotted names."""
 
-from collections.abc import Mapping
-from typing import Any
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.errors import UserError
+
+# Old to new name of a field; the message about the old one contains the new one.
+RENAMED = {
+    "data.licence": "data.license",
+    "data.max_damaged_share": "data.max_corrupt_share",
+    "data.patch_step_px": "data.patch_stride_px",
+    "tracking.if_away": "tracking.if_unreachable",
+}
 
 
 class Section(BaseModel):
-    """A typed, frozen part of the configuration that refuses unknown fields and non-finite numbers."""
+    """A typed, frozen part of the configuration that rejects unknown fields and non-finite numbers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
+AnySection = TypeVar("AnySection", bound=BaseModel)
+
+
 def flat_fields(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values as {"gan.steps": 1000, ...}; empty sections vanish."""
+    """Nested values as {"gan.steps": 1000, ...}; empty sections are dropped."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
@@ -21,3 +35,102 @@ def flat_fields(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + name] = value
     return flat
+
+
+def merged(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values of `base`, replaced by those of `overrides`."""
+    result = dict(base)
+    for name, value in overrides.items():
+        old = result.get(name)
+        nested = isinstance(old, Mapping) and isinstance(value, Mapping)
+        result[name] = merged(old, value) if nested else value  # type: ignore[arg-type]
+    return result
+
+
+def with_fields(config: AnySection, changes: Mapping[str, Any]) -> AnySection:
+    """A copy of `config` with dotted fields changed, validated again. Raises UserError."""
+    values = config.model_dump()
+    for name, value in changes.items():
+        nested: Any = value
+        for part in reversed(name.split(".")):
+            nested = {part: nested}
+        values = merged(values, nested)
+    return validated(type(config), values)
+
+
+def validated(
+    section: type[AnySection],
+    values: Mapping[str, Any],
+    sources: Sequence[tuple[str, Mapping[str, Any]]] = (),
+    flags: Mapping[str, str] | None = None,
+) -> AnySection:
+    """A section from plain values.
+
+    Args:
+        section: its class.
+        values: nested values.
+        sources: name and values of each origin of `values`, in order of precedence.
+        flags: what errors call a field, if it is not its dotted name.
+
+    Raises:
+        UserError: the first error in one line: the field, its value and its source.
+    """
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_explain(section, error, sources, flags or {})) from None
+
+
+def _explain(
+    section: type[BaseModel],
+    error: ValidationError,
+    sources: Sequence[tuple[str, Mapping[str, Any]]],
+    flags: Mapping[str, str],
+) -> str:
+    details = error.errors()
+    # A union reports every alternative; the first error's field is enough.
+    first = details[0]
+    path = [str(part) for part in first["loc"]]
+    field, model = _field_path(section, path)
+    origin = next((name for name, values in sources if _holds(values, path) or _holds(values, field)), "")
+    where = {"": "", "flag": "", "environment": "environment: "}.get(origin, f"{origin}: ")
+    name = ".".join(field)
+    name = flags.get(name, name)
+    more = f" (and {len(details) - 1} more)" if len({d["loc"][: len(field)] for d in details}) > 1 else ""
+    if first["type"] == "extra_forbidden":
+        known = sorted(model.model_fields) if model else []
+        near = difflib.get_close_matches(path[-1], known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+        if ".".join(path) in RENAMED:
+            hint = f"renamed to {RENAMED['.'.join(path)]}"
+        return f"{where}{'.'.join(path)}: no such field; {hint}{more}"
+    if first["type"] == "value_error":
+        message = str(first["ctx"]["error"])
+        return f"{where}{name}: {message}{more}" if name else f"{where}{message}{more}"
+    return f"{where}{name}={first['input']!r}: {_plain(first)}{more}"
+
+
+def _plain(detail: Any) -> str:
+    message = str(detail["msg"]).removeprefix("Input ").removeprefix("Value error, ")
+    return message[0].lower() + message[1:]
+
+
+def _field_path(section: type[BaseModel], path: Sequence[str]) -> tuple[list[str], type[BaseModel] | None]:
+    """The part of an error's location that names fields, and the section that holds the last one."""
+    model: type[BaseModel] | None = section
+    field: list[str] = []
+    for part in path:
+        if model is None or part not in model.model_fields:
+            break
+        field.append(part)
+        annotation = model.model_fields[part].annotation
+        model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    return field, model
+
+
+def _holds(values: Any, field: Sequence[str]) -> bool:
+    for part in field:
+        if not isinstance(values, Mapping) or part not in values:
+            return False
+        values = values[part]
+    return bool(field)

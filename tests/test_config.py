@@ -1,7 +1,10 @@
-"""Loading the configuration: precedence, refusals in one line, recipes that load."""
+"""Loading the configuration: precedence, one-line errors, recipes that load."""
 
+import contextlib
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +15,10 @@ import torch
 import yaml
 from pydantic import BaseModel
 
-from pipeline.config import json_schema, load_config, with_fields
+from pipeline.config import FIRST_FIELDS, Config, fields_page, json_schema, load_config
 from pipeline.errors import UserError
 from pipeline.model import UNetDiscriminator, VGGStyleDiscriminator
+from pipeline.section import flat_fields, with_fields
 from pipeline.training.config import TrainConfig
 from pipeline.training.state import new_state
 
@@ -43,14 +47,14 @@ def test_flag_beats_environment_beats_file_beats_default(file: Path) -> None:
 
 def every_field(section: BaseModel, prefix: str = "") -> dict[str, Any]:
     """Dotted names of all fields that have a value, with their defaults."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name in type(section).model_fields:
         value = getattr(section, name)
         if isinstance(value, BaseModel):
-            found |= every_field(value, f"{prefix}{name}.")
+            values |= every_field(value, f"{prefix}{name}.")
         elif value is not None:
-            found[prefix + name] = value
-    return found
+            values[prefix + name] = value
+    return values
 
 
 @pytest.mark.parametrize("name", every_field(load([])))
@@ -73,7 +77,7 @@ def test_workers_are_a_number_or_a_range(text: str, range_: tuple[int, int]) -> 
 
 
 @pytest.mark.parametrize(("text", "range_"), [("2", (2, 2)), ("[1,4]", (1, 4))])
-def test_workers_come_from_the_environment_alike(text: str, range_: tuple[int, int]) -> None:
+def test_workers_in_the_environment_are_a_number_or_a_range(text: str, range_: tuple[int, int]) -> None:
     assert load([], {"ESRGAN_WORKERS": text}).worker_range == range_
 
 
@@ -118,30 +122,30 @@ def test_workers_come_from_the_environment_alike(text: str, range_: tuple[int, i
         (["--perceptual.layers", '{"conv1_2": NaN}'], {}, "perceptual.layers=nan: should be a finite number"),
         (["--perceptual.layers", '{"conv1_2": -1}'], {}, "perceptual.layers=-1"),
         (["--gan.schedule.milestones", "[-5]"], {}, "gan.schedule.milestones=-5"),
-        (["--config", "/no/such/file.yaml"], {}, "there is no such file"),
+        (["--config", "/no/such/file.yaml"], {}, "--config /no/such/file.yaml: no such file"),
         (["--gan.steps"], {}, "expected one argument"),
         (
             [],
             {"ESRGAN_GAN__STEPZ": "5"},
-            "environment: gan.stepz: there is no such field; did you mean steps?",
+            "environment: gan.stepz: no such field; did you mean steps?",
         ),
         (["--tracking.if_away", "spool"], {}, "renamed to --tracking.if_unreachable"),
         (
             [],
             {"ESRGAN_TRACKING__IF_AWAY": "spool"},
-            "tracking.if_away: there is no such field; renamed to tracking.if_",
+            "tracking.if_away: no such field; renamed to tracking.if_unreachable",
         ),
         (["--data.patch_step_px", "96"], {}, "renamed to --data.patch_stride_px"),
         (
             [],
             {"ESRGAN_DATA__MAX_DAMAGED_SHARE": "0"},
-            "data.max_damaged_share: there is no such field; renamed to data.max_corrupt_share",
+            "data.max_damaged_share: no such field; renamed to data.max_corrupt_share",
         ),
-        ([], {"ESRGAN_GEN": "5"}, "environment ESRGAN_GEN: there is no field gen"),
+        ([], {"ESRGAN_GEN": "5"}, "environment ESRGAN_GEN: no field gen"),
         ([], {"ESRGAN_WORKERS": "x"}, "environment: workers='x'"),
     ],
 )
-def test_a_mistake_is_one_line_with_field_and_value(
+def test_an_invalid_value_is_one_line_with_field_and_value(
     argv: list[str], environment: dict[str, str], message: str
 ) -> None:
     with pytest.raises(UserError) as caught:
@@ -155,18 +159,18 @@ def test_a_mistake_is_one_line_with_field_and_value(
     [
         (
             "tracking: {if_away: spool}",
-            "tracking.if_away: there is no such field; renamed to tracking.if_unreachable",
+            "tracking.if_away: no such field; renamed to tracking.if_unreachable",
         ),
-        ("data: {licence: CC0}", "data.licence: there is no such field; renamed to data.license"),
+        ("data: {licence: CC0}", "data.licence: no such field; renamed to data.license"),
         ("data: {codec: lz4}", "data.codec='lz4': should be 'raw' or 'webp'"),
-        ("gan: {stepz: 7}", "gan.stepz: there is no such field; did you mean steps?"),
+        ("gan: {stepz: 7}", "gan.stepz: no such field; did you mean steps?"),
         ("gan: [1]", "gan"),
         ("a: b: c", "line 1: not valid YAML"),
-        ("- 1", "holds a list"),
+        ("- 1", "contains a list"),
         ("precision: fp8", "precision='fp8'"),
     ],
 )
-def test_a_mistake_in_a_file_names_the_file(tmp_path: Path, text: str, message: str) -> None:
+def test_an_invalid_file_is_refused_with_its_path(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises(UserError) as caught:
@@ -176,7 +180,7 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path: Path, text: str, message: 
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
-def test_every_recipe_loads_and_says_what_it_is(path: Path) -> None:
+def test_every_recipe_loads_and_has_its_description(path: Path) -> None:
     load(["--config", str(path)])
     comment = path.read_text().split("\n\n")[0]
     for word in ("Source:", "Data:", "Expected", "Time:", "Command:"):
@@ -196,10 +200,10 @@ DEMO = str(ROOT / "configs/demo.yaml")
         (["--config", DEMO, "--data.source", "photos", "--data.root", "out"], {}),
         (["--config", DEMO, "--data.root", "out"], {"ESRGAN_DATA__SOURCE": "photos"}),
         (["--config", DEMO, "--data.source", "photos"], {"ESRGAN_DATA__ROOT": "out"}),
-        (["--data.root", "out"], {}),  # nothing names a source: refused for that
+        (["--data.root", "out"], {}),  # refused because data.source is missing
     ],
 )
-def test_a_missing_data_set_may_be_prepared_where_the_user_named_its_source(
+def test_a_missing_data_set_may_be_prepared_if_root_and_source_come_together(
     argv: list[str], environment: dict[str, str]
 ) -> None:
     _, options = load_config(argv, description="", environment=environment)
@@ -252,7 +256,7 @@ def test_paper_recipe_has_the_published_numbers() -> None:
     assert config.gan.schedule.milestones == (50_000, 100_000, 200_000, 300_000)
 
 
-def test_the_gan_may_start_from_random_weights_where_that_is_said() -> None:
+def test_the_gan_may_start_from_random_weights_if_allowed() -> None:
     config = load(["--psnr.steps", "0", "--gan.allow_random_start", "true"])
     assert (config.psnr.steps, config.gan.steps) == (0, 400_000)
     assert load(["--psnr.steps", "0", "--gan.steps", "5", "--gan.allow_random_start", "true"]).gan.steps == 5
@@ -261,7 +265,7 @@ def test_the_gan_may_start_from_random_weights_where_that_is_said() -> None:
 @pytest.mark.parametrize("discriminator", ["vgg", "unet"])
 @pytest.mark.parametrize("crop_px", [16, 20, 24, 32, 36, 64, 100])
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_stage_2_takes_what_the_configuration_takes(
+def test_stage_2_accepts_the_sizes_that_the_configuration_accepts(
     discriminator: str, crop_px: int, batch_size: int
 ) -> None:
     fields = {
@@ -299,8 +303,6 @@ def test_schema_for_editors_is_up_to_date() -> None:
 
 
 def test_page_of_fields_is_up_to_date() -> None:
-    from pipeline.config import fields_page
-
     assert (ROOT / "docs/fields.md").read_text() == fields_page(), (
         "run: python -m pipeline.config --page > docs/fields.md"
     )
@@ -311,3 +313,15 @@ def test_yaml_dump_of_a_configuration_loads_to_the_same(tmp_path: Path) -> None:
     path = tmp_path / "dump.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     assert load(["--config", str(path)]) == config
+
+
+def test_help_is_short_usage_the_first_fields_and_a_group_per_section() -> None:
+    with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as stdout:
+        load_config(["--help"], description="Trains.", environment={})
+    text = stdout.getvalue()
+    assert "[--FIELD VALUE ...]" in text.split("\n\n")[0]
+    groups = [line.removesuffix(" options:") for line in text.splitlines() if line.endswith(" options:")]
+    sections = [name for name in Config.model_fields if isinstance(getattr(Config(), name), BaseModel)]
+    assert [name for name in groups if "." not in name] == sections
+    for flag in re.findall(r"--([a-z_.]+)", FIRST_FIELDS):
+        assert flag == "config" or flag in flat_fields(Config().model_dump())

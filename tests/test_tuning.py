@@ -1,5 +1,6 @@
-"""Sweeps: every trial a Ray Train run under one parent in MLflow; killed and resumed; stopped early."""
+"""Sweeps: each trial is a Ray Train run below one parent run in MLflow; killed and resumed; stopped early."""
 
+import io
 import json
 import os
 import subprocess
@@ -15,9 +16,14 @@ from tiny import fields, flags, write_sets
 from pipeline.config import load_config
 from pipeline.data import prepare
 from pipeline.errors import UserError
+from pipeline.run_folder import TRIAL_VALUES, TrialOutcome
 from pipeline.storage import Storage
 from pipeline.training import checkpoint as checkpoints
-from pipeline.tuning.sweep import Outcome, outcomes, run_sweep
+from pipeline.training.config import TrainConfig
+from pipeline.tuning.config import TuneConfig
+from pipeline.tuning.figure import tradeoff_figure
+from pipeline.tuning.sweep import run_sweep
+from pipeline.tuning.sweep_folder import claim, keep_outcome, outcomes, unfinished
 
 SPACE = {
     "gan.adversarial_weight": {"low": 1e-4, "high": 5e-2, "log": True},
@@ -42,7 +48,7 @@ def command(folder: Path, **changes: Any) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    # A Ray of its own, with the dashboard that stopped trials need.
+    # Without RAY_ADDRESS the command starts a private Ray, with the dashboard that stopped trials need.
     kept = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     return {**kept, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
 
@@ -57,7 +63,7 @@ def children(folder: Path, parent: str) -> dict[str, Any]:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_sweep_that_was_killed_goes_on_and_names_the_best(folder: Path) -> None:
+def test_a_killed_sweep_resumes_and_reports_the_best_trial(folder: Path) -> None:
     # At this rate PSNR falls between the last two validations, so the last one is not the best.
     changes = {"gan.learning_rate": 1e-2}
     tiny.run_until(command(folder, **changes), "(1/3)", environment())
@@ -69,7 +75,7 @@ def test_a_sweep_that_was_killed_goes_on_and_names_the_best(folder: Path) -> Non
     again = [*command(folder, **changes), "--json", str(result_file)]
     done = subprocess.run(again, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "sweep sweep: 1 trials ended before" in done.stdout
+    assert "resuming sweep sweep: 1 trials have ended" in done.stdout
     trials = outcomes(sweep)
     assert len(trials) == 3
     assert first[0] in trials
@@ -84,8 +90,8 @@ def test_a_sweep_that_was_killed_goes_on_and_names_the_best(folder: Path) -> Non
     best = max(trials, key=lambda trial: trial.metrics["psnr_y"])
     assert result["best"]["run_name"] == best.run_name
     assert f"best: {best.run_name}" in done.stdout
-    with Image.open(sweep.path("tradeoff.png")) as picture:
-        assert picture.width > 300
+    with Image.open(sweep.path("tradeoff.png")) as figure:
+        assert figure.width > 300
 
     tracked = children(folder, result["run_id"])
     assert {trial.run_name for trial in trials} <= set(tracked)
@@ -98,7 +104,7 @@ def test_a_sweep_that_was_killed_goes_on_and_names_the_best(folder: Path) -> Non
     before = {path: path.stat().st_mtime_ns for path in (folder / "runs/sweep/outcomes").iterdir()}
     third = subprocess.run(again, env=environment(), capture_output=True, text=True, check=False)
     assert third.returncode == 0, third.stderr
-    assert "has ended with 3 trials; nothing to do" in third.stdout
+    assert "has finished with 3 trials; nothing to do" in third.stdout
     assert before == {path: path.stat().st_mtime_ns for path in (folder / "runs/sweep/outcomes").iterdir()}
 
 
@@ -126,7 +132,7 @@ def test_a_trial_that_is_killed_between_validations_resumes(folder: Path) -> Non
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_asha_stops_weak_trials_and_their_cpus_come_back(folder: Path) -> None:
+def test_asha_stops_weak_trials_and_frees_their_cpus(folder: Path) -> None:
     changes = {
         "run_name": "t", "tune.name": "early", "tune.trials": 4, "tune.scheduler": "asha", "tune.grace_steps": 3,
         "tune.reduction_factor": 2,
@@ -145,9 +151,9 @@ def test_asha_stops_weak_trials_and_their_cpus_come_back(folder: Path) -> None:
     assert f"best: {best.run_name}" in done.stdout
 
 
-def load(folder: Path, **changes: Any) -> Any:
-    config, _ = load_config(flags(sweep_fields(folder, **changes)), description="", environment={})
-    return config
+def run(values: dict[str, Any]) -> None:
+    config, _ = load_config(flags(values), description="", environment={})
+    run_sweep(config.alone(), config.tune)
 
 
 @pytest.mark.parametrize(
@@ -155,15 +161,18 @@ def load(folder: Path, **changes: Any) -> Any:
     [
         ({"tune.space": {"gan.beauty": {"low": 0.1, "high": 1.0}}}, "gan.beauty"),
         ({"tune.space": {"gan.pixel_weight": {"low": -1.0, "high": 1.0}}}, "gan.pixel_weight"),
+        ({"tune.space": {"tune.trials": {"low": 1, "high": 2}}}, "tune.space: tune: no such field"),
         ({"tune.space": {"model.residual_scale": {"choice": ["much"]}}}, "model.residual_scale"),
         ({"tune.metric": "beauty"}, "tune.metric=beauty"),
         ({"workers": 0}, "workers=0"),
         ({"data.source": "/no/such/folder", "data.root": "/tmp/nowhere"}, "data.source=/no/such/folder"),
     ],
 )
-def test_a_mistake_is_found_before_ray_starts(folder: Path, changes: dict[str, Any], message: str) -> None:
+def test_invalid_input_is_refused_before_ray_starts(
+    folder: Path, changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
-        run_sweep(load(folder, **{"tune.name": "mistake", **changes}))
+        run(sweep_fields(folder, **{"tune.name": "invalid", **changes}))
 
 
 @pytest.mark.parametrize("prepared", [False, True])
@@ -171,21 +180,67 @@ def test_a_sweep_without_a_held_out_set_is_refused_before_ray_starts(folder: Pat
     root = folder / f"without-held-out-{prepared}"
     values = sweep_fields(folder, **{"tune.name": "unmeasured", "data.root": str(root)})
     del values["data.held_out"]
-    config, _ = load_config(flags(values), description="", environment={})
     if prepared:
+        config, _ = load_config(flags(values), description="", environment={})
         prepare(config.data, progress=False, on_ray=False)
     with pytest.raises(UserError, match=r"held.out set|data\.held_out: not set") as caught:
-        run_sweep(config)
+        run(values)
     assert "ranks its trials by psnr_y" in str(caught.value)
     assert not (folder / "runs" / "unmeasured").exists()
 
 
-def test_outcomes_read_back(tmp_path: Path) -> None:
-    from pipeline.tuning.sweep import _keep
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("outcomes/trial-1.json", "remove it to run the trial again"),
+        ("sweep.json", "restore it or choose another tune.name"),
+    ],
+)
+def test_a_corrupt_file_of_a_sweep_is_refused_before_ray_starts(
+    folder: Path, tmp_path: Path, name: str, remedy: str
+) -> None:
+    file = tmp_path / "corrupt" / name
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b'{"run_name": ')
+    with pytest.raises(UserError, match=rf"{name}: corrupt \(.+\); {remedy}") as caught:
+        run(sweep_fields(folder, **{"tune.name": "corrupt", "storage": str(tmp_path)}))
+    assert "\n" not in str(caught.value)
 
+
+def test_outcomes_read_back(tmp_path: Path) -> None:
     sweep = Storage(str(tmp_path))
-    outcome = Outcome(
+    outcome = TrialOutcome(
         "trial-1", "id", {"gan.pixel_weight": 0.1, "kind": "a"}, "failed", 3, {"psnr_y": 20.0}, "why"
     )
-    _keep(sweep, outcome)
+    keep_outcome(sweep, outcome)
     assert outcomes(sweep) == [outcome]
+
+
+def test_trials_without_an_outcome_are_unfinished(tmp_path: Path) -> None:
+    sweep = Storage(str(tmp_path))
+    for number in (1, 2):
+        TRIAL_VALUES.at(name=f"trial-{number}").write(sweep, {"gan.pixel_weight": number / 10})
+    (tmp_path / "trials" / "trial-3").mkdir()
+    assert unfinished(sweep, {"trial-1"}) == [{"gan.pixel_weight": 0.2}]
+
+
+def test_a_sweep_resumes_only_with_the_same_search_space_and_learning_fields(tmp_path: Path) -> None:
+    sweep, settings = Storage(str(tmp_path)), TuneConfig(name="sweep")
+    claim(sweep, TrainConfig(), settings)
+    claim(sweep, TrainConfig(workers=2), TuneConfig(name="sweep", trials=99))
+    with pytest.raises(UserError, match=r"tune\.name=sweep is in use with other values of seed, tune\.mode;"):
+        claim(sweep, TrainConfig(seed=1), TuneConfig(name="sweep", mode="min"))
+
+
+def test_the_figure_has_a_panel_for_each_field_and_omits_trials_without_the_metric() -> None:
+    def trial(number: int, status: str, metrics: dict[str, float], **values: Any) -> TrialOutcome:
+        return TrialOutcome(f"trial-{number}", None, values, status, 3, metrics)
+
+    best = trial(1, "finished", {"psnr_y": 20.0}, rate=0.001, kind="a")
+    others = [
+        trial(2, "stopped", {"psnr_y": 19.0}, rate=0.1, kind="b"),
+        trial(3, "failed", {}, rate=0.2, kind="b", other=1.0),
+    ]
+    with Image.open(io.BytesIO(tradeoff_figure([best, *others], "psnr_y", best))) as figure:
+        assert figure.format == "PNG"
+        assert figure.width == pytest.approx(2 * 3.2 * 110, abs=2)

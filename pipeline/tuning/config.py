@@ -1,4 +1,4 @@
-"""The sweep, as typed fields."""
+"""Configuration schema of a sweep."""
 
 from typing import Annotated, Literal
 
@@ -12,7 +12,7 @@ class Uniform(Section):
 
     low: float = Field(description="Smallest value.")
     high: float = Field(description="Largest value.")
-    log: bool = Field(False, description="Draw on a logarithmic scale.")
+    log: bool = Field(False, description="Sample on a logarithmic scale.")
 
     @model_validator(mode="after")
     def _bounds(self) -> "Uniform":
@@ -30,7 +30,7 @@ class Choice(Section):
 
 
 class TuneConfig(Section):
-    """Ray Tune: what is searched, how, and what counts as better."""
+    """Ray Tune: search space, search algorithm, scheduler and metric."""
 
     name: str = Field(
         "tune",
@@ -38,7 +38,7 @@ class TuneConfig(Section):
         description="Name of the sweep and of its folder in `storage`; the same name again resumes it.",
     )
     trials: int = Field(8, ge=1, description="Number of trials.")
-    max_concurrent: int = Field(1, ge=1, description="Trials that run at the same time.")
+    max_concurrent: int = Field(1, ge=1, description="Maximum number of concurrent trials.")
     space: dict[str, Uniform | Choice] = Field(
         {
             "gan.pixel_weight": Uniform(low=1e-3, high=1.0, log=True),
@@ -47,16 +47,14 @@ class TuneConfig(Section):
             "model.residual_scale": Choice(choice=(0.1, 0.2, 0.4)),
         },
         min_length=1,
-        description="Fields of the training configuration to vary, by dotted name.",
+        description="Search space: fields of the training configuration, by dotted name.",
     )
     metric: str = Field(
         "psnr_y",
         description="Validation metric that ranks the trials: its value for the EMA weights at the final step.",
     )
-    mode: Literal["max", "min"] = Field("max", description="Whether a larger or a smaller metric is better.")
-    search: Literal["random", "optuna"] = Field(
-        "random", description="How the next trial's values are chosen."
-    )
-    scheduler: Literal["none", "asha"] = Field("none", description="asha: stop the weaker trials early.")
+    mode: Literal["max", "min"] = Field("max", description="Whether the metric is maximized or minimized.")
+    search: Literal["random", "optuna"] = Field("random", description="Search algorithm.")
+    scheduler: Literal["none", "asha"] = Field("none", description="asha: stop weak trials early.")
     grace_steps: int = Field(1, ge=1, description="asha: no trial is stopped before this step.")
-    reduction_factor: int = Field(3, ge=2, description="asha: one trial in so many goes on at each rung.")
+    reduction_factor: int = Field(3, ge=2, description="asha: 1/N of the trials survive each rung.")
