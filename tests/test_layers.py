@@ -1,60 +1,38 @@
-"""Imports point downwards, and the core stays free of Ray and MLflow."""
+"""Imports point downwards and have no cycles; the core needs neither Ray nor MLflow."""
 
 import ast
+import graphlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# A room may import itself and what stands before it in its list.
-ALLOWED = {
-    "errors": set(),
-    "section": set(),
-    "storage": {"errors"},
-    "json_file": {"errors", "storage"},
-    "run_folder": {"json_file"},
-    "model": {"errors", "section"},
-    "imaging": {"errors", "section", "model"},
-    "data": {"errors", "section", "storage", "imaging"},
-    "tracking": {"json_file", "run_folder", "errors", "section", "storage", "model", "imaging"},
-    "training": {
-        "json_file",
-        "run_folder",
-        "errors",
-        "section",
-        "storage",
-        "model",
-        "imaging",
-        "data",
-        "tracking",
-    },
-    "tuning": {
-        "json_file",
-        "run_folder",
-        "errors",
-        "section",
-        "storage",
-        "config",
-        "training",
-        "tracking",
-        "data",
-    },
-    "evaluation": {
-        "json_file",
-        "run_folder",
-        "errors",
-        "section",
-        "storage",
-        "model",
-        "imaging",
-        "data",
-        "tracking",
-        "training",
-    },
-    "config": {"errors", "section", "training", "tuning"},
-    "command": {"errors"},
+# Packages and single modules of pipeline/, from the lowest layer to the highest, and what each may import. The rows
+# of a layer are as in CONTRIBUTING.md.
+LAYERS = {
+    # Base: errors, configuration sections, files.
+    "errors": "",
+    "section": "errors",
+    "storage": "errors",
+    "json_file": "errors storage",
+    "run_folder": "json_file",
+    # Core: torch, numpy and Pillow only.
+    "imaging": "",
+    "model": "errors section",
+    # Data: images, patches, Parquet shards, batches.
+    "data": "errors section storage imaging",
+    # Tracking and training.
+    "tracking": "errors section storage json_file run_folder model",
+    "training": "errors section storage json_file run_folder imaging model data tracking",
+    # On top of training.
+    "tuning": "errors section storage json_file run_folder data tracking training",
+    "evaluation": "errors section storage json_file run_folder imaging model data tracking training",
+    # Used by jobs/ only.
+    "config": "errors section training tuning",
+    "command": "errors",
 }
 # The same for the parts of pipeline/data.
 ALLOWED_IN_DATA = {
@@ -77,24 +55,98 @@ def modules() -> list[Path]:
     return sorted((ROOT / "pipeline").rglob("*.py"))
 
 
-def imported(path: Path) -> set[str]:
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {name_of(path) for path in modules()}
+
+
+def package_of(module: str) -> str:
+    """The row of LAYERS that a module belongs to; the longest that matches."""
+    rows = [row for row in LAYERS if f"{module}.".startswith(f"pipeline.{row}.")]
+    return max(rows, key=len)
+
+
+def statements(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes, those in functions too, except for what only a type checker executes."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            continue
+        yield node
+        yield from statements(node)
+
+
+def imported(path: Path, source: str | None = None) -> set[str]:
+    """The modules that a file imports; `from package import module` counts as the module."""
+    names: set[str] = set()
+    for node in statements(ast.parse(path.read_text() if source is None else source)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            for alias in node.names:
+                member = f"{node.module}.{alias.name}"
+                names.add(member if member in MODULES else str(node.module))
     return names
+
+
+def cycle(graph: dict[str, set[str]]) -> list[str]:
+    """One cycle of a graph; empty if there is none."""
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_every_module_has_a_layer() -> None:
+    assert all(package_of(module) for module in MODULES - {"pipeline"})
+
+
+def test_layers_point_downwards() -> None:
+    lower: set[str] = set()
+    for row, targets in LAYERS.items():
+        assert set(targets.split()) <= lower, row
+        lower.add(row)
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_point_downwards(path: Path) -> None:
-    parts = path.relative_to(ROOT / "pipeline").with_suffix("").parts
-    room = parts[0]
-    if room == "__init__":
+    if name_of(path) == "pipeline":
         return
-    rooms = {name.split(".")[1] for name in imported(path) if name.startswith("pipeline.")}
-    assert rooms - {room} <= ALLOWED[room]
+    package = package_of(name_of(path))
+    packages = {package_of(name) for name in imported(path) if name.startswith("pipeline.")}
+    assert packages - {package} <= set(LAYERS[package].split())
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    assert cycle({name_of(path): imported(path) & MODULES for path in modules()}) == []
+
+
+def test_no_package_imports_itself_through_others() -> None:
+    graph: dict[str, set[str]] = {row: set() for row in LAYERS}
+    for path in modules():
+        if name_of(path) != "pipeline":
+            package = package_of(name_of(path))
+            graph[package] |= {package_of(name) for name in imported(path) & MODULES} - {package}
+    assert cycle(graph) == []
+
+
+def test_cycles_and_imports_in_functions_are_detected() -> None:
+    source = """
+from typing import TYPE_CHECKING
+from pipeline import errors
+if TYPE_CHECKING:
+    import pipeline.config
+def function():
+    from pipeline.training import checkpoint
+    from pipeline.model import RRDBNet
+"""
+    assert imported(Path(), source) == {
+        "typing", "pipeline.errors", "pipeline.training.checkpoint", "pipeline.model"
+    }  # fmt: skip
+    assert set(cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})) == {"a", "b", "c"}
 
 
 DATA_MODULES = [path for path in modules() if path.relative_to(ROOT / "pipeline").parts[0] == "data"]
@@ -117,7 +169,7 @@ def test_no_module_of_data_imports_itself_through_others() -> None:
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_ray_stands_only_at_the_edge(path: Path) -> None:
+def test_ray_is_imported_only_at_the_edge(path: Path) -> None:
     name = str(path.relative_to(ROOT))
     uses_ray = any(module.split(".")[0] == "ray" for module in imported(path))
     at_the_edge = name in RAY_FILES or name.startswith(RAY_FOLDERS) or "spread" in name
@@ -125,7 +177,7 @@ def test_ray_stands_only_at_the_edge(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_mlflow_stands_only_in_tracking(path: Path) -> None:
+def test_mlflow_is_imported_only_in_tracking(path: Path) -> None:
     uses_mlflow = any(module.split(".")[0] == "mlflow" for module in imported(path))
     assert not uses_mlflow or path.parts[-2] == "tracking"
 
