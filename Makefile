@@ -1,6 +1,7 @@
-# Both commands make the environment first, then do their work.
-#   make demo   everything once, on sample photographs; the results are in demo/
-#   make test   lint, types, tests
+# Every target creates the environment first.
+#   make demo   data, training, evaluation and registration on sample images; the results are in demo/
+#   make test   lint, types, tests; the fast tests run first
+#   make fast   only the tests that take seconds
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +15,6 @@ demo: $(READY)
 test: lint
 	$(BIN)/python -m pytest
 
-# The tests that take seconds: no Ray, nothing slow.
 fast: $(READY)
 	$(BIN)/python -m pytest -m "not ray and not slow"
 
@@ -22,12 +22,13 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
 
 environment: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "error: $(PYTHON) is older than 3.11; name a newer one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+		{ echo "error: $(PYTHON) is older than 3.11; use a newer one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
 	@$(PYTHON) -c 'import venv, ensurepip' || \
 		{ echo "error: $(PYTHON) has no venv module; on Debian: apt-get install python3-venv"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
