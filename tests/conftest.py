@@ -1,4 +1,4 @@
-"""What several test modules share: reference numbers and one Ray for the whole run."""
+"""Shared by all tests: the order of the tests, reference values and one Ray cluster per session."""
 
 import os
 import shutil
@@ -9,23 +9,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-# One thread per process: the tests run several processes on few cores, and small sums stay in one order.
+# One thread per process: the tests run several processes on few cores, and sums keep their order.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Fast tests first, then those that start Ray, then the slow ones."""
+    items.sort(
+        key=lambda item: [item.get_closest_marker(mark) is not None for mark in ("slow", "cluster", "ray")]
+    )
 
 
 @pytest.fixture(scope="session")
 def reference() -> dict[str, np.ndarray]:
-    """Numbers computed with the field's reference implementation; tests/golden/README.md explains them."""
+    """Values computed with the reference implementations; see tests/golden/README.md."""
     with np.load(Path(__file__).parent / "golden" / "reference.npz", allow_pickle=False) as file:
         return dict(file)
 
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[str]:
-    """A private Ray with two CPUs; gives its address. It neither sees nor disturbs another Ray on the machine."""
+    """Address of a private Ray cluster with two CPUs, separate from any other Ray on the machine."""
     import ray
 
-    # Ray's sockets need a short path. Ray Train asks the dashboard whether a controller is gone; see ray_trainer.
+    # Ray's sockets need a short path. The dashboard: see pipeline/training/ray_trainer.py.
     folder = tempfile.mkdtemp(prefix="er", dir="/tmp")
     previous = os.environ.pop("RAY_ADDRESS", None)
     os.environ["RAY_AUTH_MODE"] = "disabled"
