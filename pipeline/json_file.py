@@ -33,7 +33,7 @@ class JsonFile(Generic[T]):
         return dataclasses.replace(self, path=self.path.format(**names))
 
     def read(self, folder: Storage) -> T | None:
-        """The content; None if there is no such file. A corrupt derived file is logged and treated as missing.
+        """The content; None if the file does not exist. A corrupt derived file is logged and treated as missing.
 
         Raises:
             UserError: the file is corrupt, with its path, what is wrong and the remedy.

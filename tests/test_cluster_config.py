@@ -1,4 +1,4 @@
-"""cluster.yaml passes the checks that `ray up` makes before it talks to AWS, and its commands start a cluster."""
+"""cluster.yaml passes the checks that `ray up` makes before it contacts AWS, and its commands start a cluster."""
 
 import os
 import shlex
@@ -97,7 +97,7 @@ class Nodes:
         return path
 
     def sync(self, source: str, target: str, local: bool) -> None:
-        """Copies the file mounts from the user's machine (`local`) or from the head, but for the code."""
+        """Copies the file mounts from the user's machine (`local`) or from the head, without the code."""
         for remote, path in self._cluster["file_mounts"].items():
             below = remote.removeprefix("/home/ray/")
             if path != ".":
@@ -105,19 +105,19 @@ class Nodes:
                 shutil.copytree(self.home(source) / path, self.home(target) / below)
 
     def start(self, home: str, kind: str) -> subprocess.CompletedProcess[str]:
-        """The file's start command, with ports and a folder that other Rays on this machine do not use."""
+        """The file's start command, with ports and a folder that no other Ray cluster on this machine uses."""
         (line,) = [line for line in self._cluster[f"{kind}_start_ray_commands"] if "ray start" in line]
         words = shlex.split(line[line.index("ray start") :])
-        left_out = (
+        omitted = (
             "--autoscaling-config",
             "--port",
             "--object-manager-port",
             "--dashboard-port",
             "--address",
         )
-        kept = [word for word in words if not word.startswith(left_out)]
+        kept = [word for word in words if not word.startswith(omitted)]
         assert len(words) - len(kept) == (4 if kind == "head" else 2)
-        ours = [
+        options = [
             "--num-cpus=1",
             "--object-store-memory=100000000",
             "--disable-usage-stats",
@@ -125,14 +125,14 @@ class Nodes:
         ]
         if kind == "head":
             self.port = free_port()
-            ours += [f"--port={self.port}", f"--ray-client-server-port={free_port()}"]
-            ours += [f"--temp-dir={self._folder}/ray", "--include-dashboard=false"]
+            options += [f"--port={self.port}", f"--ray-client-server-port={free_port()}"]
+            options += [f"--temp-dir={self._folder}/ray", "--include-dashboard=false"]
         else:
-            ours += [f"--address=$RAY_HEAD_IP:{self.port}"]
-        return self.run(home, " ".join([*kept, *ours]))
+            options += [f"--address=$RAY_HEAD_IP:{self.port}"]
+        return self.run(home, " ".join([*kept, *options]))
 
     def alive(self, home: str) -> int:
-        """How many nodes the cluster has, asked from a home folder."""
+        """Number of alive nodes, queried with the token of a home folder."""
         code = (
             f"import ray; ray.init('127.0.0.1:{self.port}', logging_level='ERROR', log_to_driver=False); "
             "print(sum(node['Alive'] for node in ray.nodes()))"
@@ -142,20 +142,20 @@ class Nodes:
         return int(done.stdout.split()[-1])
 
     def stop(self) -> None:
-        """Ends the processes that name our folder, and no other Ray's."""
-        ours = []
+        """Kills the processes with this folder on their command line."""
+        processes = []
         for process in psutil.process_iter():
             try:
                 if any(str(self._folder) in word for word in process.cmdline()):
-                    ours.append(process)
+                    processes.append(process)
             except psutil.Error:
                 continue
-        for process in ours:
+        for process in processes:
             try:
                 process.kill()
             except psutil.NoSuchProcess:
                 continue
-        psutil.wait_procs(ours, timeout=20)
+        psutil.wait_procs(processes, timeout=20)
 
 
 @pytest.fixture
