@@ -16,6 +16,7 @@ LAYERS = {
     # Base: errors, configuration sections, files.
     "errors": "",
     "section": "errors",
+    "progress": "",
     "storage": "errors",
     "json_file": "errors storage",
     "run_folder": "json_file",
@@ -29,10 +30,10 @@ LAYERS = {
     "training": "errors section storage json_file run_folder imaging model data tracking",
     # On top of training.
     "tuning": "errors section storage json_file run_folder data tracking training",
-    "evaluation": "errors section storage json_file run_folder imaging model data tracking training",
+    "evaluation": "errors section progress storage json_file run_folder imaging model data tracking training",
     # Used by jobs/ only.
-    "config": "errors section training tuning",
-    "command": "errors",
+    "command": "errors section json_file",
+    "config": "errors section command training tuning",
 }
 # The same for the parts of pipeline/data.
 ALLOWED_IN_DATA = {
@@ -47,6 +48,7 @@ RAY_FILES = {
     "pipeline/training/ray_trainer.py",
     "pipeline/data/ingest/ray_ingest.py",
     "pipeline/data/feed/ray_feed.py",
+    "pipeline/evaluation/ray_workers.py",
 }
 RAY_FOLDERS = ("pipeline/tuning/", "jobs/")
 
