@@ -5,7 +5,7 @@
 The pause is the call that copies the live tensors and hands them to the writing thread. While that thread writes, it
 takes a core, disk and memory bandwidth from training; that is measured too, as steps that end during a write against
 steps that do not. With `--batch 16 --device cuda` the share is that of the recipe; on a CPU a step takes so long that
-the share says little, and the step time at which the pause would be 2 % of 500 steps says more.
+the share means little; the step time at which the pause would be 2 % of 500 steps is printed too.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def measure(options: argparse.Namespace, folder: str) -> dict[str, Any]:
                 writer.wait()
                 writes.append(time.perf_counter() - began - pauses[-1])
             else:
-                # Training goes on while the thread writes.
+                # Training continues while the thread writes.
                 pending = writer._pending
                 assert pending is not None
                 while True:

@@ -41,12 +41,12 @@ class Recovery:
     killed: float
     resumed_from: int = -1
     resumed: float = 0.0
-    """When the new group of workers had loaded the checkpoint."""
+    """When the new worker group had loaded the checkpoint."""
     next_step: float = 0.0
 
 
 def start(folder: Path, name: str) -> subprocess.Popen[str]:
-    """A run of both stages with a Ray of its own, and a line to read after every step."""
+    """A run of both stages with a private Ray, which logs every step."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "RAY_DEDUP_LOGS": "0"}
     environment.pop("RAY_ADDRESS", None)
     run = command(

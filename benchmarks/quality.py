@@ -1,6 +1,6 @@
-"""Stage 1 by our step and by BasicSR's sequence: equal data, steps, seed and schedule; PSNR on held-out photographs.
+"""Stage 1 by our step and by BasicSR's sequence: equal data, steps, seed and schedule; PSNR on held-out images.
 
-The demo's network and sample photographs. Both see the same batches in the same order and begin with the same weights;
+The demo's network and sample images. Both see the same batches in the same order and begin with the same weights;
 what is left between them is rounding, which training amplifies. `--again` trains ours once more from weights that
 differ in the last bit, as a measure of just that. With several seeds the mean difference is given with its standard
 error.
@@ -56,7 +56,7 @@ def train(config: TrainConfig, update: Callable[[Batch, float], object]) -> None
 
 
 def ours(config: TrainConfig, disturbed: bool = False) -> nn.Module:
-    """Averaged weights after our stage 1; `disturbed`: from weights that differ by a rounding error."""
+    """EMA weights after our stage 1; `disturbed`: from weights that differ by a rounding error."""
     state = new_state(config, "psnr", CPU)
     if disturbed:
         with torch.no_grad():
@@ -71,7 +71,7 @@ def ours(config: TrainConfig, disturbed: bool = False) -> nn.Module:
 
 
 def basicsr(config: TrainConfig) -> nn.Module:
-    """Averaged weights after BasicSR's, in a generator of ours."""
+    """EMA weights after BasicSR's, in a generator of ours."""
     state = new_state(config, "psnr", CPU)
     theirs = BasicSR.like(state, config, None)
     train(config, lambda batch, rate: theirs.psnr_step(batch.lr.contiguous(), batch.hr.contiguous(), rate))

@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def command(folder: Path, **fields: Any) -> list[str]:
-    """The command of a run below `folder` on sample photographs.
+    """The command of a run below `folder` on sample images.
 
     Args:
         folder: where data, run folder and an empty configuration file go.

@@ -14,7 +14,7 @@ import torch
 def abba(first: Callable[[], Any], second: Callable[[], Any], rounds: int) -> tuple[list[float], list[float]]:
     """Seconds of each way, two calls a round, in the order first, second, second, first.
 
-    A drift of the clock, or another program's load, then meets both alike. Calls come back when their work is done.
+    A drift of the clock, or another program's load, then affects both equally. Calls return when their work is done.
     """
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds):

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not used, kept by rule, never silently skipped."""
+"""Checkpoints: atomic, verified, kept by rule, never silently skipped."""
 
 import json
 from pathlib import Path
@@ -98,9 +98,9 @@ def test_a_flipped_bit_anywhere_makes_the_older_checkpoint_count(
     newer = written(run, state, 2)
     content = bytearray((run / newer.folder).read_bytes(file))
     for place in {0, len(content) // 2, len(content) - 2}:
-        damaged = bytearray(content)
-        damaged[place] ^= 0x10
-        (run / newer.folder).write_bytes(file, bytes(damaged))
+        corrupt = bytearray(content)
+        corrupt[place] ^= 0x10
+        (run / newer.folder).write_bytes(file, bytes(corrupt))
         caplog.clear()
         found = checkpoints.newest(run)
         assert found is not None
@@ -116,7 +116,7 @@ def test_a_checkpoint_without_a_manifest_is_not_there(run: Storage) -> None:
         assert run.names("checkpoints") == []
 
 
-def test_only_damaged_checkpoints_are_an_error(run: Storage) -> None:
+def test_only_corrupt_checkpoints_are_an_error(run: Storage) -> None:
     name = written(run, trained_state(), 1)
     (run / name.folder).write_bytes("state.json", b"{}")
     with pytest.raises(UserError, match="all 1 checkpoints are corrupt"):
@@ -155,7 +155,7 @@ def test_old_checkpoints_go_and_the_kept_ones_stay(run: Storage) -> None:
     assert [step for step, _ in order] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_damaged_checkpoint_does_not_count_among_those_kept(run: Storage) -> None:
+def test_a_corrupt_checkpoint_does_not_count_among_those_kept(run: Storage) -> None:
     state = trained_state()
     for step in (1, 2, 3):
         written(run, state, step)

@@ -138,8 +138,8 @@ def test_workers_in_the_environment_are_a_number_or_a_range(text: str, range_: t
         (["--data.patch_step_px", "96"], {}, "renamed to --data.patch_stride_px"),
         (
             [],
-            {"ESRGAN_DATA__MAX_DAMAGED_SHARE": "0"},
-            "data.max_damaged_share: no such field; renamed to data.max_corrupt_share",
+            {"ESRGAN_DATA__MAX_DAMAGED_SHARE": "0"},  # codespell:ignore
+            "data.max_damaged_share: no such field; renamed to data.max_corrupt_share",  # codespell:ignore
         ),
         ([], {"ESRGAN_GEN": "5"}, "environment ESRGAN_GEN: no field gen"),
         ([], {"ESRGAN_WORKERS": "x"}, "environment: workers='x'"),
@@ -161,7 +161,7 @@ def test_an_invalid_value_is_one_line_with_field_and_value(
             "tracking: {if_away: spool}",
             "tracking.if_away: no such field; renamed to tracking.if_unreachable",
         ),
-        ("data: {licence: CC0}", "data.licence: no such field; renamed to data.license"),
+        ("data: {licence: CC0}", "data.licence: no such field; renamed to data.license"),  # codespell:ignore
         ("data: {codec: lz4}", "data.codec='lz4': should be 'raw' or 'webp'"),
         ("gan: {stepz: 7}", "gan.stepz: no such field; did you mean steps?"),
         ("gan: [1]", "gan"),

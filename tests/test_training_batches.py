@@ -13,7 +13,7 @@ BATCH = 6
 
 
 def raw_batch(first: int, last: int) -> RawBatch:
-    """Every sample and channel has a value of its own, the same in low and high resolution."""
+    """Every sample and channel has a different value, the same in LR and HR."""
     values = (np.arange(first, last)[:, None] * 10 + np.arange(3)).astype(np.uint8)[:, None, None, :]
     lr, hr = (np.tile(values, (1, side, side, 1)) for side in (4, 16))
     return RawBatch(lr=lr, hr=hr, corrupt=0)

@@ -1,4 +1,4 @@
-"""A group of workers that shrinks and grows with the cluster, on a Ray of three nodes on this machine."""
+"""A worker group that shrinks and grows with the cluster, on a Ray of three nodes on this machine."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def cluster() -> Iterator[Cluster]:
 
 
 class Run:
-    """train_gan.py in a process of its own, whose lines are waited for."""
+    """train_gan.py in a separate process, whose log lines can be waited for."""
 
     def __init__(self, folder: Path, address: str, **changes: object) -> None:
         environment = {

@@ -108,7 +108,7 @@ def events(run: Storage) -> list[str]:
 
 
 @pytest.mark.slow
-def test_sigterm_saves_where_the_run_is_and_the_next_try_goes_on_there(
+def test_sigterm_saves_and_the_next_attempt_resumes_there(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     undisturbed = train(folder, run_name="undisturbed")
@@ -170,7 +170,7 @@ def full_disk(times: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_for_a_while_costs_no_metrics_and_changes_no_bits(
+def test_a_disk_that_is_full_for_some_time_loses_no_metrics_and_changes_no_bits(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     undisturbed = train(folder, run_name="roomy")
@@ -178,9 +178,9 @@ def test_a_disk_that_is_full_for_a_while_costs_no_metrics_and_changes_no_bits(
     result = train(folder, run_name="tight")
     assert result.generator_sha256 == undisturbed.generator_sha256
     run = Storage(str(folder / "runs" / "tight"))
-    said = [text for text in events(run) if "could not be written" in text]
-    assert said
-    assert "No space left on device" in said[0]
+    warnings = [text for text in events(run) if "could not be written" in text]
+    assert warnings
+    assert "No space left on device" in warnings[0]
     from pipeline.tracking.spool import Metrics
 
     points = {
@@ -221,12 +221,12 @@ def interval(**changes: float) -> dict[str, float]:
         ({"loss_pixel": 0.25}, "has not changed"),
     ],
 )
-def test_a_habit_is_said_once_and_again_after_it_stopped(bad: dict[str, float], words: str) -> None:
-    advisor, said = Advisor(), []
+def test_a_warning_is_logged_once_and_again_after_it_cleared(bad: dict[str, float], words: str) -> None:
+    advisor, warnings = Advisor(), []
     for index in range(3 * INTERVALS):
-        said += advisor.look(interval(**{"loss_pixel": 0.1 + 0.01 * index, **bad}))
-    assert len(said) == 1
-    assert words in said[0]
+        warnings += advisor.look(interval(**{"loss_pixel": 0.1 + 0.01 * index, **bad}))
+    assert len(warnings) == 1
+    assert words in warnings[0]
     for index in range(INTERVALS):
         assert advisor.look(interval(loss_pixel=0.1 + 0.01 * index)) == []
     again = [

@@ -54,7 +54,7 @@ def undisturbed(ray_cluster: str, folder: Path) -> TrainingResult:
 
 
 @pytest.mark.parametrize(
-    ("kind", "number", "said"),
+    ("kind", "number", "text"),
     [
         ("RayTrainWorker", signal.SIGKILL, "its process ended"),
         # A worker that hangs: the others' collectives run into their time-out.
@@ -63,7 +63,7 @@ def undisturbed(ray_cluster: str, folder: Path) -> TrainingResult:
     ],
 )
 def test_a_process_that_is_killed_or_hangs_changes_no_bit_of_the_result(
-    undisturbed: TrainingResult, folder: Path, kind: str, number: signal.Signals, said: str
+    undisturbed: TrainingResult, folder: Path, kind: str, number: signal.Signals, text: str
 ) -> None:
     name = f"{kind}-{number.name}"
     run = Storage(str(folder / "runs" / name))
@@ -76,7 +76,7 @@ def test_a_process_that_is_killed_or_hangs_changes_no_bit_of_the_result(
         done.set()
         hurter.join()
     assert hurt
-    assert said in " ".join(fault.text for fault in faults.load(run))
+    assert text in " ".join(fault.text for fault in faults.load(run))
     assert (disturbed.stage, disturbed.step) == ("gan", 12)
     assert disturbed.generator_sha256 == undisturbed.generator_sha256
     assert disturbed.metrics == undisturbed.metrics
@@ -166,7 +166,7 @@ def test_an_error_that_repeats_ends_the_run_with_its_message(ray_cluster: str, f
     shutil.copytree(folder / "data", data)
     for shard in data.glob("held_out*"):
         shard.unlink()
-    with pytest.raises(RuntimeError, match=r"the same error 3 times from step 0 on: .*FileNotFoundError"):
+    with pytest.raises(RuntimeError, match=r"the same error 3 times since step 0: .*FileNotFoundError"):
         train(folder, run_name="broken", **{"data.root": str(data)})
 
 

@@ -94,7 +94,7 @@ def test_a_run_records_and_prints_the_images_of_the_manifest_and_not_what_the_co
     assert f"- data: `{images}`" in description
 
 
-def test_a_finished_run_says_so_and_changes_nothing(
+def test_a_finished_run_is_logged_and_not_modified(
     folder: Path, undisturbed: TrainingResult, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = folder / "runs" / "tiny"
@@ -119,7 +119,7 @@ def test_killed_anywhere_and_resumed_ends_with_the_same_bits_and_curve(
     assert curve(run) == curve(Storage(str(folder / "runs" / "tiny")))
 
 
-def test_weights_that_never_get_better_than_the_first_are_registered_all_the_same(
+def test_weights_that_never_improve_are_registered_all_the_same(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changes = {"run_name": "still", "psnr.learning_rate": 1e-30, "psnr.steps": 3, "gan.steps": 0}
@@ -182,7 +182,7 @@ def test_a_worker_group_saves_before_it_is_resized(
     assert written == [4]
 
 
-def test_the_result_holds_the_final_validation_beside_that_of_the_best(folder: Path) -> None:
+def test_the_result_holds_the_final_validation_and_that_of_the_best(folder: Path) -> None:
     result = train(folder, run_name="overshoots", **{"gan.learning_rate": 1e-2})
     run = Storage(str(folder / "runs" / "overshoots"))
     measured = {
@@ -219,20 +219,18 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", ["flipped", "gone"])
-def test_stage_two_goes_on_without_the_checkpoint_of_stage_one(
-    folder: Path, undisturbed: TrainingResult, capsys: pytest.CaptureFixture[str], damage: str
+@pytest.mark.parametrize("corruption", ["flipped", "missing"])
+def test_stage_two_resumes_without_the_checkpoint_of_stage_one(
+    folder: Path, undisturbed: TrainingResult, capsys: pytest.CaptureFixture[str], corruption: str
 ) -> None:
-    run = unfinished(folder, f"one-{damage}", "gan-00000012")
+    run = unfinished(folder, f"one-{corruption}", "gan-00000012")
     first = Path(run.path("checkpoints/psnr-00000006"))
-    shutil.rmtree(first) if damage == "gone" else flip_a_bit(first / "training.safetensors")
-    assert train(folder, run_name=f"one-{damage}").generator_sha256 == undisturbed.generator_sha256
+    shutil.rmtree(first) if corruption == "missing" else flip_a_bit(first / "training.safetensors")
+    assert train(folder, run_name=f"one-{corruption}").generator_sha256 == undisturbed.generator_sha256
     assert "validation images omit the stage-1 output" in capsys.readouterr().out
 
 
-def test_a_last_checkpoint_that_is_damaged_before_the_end_is_made_again(
-    folder: Path, undisturbed: TrainingResult
-) -> None:
+def test_a_corrupt_final_checkpoint_is_trained_again(folder: Path, undisturbed: TrainingResult) -> None:
     run = unfinished(folder, "last")
     flip_a_bit(Path(run.path("checkpoints/gan-00000012/training.safetensors")))
     assert train(folder, run_name="last").generator_sha256 == undisturbed.generator_sha256
@@ -246,7 +244,7 @@ def test_the_best_by_another_metric_does_not_count(folder: Path, undisturbed: Tr
     assert [best["metric"] for best in final.scalars["best"]] == ["ssim_y"]
 
 
-def test_as_many_of_the_best_are_kept_as_asked_for(folder: Path, undisturbed: TrainingResult) -> None:
+def test_keep_best_checkpoints_keeps_the_n_best(folder: Path, undisturbed: TrainingResult) -> None:
     changes = {"psnr.steps": 12, "gan.steps": 0, "validate_every_steps": 2}
     train(folder, run_name="bests", keep_checkpoints=1, keep_best_checkpoints=3, **changes)
     run = Storage(str(folder / "runs" / "bests"))
@@ -310,7 +308,7 @@ def test_a_run_that_has_ended_needs_neither_its_checkpoints_nor_its_torch(
         train(folder, accept_changes=True, run_name="pruned", **{"gan.steps": 8})
 
 
-def test_a_run_that_has_learned_nothing_may_be_changed(folder: Path, undisturbed: TrainingResult) -> None:
+def test_a_run_without_a_checkpoint_may_be_changed(folder: Path, undisturbed: TrainingResult) -> None:
     run = Storage(str(folder / "runs" / "fresh"))
     identity = json.loads((folder / "runs" / "tiny" / "run.json").read_bytes())
     run.write_bytes(
@@ -320,7 +318,7 @@ def test_a_run_that_has_learned_nothing_may_be_changed(folder: Path, undisturbed
     assert json.loads(run.read_bytes("run.json"))["key"] != identity["key"]
 
 
-def test_steps_that_are_left_out_are_said(
+def test_skipped_steps_are_logged(
     folder: Path, undisturbed: TrainingResult, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changes = {"gan.perceptual_weight": 1e38, "faults.max_skipped_steps": 100, "log_every_steps": 2}
@@ -328,7 +326,7 @@ def test_steps_that_are_left_out_are_said(
     assert "warning: skipped 2 optimizer steps (non-finite gradients)" in capsys.readouterr().out
 
 
-def test_damaged_patches_are_left_out_up_to_a_share(
+def test_corrupt_patches_are_replaced_up_to_a_share(
     folder: Path, undisturbed: TrainingResult, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(folder / "data", folder / "worn")
@@ -358,7 +356,7 @@ def test_a_gan_without_perceptual_loss_needs_no_perceptual_weights(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-def test_a_gpu_that_is_not_there_is_missed_before_anything_starts(folder: Path) -> None:
+def test_a_missing_gpu_is_found_before_the_start(folder: Path) -> None:
     with pytest.raises(UserError, match="use_gpu=true: this machine has no GPU"):
         train(folder, run_name="gpu", use_gpu=True)
     assert not (folder / "runs" / "gpu").exists()
@@ -368,7 +366,7 @@ def test_a_gpu_that_is_not_there_is_missed_before_anything_starts(folder: Path) 
     ("changes", "message"),
     [
         ({"data.source": "/no/such/folder", "data.root": "new"}, "data.source=/no/such/folder"),
-        ({"data.source": "empty", "data.root": "new"}, "no photographs"),
+        ({"data.source": "empty", "data.root": "new"}, "no images"),
         ({"storage": "/proc/runs"}, "storage=/proc/runs"),
         ({"perceptual.weights": "/no/weights.pth"}, "/no/weights.pth"),
         ({"perceptual.weights": "empty.pth"}, "empty.pth: not readable as weights"),
@@ -379,7 +377,7 @@ def test_a_gpu_that_is_not_there_is_missed_before_anything_starts(folder: Path) 
         ({"data.patch_px": 128}, "64"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(
+def test_invalid_input_is_one_line_and_exit_code_2(
     folder: Path, tmp_path: Path, undisturbed: TrainingResult, changes: dict[str, Any], message: str
 ) -> None:
     (tmp_path / "empty").mkdir()
@@ -415,9 +413,7 @@ def test_a_relative_storage_in_a_copied_folder_is_refused(
         train(folder, storage="runs")
 
 
-def test_too_little_space_is_said_before_anything_starts(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_little_space_is_refused_before_the_start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Storage, "free_bytes", lambda self: 1000)
     with pytest.raises(UserError, match=r"storage=.*0 MiB free, and checkpoints take about"):
         train(folder, run_name="no-space")

@@ -106,7 +106,7 @@ def test_ray_train_with_storage_and_data_on_s3_gives_the_same_bits(tmp_path: Pat
     folder = write_sets(tmp_path)
     changes = {"tracking.register_model": False, "tracking.uri": f"sqlite:///{tmp_path}/mlflow.db"}
     local = tiny.train(folder, **changes)
-    # A process with a Ray of its own, which inherits the address of the S3 server.
+    # A process with a private Ray, which inherits the address of the S3 server.
     remote = tiny.fields(
         folder,
         **changes,

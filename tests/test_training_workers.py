@@ -1,4 +1,4 @@
-"""The loop on several workers: stopped after every interval and started anew, it ends with the same bits."""
+"""The loop on several workers: stopped after every interval and restarted, it ends with the same bits."""
 
 from pathlib import Path
 

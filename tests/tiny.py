@@ -1,4 +1,4 @@
-"""Tiny photographs and a configuration that trains both stages on them in seconds."""
+"""Tiny images and a configuration that trains both stages on them in seconds."""
 
 import os
 import signal
@@ -18,15 +18,15 @@ JOBS = Path(__file__).parent.parent / "jobs"
 
 
 def write_photos(folder: Path, count: int, side: int, seed: int) -> Path:
-    """Smooth pictures with edges, each another."""
+    """Writes different smooth images with edges."""
     folder.mkdir(parents=True, exist_ok=True)
     y, x = np.mgrid[0:side, 0:side] / side
     for index in range(count):
         draws = np.random.default_rng([seed, index]).uniform(1, 12, size=(3, 2))
         waves = [np.sin(2 * np.pi * (a * y + b * x)) for a, b in draws]
         edges = [(wave > 0.6) * 60.0 for wave in waves]
-        picture = np.stack([90 + 60 * wave + edge for wave, edge in zip(waves, edges, strict=True)], axis=-1)
-        Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(folder / f"image{index}.png")
+        image = np.stack([90 + 60 * wave + edge for wave, edge in zip(waves, edges, strict=True)], axis=-1)
+        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(folder / f"image{index}.png")
     return folder
 
 
@@ -72,7 +72,7 @@ def flags(values: dict[str, Any]) -> list[str]:
 
 
 def write_sets(folder: Path) -> Path:
-    """Three photographs to train on and two held out, below `folder`; gives it back."""
+    """Three training images and two held-out images below `folder`, which is returned."""
     write_photos(folder / "photos", 3, 96, seed=1)
     write_photos(folder / "held_out", 2, 64, seed=2)
     return folder
@@ -85,7 +85,7 @@ def train(folder: Path, *, accept_changes: bool = False, **changes: Any) -> Trai
 
 
 def command(job: str, folder: Path, values: dict[str, Any]) -> list[str]:
-    """A job with these fields, for a process of its own; an empty file instead of the demo's, so only they decide."""
+    """A job with these fields, for a separate process; an empty file instead of the demo's, so only they decide."""
     empty = folder / "empty.yaml"
     empty.touch()
     return [sys.executable, str(JOBS / f"{job}.py"), "--config", str(empty), *flags(values)]
