@@ -1,7 +1,10 @@
 """Generator and discriminators: the reference numbers, names, sizes, memory and initial weights."""
 
+import ast
 import copy
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.model import RRDBNet, UNetDiscriminator, VGGStyleDiscriminator, seeded
+from pipeline.model import RRDBNet, UNetDiscriminator, VGGStyleDiscriminator, rrdbnet, seeded
 from pipeline.model.rrdbnet import DenseBlock
 
 Reference = dict[str, np.ndarray]
@@ -38,6 +41,19 @@ def shapes(module: nn.Module) -> dict[str, list[int]]:
 
 def parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_the_generators_file_imports_only_torch_and_the_standard_library() -> None:
+    """A registered model carries this file and runs where the project is not installed."""
+    imports = set()
+    for node in ast.walk(ast.parse(Path(rrdbnet.__file__).read_text())):
+        if isinstance(node, ast.Import):
+            imports |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            imports.add((node.module or "").split(".")[0])
+    assert "torch" in imports
+    assert imports - {"torch"} <= sys.stdlib_module_names
 
 
 @pytest.mark.parametrize("training", [False, True])

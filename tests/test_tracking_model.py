@@ -1,9 +1,11 @@
 """The registered model in a process with MLflow, torch or onnxruntime, and without this project."""
 
+import json
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow.pyfunc
 import numpy as np
@@ -11,13 +13,16 @@ import pytest
 import torch
 from tracking_helpers import DATA, open_small, small_generator
 
-from pipeline.model import RRDBNet
+from pipeline.imaging import upscale
+from pipeline.model import RRDBNet, rrdbnet, save_generator, seeded
+from pipeline.model.export import export_onnx
 from pipeline.storage import Storage
 from pipeline.tracking.config import TrackingConfig
-from pipeline.tracking.logged_model import ModelCard
+from pipeline.tracking.logged_model import ModelCard, architecture
 from pipeline.tracking.lookup import pull_generator
 from pipeline.tracking.registry import register_generator
 from pipeline.tracking.run import TrackedRun
+from pipeline.tracking.serving_model import Generator
 
 # Runs in another folder: the project cannot be imported, and MLflow must not unpickle anything.
 OUTSIDE_CODE = """
@@ -113,6 +118,34 @@ def test_the_pixels_are_equal_with_mlflow_and(tmp_path, registered, images, bloc
 def model(registered: Registered) -> mlflow.pyfunc.PyFuncModel:
     weights = pull_generator("models:/esrgan-x4@champion", registered.tracked.uri)
     return mlflow.pyfunc.load_model(str(weights.parent.parent), model_config={"device": "cpu"})
+
+
+def test_the_model_carries_the_generators_own_definition(model, registered) -> None:
+    weights = pull_generator("models:/esrgan-x4@champion", registered.tracked.uri)
+    assert (weights.parent / "rrdbnet.py").read_bytes() == Path(rrdbnet.__file__).read_bytes()
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
+@pytest.mark.parametrize("scale", [4, 2, 1])
+def test_every_scale_takes_any_height_and_width(tmp_path, monkeypatch, scale, backend) -> None:
+    generator = seeded(0, lambda: RRDBNet(8, 2, 4, scale=scale))
+    generator.conv_last.weight.data.mul_(10)
+    generator.conv_last.bias.data.fill_(0.5)
+    paths = {name: tmp_path / name for name in ("architecture", "onnx", "weights.safetensors")}
+    paths["architecture"].write_text(json.dumps(architecture(generator)))
+    save_generator(generator, paths["weights.safetensors"])
+    export_onnx(generator, paths["onnx"])
+    if backend == "onnxruntime":
+        monkeypatch.setitem(sys.modules, "torch", None)
+    served = Generator()
+    artifacts = {name.split(".")[0]: str(path) for name, path in paths.items()} | {"code": rrdbnet.__file__}
+    served.load_context(SimpleNamespace(artifacts=artifacts, model_config={"device": "cpu"}))
+    monkeypatch.undo()
+    for tile in (0, 5):
+        lr = np.random.default_rng(0).integers(0, 256, (1, 13, 7, 3), dtype=np.uint8)
+        expected = upscale(generator, lr[0])
+        assert expected.std() > 5  # Not a constant image.
+        assert max_difference(served.predict(None, lr, {"tile": tile})[0], expected) <= 1
 
 
 def test_its_input_example_and_signature_match_its_results(model) -> None:

@@ -1,6 +1,6 @@
-"""Networks, losses and weight files; needs torch and safetensors only.
+"""Networks, losses and weight files. Requires torch, torchvision and safetensors.
 
-`pipeline.model.config` (which needs pydantic) and `pipeline.model.export` (which needs onnx) are imported by name.
+Two modules are not imported here: `pipeline.model.config` requires pydantic, `pipeline.model.export` requires onnx.
 """
 
 from pipeline.model.discriminators import (

@@ -1,10 +1,11 @@
-"""The generator: residual-in-residual dense blocks (ESRGAN, sec. 3.1)."""
+"""The generator: residual-in-residual dense blocks (ESRGAN, sec. 3.1).
+
+A registered model carries this file and runs without the project, so it imports torch and the standard library only.
+"""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-
-from pipeline.model.precision import without_autocast
 
 NEGATIVE_SLOPE = 0.2
 # Published x2 and x1 generators fold pixels into channels first and then run the x4 network (Real-ESRGAN, sec. 3.3).
@@ -147,5 +148,14 @@ class RRDBNet(nn.Module):
         if not torch.is_autocast_enabled(x.device.type):
             return self.conv_last(features)
         # In bfloat16 the pixels would come in steps of up to 1/256.
-        with without_autocast(x.device):
+        with torch.autocast(x.device.type, enabled=False):
             return self.conv_last(features.to(self.conv_last.weight.dtype))
+
+
+def upscale_8bit(generator: nn.Module, lr: Tensor) -> Tensor:
+    """uint8 (N, H, W, 3) RGB to uint8 (N, H * scale, W * scale, 3): clamped, rounded half to even.
+
+    At scale 2 and 1, H and W must be multiples of 2 and 4.
+    """
+    sr = generator(lr.permute(0, 3, 1, 2).float() / 255)
+    return sr.clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)

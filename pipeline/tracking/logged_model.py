@@ -16,7 +16,7 @@ from mlflow.types import DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 from PIL import Image
 
 from pipeline.errors import without_secrets
-from pipeline.model import RRDBNet, generator_sha256, load_generator
+from pipeline.model import RRDBNet, generator_sha256, load_generator, rrdbnet
 from pipeline.model.export import export_onnx
 from pipeline.tracking.run import TrackedRun
 from pipeline.tracking.upload import DIGEST_CHARACTERS
@@ -165,6 +165,7 @@ def write_model(
                 "architecture": str(parts / "architecture.json"),
                 "weights": str(parts / WEIGHTS),
                 "onnx": str(parts / "generator.onnx"),
+                "code": rrdbnet.__file__,
             },
             signature=_signature(),
             input_example=_example(card)[None],
@@ -265,7 +266,6 @@ def license_note(licenses: Mapping[str, str | None]) -> str:
 def architecture(generator: RRDBNet) -> dict[str, object]:
     """RRDBNet's arguments, the content of architecture.json."""
     return {
-        "network": "RRDBNet",
         "num_feat": generator.num_feat,
         "num_block": generator.num_block,
         "num_grow_ch": generator.num_grow_ch,
