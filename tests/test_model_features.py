@@ -1,7 +1,8 @@
-"""VGG19 features: torchvision's network, before activation; and weights that are missing, damaged or local."""
+"""VGG19 features: torchvision's network, before activation; weights that are missing, corrupt or local."""
 
 import hashlib
 import http.server
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,13 +10,13 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-import torchvision
 from torch import Tensor, nn
 from torchvision.models import vgg
 
 from pipeline.errors import UserError
-from pipeline.model import LAYERS, VGGFeatures, find_weights
+from pipeline.model import LAYERS, VGGFeatures, generator_sha256
 from pipeline.model import features as module
+from pipeline.model.features import find_weights
 
 NAMES = ["conv1_1", "conv1_2", "conv2_2", "conv3_4", "conv4_4", "conv5_4"]
 
@@ -41,7 +42,7 @@ def weights(torchvision_features: nn.Sequential, tmp_path_factory: pytest.TempPa
 
 
 def hooked(network: nn.Sequential, images: Tensor) -> dict[str, Tensor]:
-    """Outputs of the convolutions, copied before the in-place ReLU behind them."""
+    """Outputs of the convolutions, copied before the in-place ReLU that follows them."""
     outputs: dict[int, Tensor] = {}
     handles = []
     for number, layer in enumerate(network):
@@ -63,15 +64,15 @@ def test_features_are_torchvisions_before_activation(
 ) -> None:
     images = torch.rand(2, 3, 32, 48)
     with torch.no_grad():
-        found = VGGFeatures(NAMES, weights)(images)
+        outputs = VGGFeatures(NAMES, weights)(images)
         expected = hooked(torchvision_features, images)
-    assert list(found) == NAMES
+    assert list(outputs) == NAMES
     for name in NAMES:
-        assert found[name].min() < 0, f"{name} was activated"
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5)
+        assert outputs[name].min() < 0, f"{name} was activated"
+        torch.testing.assert_close(outputs[name], expected[name], rtol=1e-5, atol=1e-5)
 
 
-def test_a_tap_does_not_depend_on_the_other_taps() -> None:
+def test_a_layers_features_do_not_depend_on_the_other_layers() -> None:
     images = torch.rand(1, 3, 32, 32)
     together = VGGFeatures(["conv2_1", "conv2_2", "conv3_1"], "random")(images)
     for name, tensor in together.items():
@@ -79,9 +80,11 @@ def test_a_tap_does_not_depend_on_the_other_taps() -> None:
         assert torch.equal(alone(images)[name], tensor)
 
 
-def test_the_network_ends_at_the_deepest_layer_asked_for() -> None:
+def test_the_network_ends_at_the_deepest_given_layer() -> None:
     features = VGGFeatures({"conv2_2": 1.0, "conv1_1": 0.5}, "random")
-    assert list(features.features) == ["0", "2", "5", "7"]
+    convolutions = [i for i, layer in enumerate(features.features) if isinstance(layer, nn.Conv2d)]
+    assert convolutions == [0, 2, 5, 7]
+    assert len(features.features) == 8
 
 
 def test_layers_are_numbered_as_in_torchvision() -> None:
@@ -114,8 +117,14 @@ def test_random_weights_depend_on_the_seed_alone() -> None:
     state = torch.get_rng_state()
     b, c = VGGFeatures(["conv2_1"], "random", seed=3), VGGFeatures(["conv1_2"], "random", seed=4)
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(a.features["2"].weight, b.features["2"].weight)
-    assert not torch.equal(a.features["2"].weight, c.features["2"].weight)
+    assert torch.equal(a.features[2].weight, b.features[2].weight)
+    assert not torch.equal(a.features[2].weight, c.features[2].weight)
+
+
+def test_random_weights_stay_the_same_bits() -> None:
+    """Runs with random features are compared with earlier ones, so a seed's weights must not change."""
+    state = VGGFeatures(["conv5_4"], "random", seed=3).state_dict()
+    assert generator_sha256(state) == "44ef5aa84a611cf0367c82351c85548f3cc2a22e2a582410f617c2099a0af350"
 
 
 def test_random_features_keep_their_size_through_all_layers() -> None:
@@ -126,7 +135,7 @@ def test_random_features_keep_their_size_through_all_layers() -> None:
 
 
 @pytest.mark.parametrize("layers", [["conv6_1"], [], {"relu5_4": 1.0}])
-def test_unknown_layers_are_refused(layers: list[str]) -> None:
+def test_unknown_layers_are_rejected(layers: list[str]) -> None:
     with pytest.raises(UserError, match=r"perceptual.layers.*conv1_1"):
         VGGFeatures(layers, "random")
 
@@ -137,16 +146,16 @@ def test_local_files_are_read_in_both_formats(weights: Path, tmp_path: Path) -> 
     digest = hashlib.sha256((tmp_path / "vgg19.safetensors").read_bytes()).hexdigest()
     a = VGGFeatures(["conv2_2"], str(weights))
     b = VGGFeatures(["conv2_2"], tmp_path / "vgg19.safetensors", sha256=digest)
-    assert torch.equal(a.features["7"].weight, b.features["7"].weight)
-    assert torch.equal(a.features["7"].weight, state["features.7.weight"])
+    assert torch.equal(a.features[7].weight, b.features[7].weight)
+    assert torch.equal(a.features[7].weight, state["features.7.weight"])
 
 
-def test_a_file_with_another_sha256_is_refused(weights: Path) -> None:
+def test_a_file_with_another_sha256_is_rejected(weights: Path) -> None:
     with pytest.raises(UserError, match=f"{weights} has sha256 [0-9a-f]{{64}}, expected 0000"):
         find_weights(str(weights), "0" * 64)
 
 
-def test_files_that_are_not_vgg19s_are_refused(tmp_path: Path) -> None:
+def test_files_that_are_not_vgg19s_are_rejected(tmp_path: Path) -> None:
     path = tmp_path / "w.pth"
     for content, message in [
         ({"features.0.weight": torch.zeros(64, 3, 3, 3)}, "features.0.bias is missing"),
@@ -176,14 +185,14 @@ def test_random_needs_no_file() -> None:
     assert find_weights("random") is None
 
 
-def test_the_address_is_torchvisions() -> None:
-    assert torchvision.models.VGG19_Weights.IMAGENET1K_V1.url == module.IMAGENET_URL
-    assert module.IMAGENET_SHA256_START in module.IMAGENET_URL
+def test_the_files_name_carries_its_sha256() -> None:
+    assert module.imagenet_url() == "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
+    assert module.sha256_start("vgg19-dcbb9e9d.pth") == "dcbb9e9d"
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty torch home; no proxy between us and the local server."""
+    """An empty torch hub cache; the local server is reached without a proxy."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
     monkeypatch.setenv("no_proxy", "*")
@@ -191,8 +200,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bytes], None]]:
-    """A local server that gives the bytes it is handed, in place of the one with the ImageNet weights."""
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Sets the content that a local server returns instead of the ImageNet weights, under a name with its sha256."""
     content = b""
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -207,19 +216,22 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bytes], None]]:
 
     server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(module, "IMAGENET_URL", f"http://127.0.0.1:{server.server_port}/vgg19-test.pth")
 
-    def hand(new: bytes) -> None:
+    def set_content(new: bytes, name: str | None = None) -> None:
         nonlocal content
         content = new
+        name = name or f"vgg19-{hashlib.sha256(new).hexdigest()[:8]}.pth"
+        url = f"http://127.0.0.1:{server.server_port}/{name}"
+        monkeypatch.setattr(module, "imagenet_url", lambda: url)
 
-    yield hand
+    yield set_content
     server.shutdown()
     server.server_close()
 
 
 def test_missing_imagenet_weights_are_one_clear_line(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "IMAGENET_URL", "http://127.0.0.1:9/vgg19-dcbb9e9d.pth")
+    url = "http://127.0.0.1:9/vgg19-dcbb9e9d.pth"
+    monkeypatch.setattr(module, "imagenet_url", lambda: url)
     for use in (lambda: find_weights("imagenet"), lambda: VGGFeatures(["conv5_4"], "imagenet")):
         with pytest.raises(UserError) as caught:
             use()
@@ -227,7 +239,7 @@ def test_missing_imagenet_weights_are_one_clear_line(cache: Path, monkeypatch: p
         assert "\n" not in line
         for part in (
             str(cache / "vgg19-dcbb9e9d.pth"),
-            module.IMAGENET_URL,
+            url,
             "perceptual.weights=PATH",
             "=random",
         ):
@@ -235,26 +247,37 @@ def test_missing_imagenet_weights_are_one_clear_line(cache: Path, monkeypatch: p
     assert list(cache.iterdir()) == []
 
 
-def test_imagenet_weights_are_downloaded_once(
-    cache: Path, serve: Callable[[bytes], None], weights: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    content = weights.read_bytes()
-    monkeypatch.setattr(module, "IMAGENET_SHA256_START", hashlib.sha256(content).hexdigest()[:8])
-    serve(content)
-    assert find_weights("imagenet") == cache / "vgg19-test.pth"
-    serve(b"gone")
-    assert VGGFeatures(["conv1_1"], "imagenet").features["0"].weight.shape == (64, 3, 3, 3)
-    assert [path.name for path in cache.iterdir()] == ["vgg19-test.pth"]
+def test_imagenet_weights_are_downloaded_once(cache: Path, serve: Callable[..., None], weights: Path) -> None:
+    serve(weights.read_bytes())
+    path = find_weights("imagenet")
+    assert path is not None
+    assert path.parent == cache
+    serve(b"gone", path.name)
+    assert VGGFeatures(["conv1_1"], "imagenet").features[0].weight.shape == (64, 3, 3, 3)
+    assert list(cache.iterdir()) == [path]
 
 
-def test_a_wrong_download_is_refused_and_not_kept(cache: Path, serve: Callable[[bytes], None]) -> None:
-    serve(b"<html>Please log in</html>")
-    with pytest.raises(UserError, match=r"gave has sha256 [0-9a-f]{64}, expected dcbb9e9d"):
+def test_a_wrong_download_is_rejected_and_not_kept(cache: Path, serve: Callable[..., None]) -> None:
+    serve(b"<html>Please log in</html>", "vgg19-dcbb9e9d.pth")
+    with pytest.raises(UserError, match=r"cannot be downloaded \(invalid hash value.*dcbb9e9d"):
         find_weights("imagenet")
     assert list(cache.iterdir()) == []
 
 
-def test_a_damaged_file_in_the_cache_is_refused(cache: Path) -> None:
+def test_a_server_that_stops_answering_is_one_clear_line(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "DOWNLOAD_TIMEOUT_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/vgg19-dcbb9e9d.pth"
+        monkeypatch.setattr(module, "imagenet_url", lambda: url)
+        with pytest.raises(UserError, match=r"cannot be downloaded .*timed out"):
+            find_weights("imagenet")
+    assert socket.getdefaulttimeout() is None
+    assert list(cache.iterdir()) == []
+
+
+def test_a_corrupt_file_in_the_cache_is_rejected(cache: Path) -> None:
     cache.mkdir(parents=True)
     (cache / "vgg19-dcbb9e9d.pth").write_bytes(b"half of it")
     with pytest.raises(UserError, match=r"vgg19-dcbb9e9d.pth has sha256 .* expected dcbb9e9d.*replace it"):

@@ -9,7 +9,7 @@ from pipeline.model.discriminators import (
     UNetDiscriminator,
     VGGStyleDiscriminator,
 )
-from pipeline.model.features import LAYERS, VGGFeatures, check_layers, find_weights
+from pipeline.model.features import LAYERS, VGGFeatures
 from pipeline.model.losses import perceptual_loss, pixel_loss, relativistic_losses
 from pipeline.model.precision import PRECISIONS, set_precision
 from pipeline.model.rrdbnet import RRDBNet
@@ -31,10 +31,8 @@ __all__ = [
     "UNetDiscriminator",
     "VGGFeatures",
     "VGGStyleDiscriminator",
-    "check_layers",
     "decode_generator",
     "encode_generator",
-    "find_weights",
     "generator_sha256",
     "load_generator",
     "perceptual_loss",

@@ -2,50 +2,43 @@
 
 import hashlib
 import os
-import shutil
-import urllib.request
-import uuid
+import socket
 from collections.abc import Iterable, Mapping
 from http.client import HTTPException
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from pipeline.errors import UserError
 from pipeline.model.weights import read_tensors
 
-# torchvision's VGG19_Weights.IMAGENET1K_V1; the name carries the first digits of the file's sha256.
-IMAGENET_URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
-IMAGENET_SHA256_START = "dcbb9e9d"
 DOWNLOAD_TIMEOUT_S = 20.0
 
 _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
-# Convolutions per level and their width; levels are separated by 2x2 max pooling.
-_LEVELS = ((2, 64), (2, 128), (4, 256), (4, 512), (4, 512))
-# Layer name to its number in torchvision's `features`, where each convolution is followed by its ReLU.
+# Layer name to its index in torchvision's `features`: convolutions per level, each followed by its ReLU; one max
+# pooling between levels.
 LAYERS: dict[str, int] = {}
-for _level, (_convs, _) in enumerate(_LEVELS):
+for _level, _convs in enumerate((2, 2, 4, 4, 4)):
     for _conv in range(_convs):
         LAYERS[f"conv{_level + 1}_{_conv + 1}"] = 2 * len(LAYERS) + _level
 
 
 class VGGFeatures(nn.Module):
-    """Outputs of VGG19's convolutions, before their ReLU; frozen.
+    """Outputs of the convolutions of torchvision's VGG19, before their ReLU; frozen.
 
-    The network ends at the deepest layer asked for.
+    The network ends at the deepest of the given layers.
 
     Args:
         layers: names such as "conv5_4", or a mapping from them to weights, of which the names are used.
-        weights: "imagenet", "random" (Kaiming normal, decided by `seed`: the same on every worker), or the path of a
-            VGG19 state dict with torchvision's names (.pth or .safetensors).
+        weights: "imagenet", "random" (Kaiming normal, a function of `seed` only: equal on every worker), or the path of
+            a VGG19 state dict with torchvision's names (.pth or .safetensors).
         sha256: expected sha256 of the file, in hexadecimal.
         seed: for "random".
 
     Raises:
-        UserError: an unknown layer, or weights that are missing, damaged, or not VGG19's.
+        UserError: an unknown layer, or weights that are missing, corrupt, or not VGG19's.
     """
 
     mean: Tensor
@@ -59,153 +52,141 @@ class VGGFeatures(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.layers = tuple(layers)
-        check_layers(self.layers)
-        deepest = max(LAYERS[layer] for layer in self.layers)
-        self.features = nn.ModuleDict()
-        channels = 3
-        for name, number in LAYERS.items():
-            if number <= deepest:
-                width = _LEVELS[int(name[4]) - 1][1]
-                self.features[str(number)] = nn.Conv2d(channels, width, 3, padding=1, device="meta")
-                channels = width
+        names = tuple(layers)
+        unknown = [name for name in names if name not in LAYERS]
+        if unknown or not names:
+            raise UserError(f"perceptual.layers: {unknown or 'none'} given; VGG19 has {', '.join(LAYERS)}")
+        # Imported here: it takes a second, which commands that need no features save.
+        from torchvision.models import vgg19
+
+        self.taps = {LAYERS[name]: name for name in sorted(names, key=LAYERS.__getitem__)}
+        with torch.device("meta"):
+            self.features = vgg19(init_weights=False).features[: max(self.taps) + 1]
+        for index in self.taps:
+            if index + 1 < len(self.features):
+                # torchvision's ReLUs are in place and would overwrite the features that are returned.
+                self.features[index + 1].inplace = False
         self.register_buffer("mean", torch.tensor(_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(_STD).view(1, 3, 1, 1), persistent=False)
         path = find_weights(weights, sha256)
         if path is None:
-            self._draw(seed)
+            self._initialize(seed)
         else:
             self._load(path)
         self.requires_grad_(False)
         self.eval()
 
-    def _draw(self, seed: int) -> None:
+    def _initialize(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.features.to_empty(device="cpu")
-        for conv in self.features.values():
-            assert isinstance(conv, nn.Conv2d)
-            assert conv.bias is not None
-            # Keeps the signal's size through all layers, so that the loss has the size that its weight expects.
-            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu", generator=generator)
-            nn.init.zeros_(conv.bias)
+        for layer in self.features:
+            if isinstance(layer, nn.Conv2d):
+                assert layer.bias is not None
+                # Keeps the activations' variance through all layers, so that the loss has the scale that its weight
+                # is chosen for.
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
+                nn.init.zeros_(layer.bias)
 
     def _load(self, path: Path) -> None:
-        where = f"perceptual.weights: {path}"
-        state, _ = read_tensors(path, where)
+        name = f"perceptual.weights: {path}"
+        state, _ = read_tensors(path, name)
         chosen = {}
-        for name, expected in self.state_dict().items():
-            tensor = state.get(name)
+        for key, expected in self.state_dict().items():
+            tensor = state.get(key)
             if tensor is None or tensor.shape != expected.shape:
-                found = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
+                fault = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
                 raise UserError(
-                    f"{where}: not the weights of torchvision's VGG19: {name} {found}, expected {tuple(expected.shape)}"
+                    f"{name}: not the weights of torchvision's VGG19: {key} {fault}, expected {tuple(expected.shape)}"
                 )
-            if not torch.isfinite(tensor).all():
-                raise UserError(f"{where}: {name} holds values that are not finite; replace the file")
-            # A copy: the file's other tensors, most of its 548 MB, can then be freed.
-            chosen[name] = tensor.float().clone()
+            # A copy, so that the file's other tensors, most of its 548 MB, can be freed.
+            chosen[key] = tensor.float().clone()
         self.load_state_dict(chosen, assign=True)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Features of (N, 3, H, W) RGB images in [0, 1], layer name to (N, channels, height, width).
 
-        They are not normalised by size. H and W must survive the poolings: 16 px for conv5_*.
+        H and W must not vanish in the poolings: at least 16 px for conv5_*.
         """
         x = (images - self.mean) / self.std
         outputs: dict[str, Tensor] = {}
-        for name, number in LAYERS.items():
-            if str(number) not in self.features:
-                break
-            if name.endswith("_1") and number > 0:
-                x = functional.max_pool2d(x, 2)
-            x = self.features[str(number)](x)
-            wanted = name in self.layers
-            if wanted:
-                outputs[name] = x
-                if len(outputs) == len(self.layers):
-                    break
-            # In place it would overwrite the features that were just handed out.
-            x = functional.relu(x, inplace=not wanted)
+        for index, layer in enumerate(self.features):
+            x = layer(x)
+            if index in self.taps:
+                outputs[self.taps[index]] = x
         return outputs
 
 
-def check_layers(layers: Iterable[str]) -> None:
-    """Raises UserError unless every name is a convolution of VGG19 and there is at least one."""
-    layers = tuple(layers)
-    unknown = [layer for layer in layers if layer not in LAYERS]
-    if unknown or not layers:
-        raise UserError(f"perceptual.layers: {unknown or 'none'} given; VGG19 has {', '.join(LAYERS)}")
-
-
 def find_weights(weights: str | os.PathLike[str], sha256: str | None = None) -> Path | None:
-    """The absolute path of the checked weights file, downloaded where needed; None for "random".
-
-    It reads the file once, so call it before the cluster starts: what is missing is then one clear line.
+    """The absolute path of the verified weights file, downloaded if needed; None for "random".
 
     Args:
-        weights: as for `VGGFeatures`. "imagenet" is looked for, and put, in torch hub's cache.
-        sha256: expected sha256 of the file, in hexadecimal.
+        weights: as for `VGGFeatures`. "imagenet" is torchvision's file in torch hub's cache.
+        sha256: expected sha256 of the file, in hexadecimal; default for "imagenet": the digits in the file's name.
 
     Raises:
-        UserError: the file is not there, cannot be had, or is another one.
+        UserError: the file does not exist, cannot be downloaded, or has another sha256.
     """
     if weights == "random":
         return None
     if weights == "imagenet":
-        path = Path(torch.hub.get_dir()) / "checkpoints" / IMAGENET_URL.rpartition("/")[2]
+        url = imagenet_url()
+        path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
         if not path.exists():
-            _download(path)
-        expected = sha256 or IMAGENET_SHA256_START
+            _download(url, path)
+        sha256 = sha256 or sha256_start(path.name)
     else:
         path = Path(weights).expanduser().absolute()
         if not path.is_file():
-            raise UserError(f"perceptual.weights={weights}: no such file; {_alternatives()}")
-        expected = sha256 or ""
-    _check_sha256(path, expected, f"perceptual.weights: {path}")
+            raise UserError(f"perceptual.weights={weights}: no such file; {_ALTERNATIVES}")
+    if sha256:
+        require_sha256(path, sha256, f"perceptual.weights: {path}")
     return path
 
 
-def _download(path: Path) -> None:
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
+def imagenet_url() -> str:
+    """Address of torchvision's VGG19 weights for ImageNet."""
+    from torchvision.models import VGG19_Weights
+
+    return VGG19_Weights.IMAGENET1K_V1.url
+
+
+def sha256_start(file_name: str) -> str:
+    """The first digits of a file's sha256, which torchvision puts into its name: `vgg19-dcbb9e9d.pth`."""
+    return Path(file_name).stem.rpartition("-")[2]
+
+
+def _download(url: str, path: Path) -> None:
+    timeout = socket.getdefaulttimeout()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            urllib.request.urlopen(IMAGENET_URL, timeout=DOWNLOAD_TIMEOUT_S) as answer,
-            partial.open("wb") as file,
-        ):
-            shutil.copyfileobj(answer, file, 1 << 20)
-        _check_sha256(
-            partial, IMAGENET_SHA256_START, f"perceptual.weights=imagenet: what {IMAGENET_URL} gave"
-        )
-        # Several workers on one machine may download at the same time: whoever comes last replaces an equal file.
-        partial.replace(path)
-    except (OSError, HTTPException) as error:
+        # torch.hub sets no timeout: a server that stops answering would block the start forever.
+        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)
+        # It writes to a temporary file that is renamed, so several workers on one machine may do this at once.
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256_start(path.name), progress=False)
+    except (OSError, HTTPException, RuntimeError) as error:
         raise UserError(
             f"perceptual.weights=imagenet: {path} is missing and cannot be downloaded "
-            f"({str(error) or type(error).__name__}); fetch {IMAGENET_URL} on another machine and put it there, "
-            f"or set {_alternatives()}"
+            f"({str(error) or type(error).__name__}); fetch {url} on another machine and put it there, "
+            f"or set {_ALTERNATIVES}"
         ) from None
     finally:
-        partial.unlink(missing_ok=True)
+        socket.setdefaulttimeout(timeout)
 
 
-def _check_sha256(path: Path, expected: str, name: str) -> None:
-    """Compares the first digits, as many as `expected` has."""
-    if not expected:
-        return
+def require_sha256(path: Path, expected: str, name: str) -> None:
+    """Raises UserError unless the file's sha256 starts with `expected`; `name` is the file's name in the message."""
     try:
         with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+            actual = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"{name} cannot be read ({error.strerror or error})") from None
-    if not found.startswith(expected):
+    if not actual.startswith(expected):
         raise UserError(
-            f"{name} has sha256 {found}, expected {expected}; it is damaged or another file, replace it"
+            f"{name} has sha256 {actual}, expected {expected}; it is corrupt or another file, replace it"
         )
 
 
-def _alternatives() -> str:
-    return (
-        "perceptual.weights=PATH to a VGG19 state dict (.pth or .safetensors), or perceptual.weights=random "
-        "(seeded features, for tests and demonstrations)"
-    )
+_ALTERNATIVES = (
+    "perceptual.weights=PATH to a VGG19 state dict (.pth or .safetensors), or perceptual.weights=random "
+    "(seeded features, for tests and demonstrations)"
+)
