@@ -56,9 +56,9 @@ def parser() -> argparse.ArgumentParser:
     add("--limit", type=int, default=None, metavar="N", help="Only the first N pictures.")
     add("--crop", action="append", default=[], metavar="NAME:X,Y,W,H", help="The part of a picture that the report "
         "shows, in the original's pixels (default: where the models differ most).")  # fmt: skip
-    add("--lpips", nargs="?", const="", default=None, metavar="DIR", help="Also LPIPS (AlexNet); DIR holds "
-        "alexnet-owt-7be5be79.pth and alex.pth. Without DIR: torch's cache and the package lpips; where they lack "
-        "the files, a line says so and LPIPS is left out.")  # fmt: skip
+    add("--lpips", nargs="?", const="", default=None, metavar="DIR", help="Also LPIPS (AlexNet); DIR contains "
+        "alexnet-owt-7be5be79.pth. Without DIR: torch hub's cache; if the file is not there, LPIPS is skipped with "
+        "a note.")  # fmt: skip
     add("--device", default="auto", help="auto, cpu, cuda (default: auto).")
     add(
         "--precision",
@@ -138,7 +138,7 @@ def _box(text: str) -> tuple[str, Box]:
 
 
 def _lpips(folder: str | None) -> tuple[Lpips | None, list[str]]:
-    """The distance if it was asked for and its files are there, and what to say where they are not."""
+    """The distance, if requested and its file exists; a note if the file is missing from torch hub's cache."""
     if folder is None:
         return None, []
     if folder:
@@ -146,7 +146,7 @@ def _lpips(folder: str | None) -> tuple[Lpips | None, list[str]]:
     try:
         return load_lpips(), []
     except UserError as error:
-        return None, [f"LPIPS is left out; {str(error).removeprefix('LPIPS: ')}"]
+        return None, [f"LPIPS is skipped; {str(error).removeprefix('LPIPS: ')}"]
 
 
 def _alpha(text: str) -> float:

@@ -1,17 +1,22 @@
 """The numbers of an evaluation: those of the metrics themselves, averaged exactly, in the contract's form."""
 
+import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from enlarging import job, picture, refusal, write_generator, write_overflowing_generator, write_picture
 from PIL import Image
+from torchmetrics.functional.image.lpips import learned_perceptual_image_patch_similarity
+from torchvision.models import AlexNet_Weights, alexnet
 
+from pipeline.errors import UserError
+from pipeline.evaluation import lpips
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.layout import find_pairs
-from pipeline.evaluation.lpips import BACKBONE, LINEAR, Lpips, load_lpips
 from pipeline.evaluation.models import interpolated, open_model
 from pipeline.evaluation.scoring import METRICS, Scorer, Settings
 from pipeline.imaging import bicubic_upscale, matlab_bicubic_downscale, psnr, ssim, upscale
@@ -148,20 +153,51 @@ def test_a_model_with_non_finite_output_is_refused_without_results(tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
-def test_lpips_of_equal_pictures_is_zero_and_grows_with_the_distance(tmp_path: Path) -> None:
-    distance = random_lpips(tmp_path)
+@pytest.fixture
+def backbone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with AlexNet's weights drawn from a seed, under a name with their sha256."""
+    folder = tmp_path / "alexnet"
+    folder.mkdir()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        torch.save(alexnet().state_dict(), folder / "weights")
+    digest = hashlib.sha256((folder / "weights").read_bytes()).hexdigest()
+    monkeypatch.setattr(lpips, "BACKBONE", f"alexnet-owt-{digest[:8]}.pth")
+    (folder / "weights").rename(folder / lpips.BACKBONE)
+    return folder
+
+
+def test_the_lpips_backbone_is_torchvisions() -> None:
+    assert AlexNet_Weights.IMAGENET1K_V1.url.rpartition("/")[2] == lpips.BACKBONE
+
+
+def test_lpips_equals_torchmetrics_on_the_same_backbone(
+    backbone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = alexnet()
+    network.load_state_dict(torch.load(backbone / lpips.BACKBONE, weights_only=True))
+    monkeypatch.setattr(torchvision.models, "alexnet", lambda weights: network)
+    hr, sr = picture(64, 72), picture(64, 72, seed=1)
+    one, other = (torch.from_numpy(image[4:-4, 4:-4]).permute(2, 0, 1)[None] / 255 for image in (sr, hr))
+    expected = learned_perceptual_image_patch_similarity(one, other, net_type="alex", normalize=True)
+    assert expected > 0.01
+    assert lpips.load_lpips(str(backbone))(sr, hr, border=4) == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_lpips_of_equal_images_is_zero_and_grows_with_the_distance(backbone: Path) -> None:
+    distance = lpips.load_lpips(str(backbone))
     hr = picture(64, 64)
-    near, far = (np.clip(hr.astype(int) + step, 0, 255).astype(np.uint8) for step in (4, 40))
+    near, far = (np.clip(hr.astype(int) + change, 0, 255).astype(np.uint8) for change in (4, 40))
     assert distance(hr, hr) == 0
     assert 0 < distance(near, hr) < distance(far, hr)
 
 
-def test_lpips_says_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(Exception, match=r"alexnet-owt-7be5be79\.pth is not in .*; .*torchvision"):
-        load_lpips(str(tmp_path))
+def test_lpips_names_the_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"alexnet-owt-7be5be79\.pth does not exist; .*torchvision"):
+        lpips.load_lpips(str(tmp_path))
 
 
-def test_lpips_is_left_out_with_a_note_where_its_files_are_not(
+def test_lpips_is_skipped_with_a_note_if_its_file_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
@@ -170,25 +206,47 @@ def test_lpips_is_left_out_with_a_note_where_its_files_are_not(
     assert set(result["mean"]) == set(METRICS)
     notes = [line for line in capsys.readouterr().out.splitlines() if "LPIPS" in line]
     assert len(notes) == 1
-    assert notes[0].startswith("note: LPIPS is left out; ")
+    assert notes[0].startswith("note: LPIPS is skipped; ")
 
 
-def test_lpips_refuses_another_backbone(tmp_path: Path) -> None:
-    random_lpips(tmp_path)
-    with pytest.raises(Exception, match="not torchvision's AlexNet"):
-        load_lpips(str(tmp_path))
+def test_lpips_reads_torch_hubs_cache(
+    tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    (tmp_path / "torch" / "hub").mkdir(parents=True)
+    backbone.rename(tmp_path / "torch" / "hub" / "checkpoints")
+    write_picture(tmp_path / "hr" / "a.png")
+    result = run(tmp_path, "--model", "bicubic", "--hr", tmp_path / "hr", "--lpips")
+    assert set(result["mean"]) == {*METRICS, "lpips"}
 
 
-def random_lpips(folder: Path) -> Lpips:
-    """The real code on random weights."""
-    from torchvision.models import alexnet
+def test_lpips_rejects_a_corrupt_or_another_file(backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    another = backbone / "resnet.pth"
+    torch.save({"conv1.weight": torch.zeros(1)}, another)
+    digest = hashlib.sha256(another.read_bytes()).hexdigest()[:8]
+    monkeypatch.setattr(lpips, "BACKBONE", f"alexnet-owt-{digest}.pth")
+    another.rename(backbone / lpips.BACKBONE)
+    with pytest.raises(UserError, match=r"not torchvision's AlexNet .*features\.0\.weight"):
+        lpips.load_lpips(str(backbone))
+    (backbone / lpips.BACKBONE).write_bytes(b"half of it")
+    with pytest.raises(UserError, match=rf"has sha256 .*, expected {digest}; it is corrupt or another file"):
+        lpips.load_lpips(str(backbone))
 
-    torch.manual_seed(0)
-    torch.save(alexnet().state_dict(), folder / BACKBONE)
-    channels = (64, 192, 384, 256, 256)
-    linear = {f"lin{n}.model.1.weight": torch.rand(1, size, 1, 1) for n, size in enumerate(channels)}
-    torch.save(linear, folder / LINEAR)
-    return load_lpips(str(folder), check=False)
+
+def test_an_image_too_small_for_lpips_is_one_clear_line(tmp_path: Path, backbone: Path) -> None:
+    write_picture(tmp_path / "hr" / "small.png", 36, 80)
+    text = refusal(
+        "evaluate",
+        "--model",
+        "bicubic",
+        "--hr",
+        tmp_path / "hr",
+        "--out",
+        tmp_path / "out",
+        "--lpips",
+        backbone,
+    )
+    assert "small.png: --lpips needs at least 31 x 31 pixels without the border of 4" in text
 
 
 def test_metrics_have_the_contracts_names() -> None:

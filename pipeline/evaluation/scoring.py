@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.data.ingest.decoding import PhotoRejected, read_photo
+from pipeline.errors import UserError
 from pipeline.evaluation.crops import Box, most_different
 from pipeline.evaluation.layout import Pair
 from pipeline.evaluation.lpips import Lpips
@@ -49,9 +50,10 @@ class Scorer:
     def __call__(self, pair: Pair) -> dict[str, Any]:
         """
         Returns:
-            `name`, and one of `refused` (the reason to exclude the image), `failed` (a model's output is not finite:
-            the reason to stop), or `metrics` (one mapping for each model) and `pictures`:
-            the crop's box and its data URIs by column (lr, bicubic, each model's number, hr), and a small overview.
+            `name`, and one of `refused` (the reason to exclude the image), `failed` (the reason to stop: a model's
+            output is not finite, or the image is too small for LPIPS), or `metrics` (one mapping for each model) and
+            `pictures`: the crop's box and its data URIs by column (lr, bicubic, each model's number, hr), and a small
+            overview.
         """
         try:
             hr, lr = read_pair(pair, self.settings)
@@ -59,12 +61,13 @@ class Scorer:
             return {"name": pair.name, "refused": str(error)}
         try:
             results = [model.upscale(lr, self.settings.tile_px) for model in self.models]
-        except FloatingPointError as error:
+            metrics = [self._metrics(sr, hr) for sr in results]
+        except (FloatingPointError, UserError) as error:
             return {"name": pair.name, "failed": str(error)}
         return {
             "name": pair.name,
             "size": [hr.shape[1], hr.shape[0]],
-            "metrics": [self._metrics(sr, hr) for sr in results],
+            "metrics": metrics,
             "pictures": self._pictures(pair.name, lr, results, hr),
         }
 
