@@ -9,10 +9,10 @@ from gloo import run_workers
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.model import RRDBNet
+from pipeline.model import RRDBNet, UNetDiscriminator
 from pipeline.model.losses import relativistic_losses
 from pipeline.training.config import TrainConfig
-from pipeline.training.distributed import bare
+from pipeline.training.distributed import unwrap
 from pipeline.training.state import TrainState, begin_gan, new_state
 from pipeline.training.step import Batch, GanWeights, StepSettings, gan_step, psnr_step
 
@@ -31,7 +31,7 @@ SETTINGS = StepSettings(learning_rate=1e-3, ema_decay=0.9)
 
 
 class SmallFeatures(nn.Module):
-    """Stands for VGG19: two convolutions with seeded weights."""
+    """Replaces VGG19: two convolutions with seeded weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,29 +57,32 @@ def share(rank: int, world_size: int, step: int) -> Batch:
     return Batch(lr[rows], hr[rows], global_size=8)
 
 
-def double_state() -> TrainState:
+def double_state(discriminator: str = "vgg") -> TrainState:
+    """A new state of stage 2, in float64."""
+    model = CONFIG.model.model_copy(update={"discriminator": discriminator})
+    config = CONFIG.model_copy(update={"model": model})
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        state = new_state(CONFIG, "psnr", torch.device("cpu"))
-        begin_gan(state, CONFIG, torch.device("cpu"))
+        state = new_state(config, "psnr", torch.device("cpu"))
+        begin_gan(state, config, torch.device("cpu"))
     finally:
         torch.set_default_dtype(default)
     return state
 
 
-def steps_of_both_stages(rank: int, world_size: int) -> dict[str, Tensor]:
-    """Gradients (as Adam's first moments), running statistics and losses of one step of each stage."""
+def steps_of_both_stages(rank: int, world_size: int, discriminator: str) -> dict[str, Tensor]:
+    """Gradients (as Adam's first moments), buffers and losses of one step of each stage."""
     seen: dict[str, Tensor] = {}
     for stage in ("psnr", "gan"):
-        state = double_state()
+        state = double_state(discriminator)
         batch = share(rank, world_size, 0)
         if stage == "psnr":
             losses = psnr_step(state, batch, SETTINGS)
         else:
             losses = gan_step(state, batch, SmallFeatures(), {"conv": 1.0}, WEIGHTS, SETTINGS)
         for name, value in state.tensors().items():
-            if name.endswith("exp_avg") or "running" in name:
+            if name.endswith(("exp_avg", "weight_u", "weight_v")) or "running" in name:
                 seen[f"{stage}.{name}"] = value.clone()
         seen |= {f"{stage}.loss.{name}": value for name, value in losses.items()}
     return seen
@@ -91,11 +94,12 @@ def close(one: Tensor, other: Tensor, tolerance: float = 1e-12) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_workers_follow_the_gradients_of_one_worker(world_size: int) -> None:
-    alone = steps_of_both_stages(0, 1)
-    together = run_workers(world_size, steps_of_both_stages)
+@pytest.mark.parametrize(("world_size", "discriminator"), [(2, "vgg"), (3, "vgg"), (4, "vgg"), (2, "unet")])
+def test_workers_follow_the_gradients_of_one_worker(world_size: int, discriminator: str) -> None:
+    alone = steps_of_both_stages(0, 1, discriminator)
+    together = run_workers(world_size, steps_of_both_stages, discriminator)
     assert len(alone) > 50
+    assert any("weight_u" in name for name in alone) == (discriminator == "unet")
     for name, value in alone.items():
         if ".loss." in name:
             assert close(value, torch.stack([result[name] for result in together]).mean(0)), name
@@ -105,8 +109,11 @@ def test_workers_follow_the_gradients_of_one_worker(world_size: int) -> None:
 
 
 def plain_sequence(state: TrainState) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Both networks' gradients from five separate forwards of the discriminator, as the published code does it."""
-    generator, discriminator = copy.deepcopy(bare(state.generator)), copy.deepcopy(bare(state.discriminator))
+    """Both networks' gradients from four separate forward passes of the discriminator, without a cut of the graph."""
+    generator, discriminator = (
+        copy.deepcopy(unwrap(state.generator)),
+        copy.deepcopy(unwrap(state.discriminator)),
+    )
     features = SmallFeatures()
     lr, hr = images(0)
     sr = generator(lr)
@@ -125,8 +132,22 @@ def plain_sequence(state: TrainState) -> tuple[dict[str, Tensor], dict[str, Tens
     )
 
 
-def test_cut_graph_gives_the_gradients_of_the_plain_sequence() -> None:
-    state = double_state()
+@torch.no_grad()
+def converge_spectral_norm(network: nn.Module) -> None:
+    """Sets each layer's vectors to the first singular ones, so that more forward passes leave them where they are."""
+    for module in network.modules():
+        if hasattr(module, "weight_orig"):
+            left, _, right = torch.linalg.svd(module.weight_orig.flatten(1), full_matrices=False)
+            module.weight_u.copy_(left[:, 0])
+            module.weight_v.copy_(right[0])
+
+
+@pytest.mark.parametrize("discriminator", ["vgg", "unet"])
+def test_cut_graph_gives_the_gradients_of_the_plain_sequence(discriminator: str) -> None:
+    state = double_state(discriminator)
+    assert state.discriminator is not None
+    assert isinstance(state.discriminator, UNetDiscriminator) == (discriminator == "unet")
+    converge_spectral_norm(state.discriminator)
     expected_generator, expected_discriminator = plain_sequence(state)
     gan_step(state, share(0, 1, 0), SmallFeatures(), {"conv": 1.0}, WEIGHTS, SETTINGS)
     beta1 = CONFIG.adam.beta1
@@ -138,37 +159,53 @@ def test_cut_graph_gives_the_gradients_of_the_plain_sequence() -> None:
             assert close(gradient, moment), f"{kind} {name}"
 
 
-def test_non_finite_gradients_leave_everything_as_it_was() -> None:
-    state = double_state()
-    gan_step(state, share(0, 1, 0), SmallFeatures(), {"conv": 1.0}, WEIGHTS, SETTINGS)
-    before = {name: value.clone() for name, value in state.tensors().items()}
+def everything(state: TrainState) -> dict[str, Tensor]:
+    """All tensors of a state but the count of skipped steps, with the EMA weights."""
+    ema = {f"ema.{name}": value for name, value in state.ema.state_dict().items()}
+    return {name: value for name, value in (state.tensors() | ema).items() if name != "skipped"}
+
+
+@pytest.mark.parametrize(("stage", "discriminator"), [("psnr", "vgg"), ("gan", "vgg"), ("gan", "unet")])
+def test_a_step_with_non_finite_gradients_changes_nothing(stage: str, discriminator: str) -> None:
+    state = double_state(discriminator)
+
+    def step(batch: Batch) -> None:
+        if stage == "psnr":
+            psnr_step(state, batch, SETTINGS)
+        else:
+            gan_step(state, batch, SmallFeatures(), {"conv": 1.0}, WEIGHTS, SETTINGS)
+
+    step(share(0, 1, 0))
+    before = {name: value.clone() for name, value in everything(state).items()}
+    # The EMA weights lag behind the generator, so an update would move them.
+    assert not torch.equal(before["ema.conv_last.weight"], before["generator.conv_last.weight"])
     lr, hr = images(1)
     lr[0, 0, 0, 0] = float("nan")
-    gan_step(state, Batch(lr, hr, 8), SmallFeatures(), {"conv": 1.0}, WEIGHTS, SETTINGS)
-    after = state.tensors()
+    step(Batch(lr, hr, 8))
+    after = everything(state)
     assert state.skipped.tolist() == [1, 1]
     for name, value in before.items():
-        if name != "skipped":
-            assert torch.equal(value, after[name]), name
-    gan_step(state, share(0, 1, 2), SmallFeatures(), {"conv": 1.0}, WEIGHTS, SETTINGS)
+        assert torch.equal(value, after[name]), name
+    step(share(0, 1, 2))
     assert state.skipped.tolist() == [0, 1]
+    assert not torch.equal(before["ema.conv_last.weight"], state.ema.conv_last.weight)
 
 
-def test_stage_two_starts_from_the_averaged_weights() -> None:
+def test_stage_two_starts_from_the_ema_weights() -> None:
     state = new_state(CONFIG, "psnr", torch.device("cpu"))
     for step in range(3):
         lr, hr = images(step)
         psnr_step(state, Batch(lr.float(), hr.float(), 8), SETTINGS)
-    averaged = {name: value.clone() for name, value in state.ema.state_dict().items()}
-    assert any(not torch.equal(value, averaged[name]) for name, value in state.generator.state_dict().items())
+    ema = {name: value.clone() for name, value in state.ema.state_dict().items()}
+    assert any(not torch.equal(value, ema[name]) for name, value in state.generator.state_dict().items())
     begin_gan(state, CONFIG, torch.device("cpu"))
     assert state.stage == "gan"
     for name, value in state.generator.state_dict().items():
-        assert torch.equal(value, averaged[name])
+        assert torch.equal(value, ema[name])
     assert not state.generator_optimizer.state
 
 
-def test_averaged_weights_decay_towards_the_generator() -> None:
+def test_ema_weights_decay_towards_the_generator() -> None:
     state = new_state(CONFIG, "psnr", torch.device("cpu"))
     before = state.ema.conv_last.weight.clone()
     lr, hr = images(0)
@@ -204,14 +241,14 @@ def test_bf16_keeps_weights_losses_and_logits_in_float32() -> None:
     assert all(torch.isfinite(value) for value in losses.values())
 
 
-def test_bf16_gradients_differ_from_float32s_by_rounding_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    judged: list[torch.dtype] = []
+def test_bf16_gradients_differ_from_float32_by_rounding_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    dtypes: list[torch.dtype] = []
 
-    def noting(real: Tensor, fake: Tensor, *more: Any) -> tuple[Tensor, Tensor]:
-        judged.extend([real.dtype, fake.dtype])
+    def recording(real: Tensor, fake: Tensor, *more: Any) -> tuple[Tensor, Tensor]:
+        dtypes.extend([real.dtype, fake.dtype])
         return relativistic_losses(real, fake, *more)
 
-    monkeypatch.setattr("pipeline.training.step.relativistic_losses", noting)
+    monkeypatch.setattr("pipeline.training.step.relativistic_losses", recording)
     lr, hr = (each.float() for each in images(0))
 
     def gradients(kind: str, precision: str, lr: Tensor, hr: Tensor) -> Tensor:
@@ -236,9 +273,10 @@ def test_bf16_gradients_differ_from_float32s_by_rounding_only(monkeypatch: pytes
         exact = gradients(kind, "fp32", lr, hr)
         bf16 = difference(gradients(kind, "bf16", lr, hr), exact)
         if limit is None:
-            # A fresh discriminator judges both kinds alike, and its gradient is what little is left: rounding nothing
-            # but the images once already moves it by 0.14. Rounding in each of ten layers may do several times that.
+            # The logits of an untrained discriminator are nearly equal for real and fake images, so its gradient is
+            # small: rounding only the images changes it by 0.14. Rounding in each of ten layers can change it several
+            # times as much.
             limit = 10 * difference(gradients(kind, "fp32", *rounded), exact)
-        # bfloat16 has 8 bits: hardly any difference would mean that nothing ran in it.
+        # bfloat16 has 8 significant bits: a smaller difference would mean that nothing was computed in it.
         assert 1e-4 < bf16 < limit, kind
-    assert set(judged) == {torch.float32}
+    assert set(dtypes) == {torch.float32}

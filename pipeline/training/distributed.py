@@ -1,7 +1,7 @@
-"""Sums over workers that gradients flow through, and batch norm over the global batch.
+"""Differentiable reductions over workers, and batch norm over the global batch.
 
-With them, N workers with a share of a batch each compute the losses and gradients that one worker computes with the
-whole batch. Without a process group every function is the identity on one worker.
+With them, N workers with a share of the batch each compute the losses and gradients that one worker computes with the
+whole batch. Without a process group there is one worker, and nothing is communicated.
 """
 
 import warnings
@@ -21,12 +21,12 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """This worker's number, from 0."""
+    """This process's rank, from 0."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 class _SumOverWorkers(torch.autograd.Function):
-    """All-reduce whose backward is an all-reduce: every worker's loss depends on every worker's input."""
+    """All-reduce (sum) whose backward pass is an all-reduce: every worker's loss depends on every worker's input."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
@@ -42,10 +42,10 @@ class _SumOverWorkers(torch.autograd.Function):
 
 
 def global_means(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean of each over all workers' elements, differentiable, whatever the shares; in one all-reduce.
+    """Mean of each tensor over all workers' elements, as differentiable scalars; one all-reduce.
 
-    Every worker gets the same values. Their gradients, averaged over workers as DistributedDataParallel does, are those
-    of the global means.
+    Workers may have different numbers of elements, and get the same values. Their gradients, averaged over workers as
+    DistributedDataParallel does, are those of the global means.
     """
     if world_size() == 1:
         return one.mean(), other.mean()
@@ -56,13 +56,15 @@ def global_means(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def share_mean(global_batch: int) -> Callable[[Tensor], Tensor]:
-    """A mean whose average over workers is the mean over the global batch; it needs no communication.
+    """A mean whose average over workers is the mean over the global batch, without communication.
 
-    For losses that are a mean over samples: a worker with more samples counts for more.
+    For losses that are a mean over samples: each worker is weighted by its number of samples.
 
     Args:
-        global_batch: samples in the step over all workers. The function takes tensors with this worker's samples in
-            the first dimension.
+        global_batch: samples in the step over all workers.
+
+    Returns:
+        A function of a tensor whose first dimension is this worker's samples, to a scalar.
     """
     workers = world_size()
 
@@ -74,11 +76,11 @@ def share_mean(global_batch: int) -> Callable[[Tensor], Tensor]:
     return mean
 
 
-class _NormaliseGlobally(torch.autograd.Function):
-    """Batch norm with the statistics of all workers' values; also gives their mean, variance and number.
+class _NormalizeGlobally(torch.autograd.Function):
+    """Batch norm with the statistics of all workers' values; also returns their mean, biased variance and number.
 
-    Written out, rather than left to autograd, for torch's own kernels: `var_mean` over channels-last memory takes
-    thirty times as long as they do.
+    A custom function, not autograd, in order to use torch's batch-norm kernels: `var_mean` over channels-last memory
+    takes thirty times as long.
     """
 
     @staticmethod
@@ -107,11 +109,11 @@ class _NormaliseGlobally(torch.autograd.Function):
         _, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
             gradient, values, weight, None, None, mean, inverse, True, ctx.eps, [False, True, True]
         )
-        # Every worker's loss depends on every worker's values, by way of the statistics. DistributedDataParallel adds
-        # up the workers' gradients of weight and bias, so those stay this worker's own.
+        # Every worker's loss depends on every worker's values, through the statistics. DistributedDataParallel reduces
+        # the gradients of weight and bias, so those stay local.
         sums = torch.stack([of_weight, of_bias])
         dist.all_reduce(sums)
-        # weight * inverse * (gradient - sums[1] / total - normalised * sums[0] / total)
+        # weight * inverse * (gradient - sums[1] / total - normalized * sums[0] / total)
         scale = weight * inverse
         slope = -scale * inverse * sums[0] / total
         offset = -scale * sums[1] / total - slope * mean
@@ -122,16 +124,16 @@ class _NormaliseGlobally(torch.autograd.Function):
 class GlobalBatchNorm2d(nn.BatchNorm2d):
     """Batch norm whose training statistics are those of the global batch.
 
-    torch's SyncBatchNorm needs CUDA. This one runs wherever all_reduce does, lets shares of the batch differ in size,
-    and combines the workers' means and squared deviations (Chan et al. 1979) rather than raw sums, which would cancel.
+    torch's SyncBatchNorm requires CUDA; this one requires all_reduce only. Workers may have different numbers of
+    samples. Their means and squared deviations are combined (Chan et al. 1979), not raw sums, which would cancel.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """(B, C, H, W) -> the same shape and dtype; statistics are in float32 or better."""
+        """(B, C, H, W) to the same shape and dtype; statistics are in float32 or float64."""
         if not self.training or world_size() == 1:
             return super().forward(input)
         values = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
-        result, mean, variance, total = _NormaliseGlobally.apply(values, self.weight, self.bias, self.eps)
+        result, mean, variance, total = _NormalizeGlobally.apply(values, self.weight, self.bias, self.eps)
         self._update_running(mean, variance * (total / (total - 1)))
         return result.to(input.dtype)
 
@@ -146,7 +148,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
 
 
 def with_global_batch_norm(module: nn.Module) -> nn.Module:
-    """Makes every BatchNorm2d in `module` take its statistics from the global batch; weights stay the same objects."""
+    """Makes every BatchNorm2d in `module` a GlobalBatchNorm2d, in place; returns `module`."""
     for child in module.modules():
         if type(child) is nn.BatchNorm2d:
             child.__class__ = GlobalBatchNorm2d
@@ -154,17 +156,18 @@ def with_global_batch_norm(module: nn.Module) -> nn.Module:
 
 
 def distribute(module: nn.Module, example: Tensor) -> nn.Module:
-    """Wraps `module` for data-parallel training: its gradients become averages over workers.
+    """Wraps `module` in DistributedDataParallel if there are several workers: gradients become means over workers.
 
-    Buffers are not broadcast: with GlobalBatchNorm2d they are equal on all workers anyway. One pass forward and
-    backward on `example` makes DistributedDataParallel settle the order of its buckets now, so that the order of
-    summation, and with it the last bit, does not depend on how long ago training was resumed.
+    Buffers are not broadcast, because they are equal on all workers: GlobalBatchNorm2d's statistics are those of the
+    global batch, and spectral norm depends on the weights only. Two forward and backward passes on `example` make
+    DistributedDataParallel rebuild its buckets now. Otherwise the order of summation, and with it the last bit, would
+    depend on the number of steps since the last resume.
     """
     if world_size() == 1:
         return module
     buffers = [buffer.clone() for buffer in module.buffers()]
     with warnings.catch_warnings():
-        # Newer versions of torch rename the argument; older ones know only this name.
+        # torch renames the argument; older versions accept this name only.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
         wrapped = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
     for _ in range(2):
@@ -176,14 +179,14 @@ def distribute(module: nn.Module, example: Tensor) -> nn.Module:
     return wrapped
 
 
-def bare(module: nn.Module) -> nn.Module:
+def unwrap(module: nn.Module) -> nn.Module:
     """The module inside a data-parallel wrapper, or `module` itself."""
     return module.module if isinstance(module, DistributedDataParallel) else module
 
 
 @torch.no_grad()
 def sum_in_place(tensors: Iterable[Tensor]) -> None:
-    """Sums each tensor over all workers, outside of autograd."""
+    """Sums each tensor over all workers, in place and without gradients."""
     if world_size() > 1:
         for tensor in tensors:
             dist.all_reduce(tensor)

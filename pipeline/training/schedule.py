@@ -1,4 +1,4 @@
-"""Learning rates as functions of the step, so that resuming needs no scheduler state."""
+"""Learning-rate schedules as functions of the step, so that resuming needs no scheduler state."""
 
 import math
 
@@ -6,10 +6,10 @@ from pipeline.training.config import Schedule
 
 
 def learning_rate(schedule: Schedule, peak: float, step: int, stage_steps: int) -> float:
-    """The rate for the update number `step` (from 0) of a stage with `stage_steps` updates.
+    """The learning rate of step `step` (from 0) of a stage with `stage_steps` steps.
 
-    Shapes, after a linear warm-up: constant; halved at each milestone (ESRGAN, sec. 4.1); cosine from the peak to
-    `final_share` of it, restarting every `period_steps` (Loshchilov and Hutter 2017, eq. 5). Warm-up steps belong to
+    Shapes, after a linear warm-up: constant; halved at each milestone (ESRGAN, sec. 4.1); cosine from `peak` to
+    `final_share` of it, restarting every `period_steps` (Loshchilov and Hutter 2017, eq. 5). The warm-up is part of
     the first period.
     """
     if step < schedule.warmup_steps:

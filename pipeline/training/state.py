@@ -11,7 +11,7 @@ from pipeline.errors import UserError
 from pipeline.model import RRDBNet, UNetDiscriminator, VGGStyleDiscriminator
 from pipeline.model.seeding import seeded
 from pipeline.training.config import AdamConfig, TrainConfig
-from pipeline.training.distributed import bare, distribute, with_global_batch_norm
+from pipeline.training.distributed import distribute, unwrap, with_global_batch_norm
 
 Stage = Literal["psnr", "gan"]
 
@@ -72,10 +72,10 @@ class TrainState:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors but the EMA weights, by name; not copies."""
-        named = {f"generator.{name}": value for name, value in bare(self.generator).state_dict().items()}
-        named |= _optimizer_tensors("generator_optimizer", bare(self.generator), self.generator_optimizer)
+        named = {f"generator.{name}": value for name, value in unwrap(self.generator).state_dict().items()}
+        named |= _optimizer_tensors("generator_optimizer", unwrap(self.generator), self.generator_optimizer)
         if self.discriminator is not None and self.discriminator_optimizer is not None:
-            network = bare(self.discriminator)
+            network = unwrap(self.discriminator)
             named |= {f"discriminator.{name}": value for name, value in network.state_dict().items()}
             named |= _optimizer_tensors("discriminator_optimizer", network, self.discriminator_optimizer)
         return named | {"skipped": self.skipped}
@@ -111,12 +111,12 @@ class TrainState:
                     "configuration"
                 )
         self.ema.load_state_dict(ema)
-        bare(self.generator).load_state_dict(_below("generator.", tensors))
+        unwrap(self.generator).load_state_dict(_below("generator.", tensors))
         _load_optimizer(
-            self.generator_optimizer, bare(self.generator), _below("generator_optimizer.", tensors)
+            self.generator_optimizer, unwrap(self.generator), _below("generator_optimizer.", tensors)
         )
         if self.discriminator is not None and self.discriminator_optimizer is not None:
-            network = bare(self.discriminator)
+            network = unwrap(self.discriminator)
             network.load_state_dict(_below("discriminator.", tensors))
             _load_optimizer(
                 self.discriminator_optimizer, network, _below("discriminator_optimizer.", tensors)
@@ -172,7 +172,7 @@ def begin_gan(state: TrainState, config: TrainConfig, device: torch.device) -> N
 
     The generator starts from the EMA weights of stage 1, with new optimizers.
     """
-    generator = bare(state.generator)
+    generator = unwrap(state.generator)
     generator.load_state_dict(state.ema.state_dict())
     state.generator_optimizer = _adam(generator, config.adam)
     state.stage, state.best = "gan", ()

@@ -1,7 +1,7 @@
 """One training step of each stage, from a batch to updated weights.
 
-Both functions return local scalars on the device (nothing waits for them); their average over workers is the value
-over the global batch.
+Both functions return this worker's scalars as tensors on the device, without a host synchronization. Their mean over
+workers is the value over the global batch.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.model.losses import perceptual_loss, pixel_loss, relativistic_losses
-from pipeline.training.distributed import bare, global_means, share_mean
+from pipeline.training.distributed import global_means, share_mean, unwrap
 from pipeline.training.state import TrainState
 
 
@@ -30,18 +30,18 @@ class Batch:
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What both steps need besides the state and the batch."""
+    """Settings of both stages' steps."""
 
     learning_rate: float
     ema_decay: float
     precision: str = "fp32"
-    """`fp32`, `tf32` (what `set_precision` was given), or `bf16`: convolutions in bfloat16 while losses, logits and the
-    generator's output stay in float32."""
+    """`fp32` or `tf32` (set in the process by `set_precision`), or `bf16`: convolutions in bfloat16; losses, logits and
+    the generator's output in float32."""
     clip_norm: float | None = None
-    """Largest gradient norm of each network."""
+    """Upper limit of each network's gradient norm; None: no clipping."""
 
     def autocast(self, device: torch.device) -> AbstractContextManager[None]:
-        """The context in which networks run."""
+        """The context of the networks' forward passes."""
         return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
@@ -55,7 +55,13 @@ class GanWeights:
 
 
 def psnr_step(state: TrainState, batch: Batch, settings: StepSettings) -> dict[str, Tensor]:
-    """One update of the generator on the L1 loss (stage 1)."""
+    """One update of the generator on the L1 loss (stage 1).
+
+    A step with a non-finite gradient changes nothing but the count of skipped steps.
+
+    Returns:
+        loss_pixel and gradient_norm_generator, each a scalar.
+    """
     mean = share_mean(batch.global_size)
     with settings.autocast(batch.lr.device):
         sr = state.generator(batch.lr)
@@ -64,7 +70,7 @@ def psnr_step(state: TrainState, batch: Batch, settings: StepSettings) -> dict[s
     norm, finite = _gradient_norm(state.generator, settings.clip_norm)
     _update(state.generator_optimizer, settings.learning_rate, finite)
     state.count_skipped(finite)
-    _average(state.ema, state.generator, settings.ema_decay)
+    _update_ema(state.ema, state.generator, settings.ema_decay, finite)
     return {"loss_pixel": loss.detach(), "gradient_norm_generator": norm}
 
 
@@ -78,22 +84,36 @@ def gan_step(
 ) -> dict[str, Tensor]:
     """One update of the generator and one of the discriminator (stage 2).
 
-    The order is ESRGAN's: both losses are taken at the weights before the step, on the same output of the generator.
-    The graph is cut at that output. So one forward of the discriminator on real and one on fake serve both losses,
-    and each network's backward runs once.
+    As in BasicSR's ESRGAN model, both losses are taken on the same output of the generator, at the discriminator's
+    weights before the step. The graph is cut at that output, so that one forward pass of the discriminator on real and
+    one on fake images serve both losses, and each network's backward pass runs once.
+
+    A step with a non-finite gradient in either network changes nothing but the count of skipped steps.
+
+    Args:
+        state: of stage 2.
+        batch: this worker's samples.
+        features: the network of the perceptual loss, image to features by layer; unused if its weight is 0.
+        feature_weights: weight of each layer in the perceptual loss.
+        weights: of the generator's losses.
+        settings: of the step.
+
+    Returns:
+        Losses, mean logits, the discriminator's accuracy (0 to 1) and gradient norms, each a scalar.
     """
     assert state.discriminator is not None
     assert state.discriminator_optimizer is not None
     mean = share_mean(batch.global_size)
     discriminator = state.discriminator
-    running = _buffers(discriminator)
-    before = [buffer.clone() for buffer in running]
+    # Batch norm's running statistics, or spectral norm's singular vectors: each forward pass updates them.
+    buffers = list(unwrap(discriminator).buffers())
+    saved_buffers = [buffer.clone() for buffer in buffers]
 
     with settings.autocast(batch.lr.device):
         sr = state.generator(batch.lr)
     cut = sr.detach().requires_grad_()
 
-    # The generator's pixel and perceptual losses, down to the cut; VGG's graph is freed here.
+    # Gradient of the pixel and perceptual losses at the cut; this frees VGG's graph.
     pixel = pixel_loss(cut, batch.hr, mean)
     content = weights.pixel * pixel
     perceptual = pixel.new_zeros(())
@@ -107,7 +127,7 @@ def gan_step(
         content = content + weights.perceptual * perceptual
     (gradient,) = torch.autograd.grad(content, cut)
 
-    # Real and fake stay two batches: each is normalised by its own statistics.
+    # Real and fake stay two batches: batch norm normalizes each by its own statistics.
     with settings.autocast(batch.lr.device):
         real_logits = discriminator(batch.hr)
         fake_logits = discriminator(cut)
@@ -124,9 +144,9 @@ def gan_step(
     finite = generator_finite & discriminator_finite
     _update(state.generator_optimizer, settings.learning_rate, finite)
     _update(state.discriminator_optimizer, settings.learning_rate, finite)
-    _keep_if(finite, running, before)
+    _restore_unless(finite, buffers, saved_buffers)
     state.count_skipped(finite)
-    _average(state.ema, state.generator, settings.ema_decay)
+    _update_ema(state.ema, state.generator, settings.ema_decay, finite)
 
     with torch.no_grad():
         real, fake = real_logits.detach(), fake_logits.detach()
@@ -137,7 +157,7 @@ def gan_step(
             "loss_discriminator": discriminator_loss.detach(),
             "discriminator_real": mean(real),
             "discriminator_fake": mean(fake),
-            # How often the discriminator ranks an image on the right side of the other kind's average.
+            # Share of images whose logit is on the correct side of the other kind's mean.
             "discriminator_accuracy": 0.5
             * (mean((real > mean_fake).to(real.dtype)) + mean((fake < mean_real).to(real.dtype))),
             "gradient_norm_generator": generator_norm,
@@ -146,9 +166,9 @@ def gan_step(
 
 
 def _gradient_norm(network: nn.Module, limit: float | None) -> tuple[Tensor, Tensor]:
-    """The norm of all gradients, scaled down to `limit` if larger, and whether it is finite.
+    """The norm of all gradients before clipping to `limit`, and whether it is finite; both scalars on the device.
 
-    Gradients are already averages over workers, so a non-finite value anywhere shows on every worker alike.
+    Gradients are already means over workers, so all workers get the same values.
     """
     parameters = list(network.parameters())
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -159,26 +179,34 @@ def _gradient_norm(network: nn.Module, limit: float | None) -> tuple[Tensor, Ten
 
 
 def _update(optimizer: torch.optim.Optimizer, learning_rate: float, finite: Tensor) -> None:
-    """One optimiser step, left out on the device where the gradients are not finite; then no gradients."""
+    """One optimizer step, skipped on the device if `finite` is false; clears the gradients."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
+    # The hook of torch.amp.GradScaler: a fused Adam reads this tensor in its kernel and then updates neither weights
+    # nor moments nor its step count. Reading `finite` on the host instead would wait for the device in every step.
     optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
 
 @torch.no_grad()
-def _average(ema: nn.Module, network: nn.Module, decay: float) -> None:
-    """ema = decay * ema + (1 - decay) * network."""
-    torch._foreach_lerp_(list(ema.parameters()), list(bare(network).parameters()), 1 - decay)
-
-
-def _buffers(network: nn.Module) -> list[Tensor]:
-    return list(bare(network).buffers())
+def _update_ema(ema: nn.Module, network: nn.Module, decay: float, finite: Tensor) -> None:
+    """ema = decay * ema + (1 - decay) * network if `finite`, else no change."""
+    averages: list[Tensor] = list(ema.parameters())
+    parameters: list[Tensor] = list(unwrap(network).parameters())
+    weight = finite.to(averages[0].dtype) * (1 - decay)
+    if not weight.is_cuda:
+        for average, parameter in zip(averages, parameters, strict=True):
+            average.lerp_(parameter, weight)
+        return
+    # A few kernels for all tensors, instead of one for each.
+    changes = torch._foreach_sub(parameters, averages)
+    torch._foreach_mul_(changes, weight)
+    torch._foreach_add_(averages, changes)
 
 
 @torch.no_grad()
-def _keep_if(finite: Tensor, buffers: list[Tensor], before: list[Tensor]) -> None:
-    """Takes back what a non-finite step did to running statistics."""
-    for buffer, old in zip(buffers, before, strict=True):
+def _restore_unless(finite: Tensor, buffers: list[Tensor], saved: list[Tensor]) -> None:
+    """Undoes a non-finite step's changes of `buffers`."""
+    for buffer, old in zip(buffers, saved, strict=True):
         buffer.copy_(torch.where(finite, buffer, old))
