@@ -1,20 +1,21 @@
-"""BasicSR's sequence of operations in a training step, written anew, as what our step is measured against.
+"""BasicSR's sequence of operations in a training step, reimplemented as the baseline of benchmarks/step.py.
 
-What it does, in its order, and our step does not:
+It differs from this project's step in:
 
-* Dense blocks concatenate, and autograd keeps every concatenation; `x5 * 0.2 + x` makes a tensor of its own.
+* Dense blocks concatenate, and autograd keeps every concatenation; `x5 * 0.2 + x` allocates another tensor.
 * Stage 2 calls the discriminator five times: on real (result detached) and fake for the generator's loss, with its
   parameters frozen; then, after the generator's update, on fake (result detached, its graph thrown away), on real, and
-  on fake again, with a backward pass of its own for real and for fake.
-* Every loss is fetched in every step, the average of weights is a loop over names, Adam has its default form, and
-  memory its default format. It looks at no gradient norm, and nothing is left out when a gradient is not finite.
+  on fake again, with separate backward passes for real and for fake.
+* Every loss is copied to the host in every step, the EMA update is a loop over names, Adam is not fused, and memory has
+  the default format. It computes no gradient norm and skips no step with non-finite gradients.
 
-The discriminator's update comes after the generator's, but on the output made before it, so both see the weights before
-the step, as in ours. Two things are other maths, not another order:
+The discriminator is updated after the generator, but on the output computed before, so both use the weights before the
+step, as in this project. Two differences are mathematical:
 
-* In the discriminator's loss, the mean over the other kind of images is a constant; in the paper (eq. 1) and in ours,
-  the gradient flows through it. `constant_means=False` makes it flow here too.
-* Batch norm's running statistics, which training never uses, take in fake images three times and real ones twice.
+* In the discriminator's loss, the mean over the other kind of images is a constant; in the paper (eq. 1) and in this
+  project the gradient flows through it, as it does here with `constant_means=False`.
+* Batch norm's running statistics, which training does not use, are updated by fake images three times and by real ones
+  twice.
 
     python benchmarks/basicsr_step.py     compares the gradients of both in float64
 """
@@ -36,7 +37,7 @@ LAYER = "conv5_4"
 
 
 class DenseBlock(nn.Module):
-    """Five convolutions of concatenations, which autograd keeps."""
+    """Five convolutions of concatenations, which autograd saves."""
 
     def __init__(self, num_feat: int, num_grow_ch: int, residual_scale: float) -> None:
         super().__init__()
@@ -73,7 +74,7 @@ class RRDB(nn.Module):
 
 
 class Generator(nn.Module):
-    """RRDBNet x4 with those blocks; state-dict names are ours."""
+    """RRDBNet x4 with these blocks; state-dict names as in `pipeline.model.RRDBNet`."""
 
     def __init__(self, size: ModelConfig) -> None:
         super().__init__()
@@ -100,7 +101,7 @@ class Generator(nn.Module):
 
 @dataclass
 class BasicSR:
-    """Networks and optimisers of one run, in the default memory format."""
+    """Networks and optimizers of one run, in the default memory format."""
 
     generator: nn.Module
     ema: nn.Module
@@ -111,11 +112,11 @@ class BasicSR:
     ema_decay: float
     weights: GanWeights
     constant_means: bool = True
-    """As BasicSR has it; see the module."""
+    """As in BasicSR; see the module's docstring."""
 
     @classmethod
     def like(cls, state: TrainState, config: TrainConfig, features: VGGFeatures | None) -> "BasicSR":
-        """The weights of `state`, fresh optimisers."""
+        """The weights of `state`, with new optimizers."""
         dtype = next(state.generator.parameters()).dtype
         device = next(state.generator.parameters()).device
 
@@ -155,8 +156,8 @@ class BasicSR:
         pixel = functional.l1_loss(self.generator(lr), hr)
         pixel.backward()
         self.generator_optimizer.step()
-        logged = _fetched({"pixel": pixel})
-        self._average()
+        logged = _to_host({"pixel": pixel})
+        self._update_ema()
         return logged
 
     def gan_step(self, lr: Tensor, hr: Tensor, learning_rate: float) -> dict[str, float]:
@@ -176,9 +177,7 @@ class BasicSR:
         output, target = self.features(sr)[LAYER], self.features(hr.detach())[LAYER]
         perceptual = weights.perceptual * functional.l1_loss(output, target)
         real, fake = discriminator(hr).detach(), discriminator(sr)
-        adversarial = (
-            weights.adversarial * (_judged(real - fake.mean(), 0) + _judged(fake - real.mean(), 1)) / 2
-        )
+        adversarial = weights.adversarial * (_bce(real - fake.mean(), 0) + _bce(fake - real.mean(), 1)) / 2
         (pixel + perceptual + adversarial).backward()
         self.generator_optimizer.step()
 
@@ -188,14 +187,14 @@ class BasicSR:
         constant = self.constant_means
         fake = discriminator(sr).detach() if constant else discriminator(sr.detach())
         real = discriminator(hr)
-        real_loss = 0.5 * _judged(real - fake.mean(), 1)
+        real_loss = 0.5 * _bce(real - fake.mean(), 1)
         real_loss.backward(retain_graph=not constant)
         fake = discriminator(sr.detach())
-        fake_loss = 0.5 * _judged(fake - (real.detach() if constant else real).mean(), 0)
+        fake_loss = 0.5 * _bce(fake - (real.detach() if constant else real).mean(), 0)
         fake_loss.backward()
         self.discriminator_optimizer.step()
 
-        logged = _fetched(
+        logged = _to_host(
             {
                 "pixel": pixel,
                 "perceptual": perceptual,
@@ -206,20 +205,20 @@ class BasicSR:
                 "fake": fake.detach().mean(),
             }
         )
-        self._average()
+        self._update_ema()
         return logged
 
-    def _average(self) -> None:
+    def _update_ema(self) -> None:
         network = dict(self.generator.named_parameters())
-        for name, averaged in self.ema.named_parameters():
-            averaged.data.mul_(self.ema_decay).add_(network[name].data, alpha=1 - self.ema_decay)
+        for name, ema in self.ema.named_parameters():
+            ema.data.mul_(self.ema_decay).add_(network[name].data, alpha=1 - self.ema_decay)
 
 
-def _judged(logits: Tensor, truth: int) -> Tensor:
-    return functional.binary_cross_entropy_with_logits(logits, torch.full_like(logits, float(truth)))
+def _bce(logits: Tensor, label: int) -> Tensor:
+    return functional.binary_cross_entropy_with_logits(logits, torch.full_like(logits, float(label)))
 
 
-def _fetched(losses: dict[str, Tensor]) -> dict[str, float]:
+def _to_host(losses: dict[str, Tensor]) -> dict[str, float]:
     with torch.no_grad():
         return {name: value.mean().item() for name, value in losses.items()}
 
@@ -230,10 +229,10 @@ def _set_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
 
 
 def compare_gradients() -> dict[str, float]:
-    """Largest relative difference of gradients between BasicSR's sequence and ours, in float64, per network.
+    """Largest relative difference between the gradients of both sequences, in float64, per network.
 
     Differences are relative to the largest element of each parameter's gradient, or to a millionth of the network's
-    largest where that is more: gradients that are zero on paper have only rounding in them.
+    largest element if that is larger: gradients that are mathematically zero consist of rounding errors.
     """
     torch.manual_seed(0)
     config = TrainConfig.model_validate(
@@ -300,7 +299,7 @@ def compare_gradients() -> dict[str, float]:
     results["stage 2, discriminator, gradient through both means"] = difference(
         stage_2, theirs(basicsr, basicsr.gan_step), "discriminator"
     )
-    results["stage 2, discriminator, as BasicSR has it (other maths), by norm"] = whole_difference(
+    results["stage 2, discriminator, as in BasicSR (other means), by norm"] = whole_difference(
         stage_2, as_published, "discriminator"
     )
     return results
@@ -309,7 +308,7 @@ def compare_gradients() -> dict[str, float]:
 def main() -> None:
     for name, value in compare_gradients().items():
         print(f"{name}: largest relative difference {value:.1e}")
-        if "other maths" not in name and value > 1e-10:
+        if "other means" not in name and value > 1e-10:
             raise SystemExit("above 1e-10")
 
 

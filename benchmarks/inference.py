@@ -1,13 +1,13 @@
-"""Upscaling: rates of channels_last and bf16 against the plain way, memory tiled against whole, and a large photograph.
+"""Upscaling: speed of channels_last and bf16 compared with the default, memory with and without tiles, a large image.
 
-Rates are measured in turns in one process: every round runs all ways once, and a ratio is taken within its round, so
-that another program's load meets all of them. Memory is each way's own process's. A CPU without bfloat16 arithmetic
-imitates it many times slower: bf16 then gets a small picture of its own.
+Speed is measured in turns in one process: every round runs all cases once, and ratios are taken within a round, so that
+other load affects all of them equally. Memory is measured in a separate process per case. A CPU without bfloat16
+arithmetic emulates it many times slower: bf16 is then measured on a smaller image.
 
-    python benchmarks/inference.py --out benchmarks/inference.json            rates and memory, the paper's network
+    python benchmarks/inference.py --out benchmarks/inference.json            speed and memory, the paper's network
     python benchmarks/inference.py --large --out benchmarks/inference_large.json    100 megapixels, a tiny network
 
-The large photograph shows what grows with the output; a tile of the paper's network comes on top (first command).
+The large image shows the memory that grows with the output; a tile of the paper's network is additional (see above).
 """
 
 import argparse
@@ -29,7 +29,7 @@ from turns import cpu_name, has_bf16, ratios
 from pipeline.imaging import upscale
 from pipeline.model import RRDBNet, save_generator
 
-# Name: channels_last, dtype, tile. The first is the plain way.
+# Name: channels_last, dtype, tile. The first is the baseline.
 CASES = {
     "plain": (False, torch.float32, None),
     "channels_last": (True, torch.float32, None),
@@ -37,7 +37,7 @@ CASES = {
     "channels_last, bf16": (True, torch.bfloat16, None),
     "channels_last, tiles of 48": (True, torch.float32, 48),
 }
-IMITATED_SIDE_PX = 16
+EMULATED_SIDE_PX = 16
 PAPER = {"num_feat": 64, "num_block": 23, "num_grow_ch": 32}
 TINY = {"num_feat": 8, "num_block": 1, "num_grow_ch": 4}
 
@@ -46,22 +46,22 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def enlarge(generator: RRDBNet, lr: np.ndarray, name: str) -> np.ndarray:
-    """The picture, in the way of this name."""
+def super_resolve(generator: RRDBNet, lr: np.ndarray, name: str) -> np.ndarray:
+    """The SR image in the case `name`."""
     channels_last, dtype, tile = CASES[name]
     return upscale(generator, lr, tile_px=tile, dtype=dtype, channels_last=channels_last)
 
 
 def run_rates(names: list[str], side: int, rounds: int) -> dict[str, dict[str, Any]]:
-    """Speed against the plain way of the same round (median, least, most), and the levels that the pictures differ."""
+    """Speed relative to the baseline of the same round (median, least, most), and the largest difference in levels."""
     generator, lr = paper_network(), noise(side)
-    pictures = {name: enlarge(generator, lr, name).astype(np.int16) for name in names}  # also warms up
+    images = {name: super_resolve(generator, lr, name).astype(np.int16) for name in names}  # also warms up
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
-        # Every other round backwards: a drift of the clock does not favour the first.
+        # Every other round is reversed: a drift of the clock does not favor the first case.
         for name in names[:: 1 if turn % 2 == 0 else -1]:
             start = time.perf_counter()
-            enlarge(generator, lr, name)
+            super_resolve(generator, lr, name)
             seconds[name].append(time.perf_counter() - start)
     results = {}
     for name, times in seconds.items():
@@ -69,17 +69,17 @@ def run_rates(names: list[str], side: int, rounds: int) -> dict[str, dict[str, A
             "side_px": side,
             "speed_to_plain": ratios(seconds["plain"], times),
             "seconds": times,
-            "levels_from_plain_at_most": int(np.abs(pictures[name] - pictures["plain"]).max()),
+            "levels_from_plain_at_most": int(np.abs(images[name] - images["plain"]).max()),
         }
     return results
 
 
 def run_memory(name: str, side: int) -> dict[str, float]:
-    """Peak memory above what the process held before the picture."""
+    """Peak memory above that of the process before the image."""
     generator, lr = paper_network(), noise(side)
-    enlarge(generator, lr[:16, :16].copy(), name)
+    super_resolve(generator, lr[:16, :16].copy(), name)
     before = peak_mib()
-    enlarge(generator, lr, name)
+    super_resolve(generator, lr, name)
     return {"peak_above_idle_mib": peak_mib() - before}
 
 
@@ -93,7 +93,7 @@ def noise(side: int) -> np.ndarray:
 
 
 def run_large() -> dict[str, float]:
-    """A photograph of 2500 x 2500 through everything that jobs/upscale.py does."""
+    """An image of 2500 x 2500 pixels through all of jobs/upscale.py."""
     from pipeline.evaluation.models import open_model
     from pipeline.evaluation.upscaling import Upscaler, plan
 
@@ -123,9 +123,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--side", type=int, default=96, help="side of the low-resolution picture")
+    parser.add_argument("--side", type=int, default=96, help="side of the low-resolution image")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--large", action="store_true", help="only the large photograph")
+    parser.add_argument("--large", action="store_true", help="only the large image")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -133,7 +133,7 @@ def main() -> None:
         quick = [name for name, (_, dtype, _) in CASES.items() if dtype == torch.float32 or has_bf16()]
         print(json.dumps(run_rates(quick, options.side, options.rounds)))
         return
-    if options.case == "imitated":
+    if options.case == "emulated":
         names = ["plain", *(name for name, (_, dtype, _) in CASES.items() if dtype != torch.float32)]
         print(json.dumps(run_rates(names, options.side, options.rounds)))
         return
@@ -148,8 +148,8 @@ def main() -> None:
         for name, result in results.items():
             result |= in_new_process(name, options.side, 0)
         if not has_bf16():
-            imitated = in_new_process("imitated", IMITATED_SIDE_PX, 3)
-            results |= {name: result for name, result in imitated.items() if name != "plain"}
+            emulated = in_new_process("emulated", EMULATED_SIDE_PX, 3)
+            results |= {name: result for name, result in emulated.items() if name != "plain"}
     machine = {
         "cpu": cpu_name(),
         "cpus": os.cpu_count(),

@@ -1,12 +1,12 @@
-"""The training step against BasicSR's sequence of operations, in turns in one process.
+"""The training step compared with BasicSR's sequence of operations, in turns in one process.
 
     python benchmarks/step.py --blocks 4 23 --out step.json
     python benchmarks/step.py --device cuda --precision bf16 --batch 16 --blocks 23
-    python benchmarks/step.py --blocks 4 --profile            where the time goes, operation by operation
-    python benchmarks/step.py --memory                        what the trunk saves for its backward pass
+    python benchmarks/step.py --blocks 4 --profile            time per operation
+    python benchmarks/step.py --memory                        activations that the trunk saves for its backward pass
 
-BasicSR's sequence (basicsr_step.py) runs in `--baseline`, float32 unless told otherwise. On a GPU a turn is several
-steps with one synchronisation at its end, so that a loop that waits for nothing is measured as such.
+BasicSR's sequence (basicsr_step.py) runs in `--baseline`, default float32. On a GPU a turn is several
+steps with one synchronization at its end, as in a training loop.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def images(config: TrainConfig, device: torch.device) -> tuple[Tensor, Tensor]:
 def our_step(
     config: TrainConfig, stage: str, device: torch.device, precision: str
 ) -> tuple[Step, TrainState, VGGFeatures | None]:
-    """A step of ours, its state, and the features that it compares."""
+    """This project's step, its state and its perceptual features."""
     state = new_state(config, "psnr", device)
     features = None
     if stage == "gan":
@@ -81,9 +81,9 @@ def basicsr_step(
     config: TrainConfig, state: TrainState, features: VGGFeatures | None, device: torch.device, precision: str
 ) -> Step:
     """A step of BasicSR's sequence, from the weights of `state`."""
-    # Features of its own, so that no layout of ours reaches it.
-    own = None if features is None else VGGFeatures([LAYER], "random").to(device)
-    basicsr = BasicSR.like(state, config, own)
+    # Separate features, in the default memory format.
+    basicsr_features = None if features is None else VGGFeatures([LAYER], "random").to(device)
+    basicsr = BasicSR.like(state, config, basicsr_features)
     lr, hr = images(config, device)
 
     def step() -> object:
@@ -103,7 +103,7 @@ def _tf32(on: bool) -> Iterator[None]:
 
 
 def several(step: Step, count: int, device: torch.device) -> Step:
-    """`count` steps, and the wait until the device has done them."""
+    """`count` steps, until the device has finished them."""
 
     def turn() -> None:
         for _ in range(count):
@@ -115,7 +115,7 @@ def several(step: Step, count: int, device: torch.device) -> Step:
 
 
 def measure(stage: str, blocks: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds and ratio of one stage at one size."""
+    """Seconds per step and speed ratio of one stage at one size."""
     device = torch.device(options.device)
     config = make_config(blocks, options.batch, options.crop, not options.no_channels_last)
     ours, state, features = our_step(config, stage, device, options.precision)
@@ -147,7 +147,7 @@ def measure(stage: str, blocks: int, options: argparse.Namespace) -> dict[str, A
 
 
 def profiled(turn: Step, device: torch.device) -> str:
-    """The operations that take most of a turn."""
+    """The operations that take the most time in a turn."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -175,7 +175,7 @@ def saved_bytes(network: nn.Module, x: Tensor) -> int:
 
 
 def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
-    """Saved bytes of the trunk at the paper's size, and seconds forward and backward, against the plain blocks."""
+    """Saved bytes and forward and backward time of the trunk, compared with plain blocks."""
     device = torch.device(options.device)
     blocks = max(options.blocks)
     config = make_config(blocks, options.batch, options.crop)

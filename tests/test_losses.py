@@ -1,4 +1,4 @@
-"""The losses, against the reference numbers and their definitions."""
+"""The losses, compared with reference values and their definitions."""
 
 import numpy as np
 import pytest
@@ -44,18 +44,18 @@ def test_relativistic_losses_stay_finite_for_extreme_logits() -> None:
 
 
 def test_a_mean_over_two_halves_gives_the_losses_of_the_whole(reference: Reference) -> None:
-    """What a trainer with several workers relies on: every reduction goes through `mean`."""
+    """Training on several workers relies on it: every reduction uses `mean`."""
     real, fake = (tensor.detach() for tensor in logits(reference))
     whole = relativistic_losses(real, fake)
-    asked: list[Tensor] = []
+    reduced: list[Tensor] = []
 
     def mean(tensor: Tensor) -> Tensor:
-        asked.append(tensor)
+        reduced.append(tensor)
         return (tensor[:3].sum() + tensor[3:].sum()) / tensor.numel()
 
-    spread = relativistic_losses(real, fake, mean)
-    assert len(asked) > 0
-    torch.testing.assert_close(spread, whole, rtol=0, atol=1e-15)
+    halves = relativistic_losses(real, fake, mean)
+    assert len(reduced) > 0
+    torch.testing.assert_close(halves, whole, rtol=0, atol=1e-15)
     constant = relativistic_losses(real, fake, lambda tensor: tensor.sum() * 0)
     assert [loss.item() for loss in constant] == [0, 0]
 

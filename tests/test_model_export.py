@@ -1,4 +1,4 @@
-"""The ONNX file gives the generator's images, at any size."""
+"""The ONNX file computes the generator's images, at any size."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from pipeline.model.export import export_onnx
 
 
 @pytest.mark.parametrize("scale", [4, 2, 1])
-def test_onnx_gives_the_generators_images(tmp_path: Path, scale: int) -> None:
+def test_onnx_computes_the_generators_images(tmp_path: Path, scale: int) -> None:
     generator = seeded(0, lambda: RRDBNet(8, 2, 4, residual_scale=0.3, scale=scale))
     export_onnx(generator, tmp_path / "g.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["g.onnx"]
@@ -26,7 +26,7 @@ def test_onnx_gives_the_generators_images(tmp_path: Path, scale: int) -> None:
         assert np.abs(sr.astype(int) - expected).max() <= 1
 
 
-def test_onnx_clamps_like_the_project(tmp_path: Path) -> None:
+def test_onnx_clamps_to_the_range_of_uint8(tmp_path: Path) -> None:
     generator = seeded(0, lambda: RRDBNet(4, 1, 2))
     generator.conv_last.weight.data.mul_(100)
     export_onnx(generator, tmp_path / "g.onnx")

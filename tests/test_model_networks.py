@@ -1,4 +1,4 @@
-"""Generator and discriminators: the reference numbers, names, sizes, memory and initial weights."""
+"""Generator and discriminators: reference values, names, sizes, memory and initial weights."""
 
 import ast
 import copy
@@ -88,11 +88,11 @@ def test_vgg_style_discriminator_equals_the_reference(reference: Reference) -> N
         np.testing.assert_allclose(discriminator.train()(crops), reference["vggd_out_train"], rtol=1e-4)
 
 
-def test_initial_weights_have_the_recipes_spread(reference: Reference) -> None:
+def test_initial_weights_have_the_reference_standard_deviation(reference: Reference) -> None:
     generator = seeded(1, RRDBNet)
     blocks = [module for module in generator.modules() if isinstance(module, DenseBlock)]
-    spread = np.mean([block.conv1.weight.std().item() for block in blocks])
-    assert spread == pytest.approx(reference["rdb_conv1_std"], rel=0.05)
+    std = np.mean([block.conv1.weight.std().item() for block in blocks])
+    assert std == pytest.approx(reference["rdb_conv1_std"], rel=0.05)
     assert generator.conv_first.weight.std().item() == pytest.approx(reference["conv_first_std"], rel=0.05)
     assert not any(block.conv5.bias.any() for block in blocks)
 
@@ -108,11 +108,11 @@ def test_a_seed_decides_the_weights_and_leaves_the_global_generator_alone() -> N
 
 
 @pytest.mark.parametrize("scale", [4, 2, 1])
-def test_generator_enlarges_by_its_scale(scale: int) -> None:
+def test_the_output_is_larger_by_the_scale(scale: int) -> None:
     assert RRDBNet(4, 1, 2, scale=scale)(torch.rand(2, 3, 8, 12)).shape == (2, 3, 8 * scale, 12 * scale)
 
 
-def test_generator_of_another_scale_is_refused() -> None:
+def test_another_scale_is_rejected() -> None:
     with pytest.raises(ValueError, match="scale=3"):
         RRDBNet(4, 1, 2, scale=3)
 
@@ -133,7 +133,7 @@ def test_residual_scale_acts_in_the_dense_block_and_in_the_rrdb() -> None:
 
 
 class _Plain(nn.Module):
-    """A dense block as the paper draws it, on the weights of ours."""
+    """A dense block as in the paper's figure 4, with the weights of `block`."""
 
     def __init__(self, block: DenseBlock) -> None:
         super().__init__()
@@ -211,7 +211,7 @@ def test_the_trunk_keeps_a_quarter_of_what_concatenations_keep(channels_last: bo
         for name in ("rdb1", "rdb2", "rdb3"):
             setattr(block, name, _Plain(block.get_submodule(name)))
     x = torch.rand(1, 64, 8, 8).contiguous(memory_format=layout).requires_grad_()
-    # 64 + 4 x 32 channels a dense block, against 64, 96, 128, 160, 192 and the four outputs besides.
+    # 64 + 4 x 32 channels per dense block, against 64, 96, 128, 160, 192 and the four outputs.
     assert saved_bytes(lean, x) <= 0.26 * saved_bytes(plain, x)
 
 
@@ -234,13 +234,13 @@ def test_memory_format_does_not_change_the_discriminators_logits(
 ) -> None:
     x = torch.rand(2, 3, 64, 64)
     expected = discriminator.eval()(x)
-    turned = discriminator.to(memory_format=torch.channels_last)(
+    actual = discriminator.to(memory_format=torch.channels_last)(
         x.contiguous(memory_format=torch.channels_last)
     )
-    torch.testing.assert_close(turned, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_unet_discriminator_judges_every_pixel() -> None:
+def test_unet_discriminator_returns_a_logit_per_pixel() -> None:
     discriminator = seeded(0, lambda: UNetDiscriminator(4))
     assert discriminator(torch.rand(2, 3, 16, 24)).shape == (2, 1, 16, 24)
     assert {"conv0.weight", "conv1.weight_orig", "conv1.weight_u", "conv8.weight_v", "conv9.bias"} <= shapes(
@@ -260,7 +260,7 @@ def test_spectral_norm_bounds_the_unets_convolutions() -> None:
 
 @pytest.mark.parametrize("unet", [False, True])
 def test_two_forward_passes_serve_one_backward_pass(unet: bool) -> None:
-    """A training step judges photographs and generated images first, then goes back through both."""
+    """A training step computes the logits of real and generated images, then one backward pass through both."""
     discriminator = seeded(0, lambda: UNetDiscriminator(4) if unet else VGGStyleDiscriminator(32, 4))
     real, fake = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32, requires_grad=True)
     (discriminator(fake).mean() - discriminator(real).mean()).backward()

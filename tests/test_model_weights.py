@@ -1,4 +1,4 @@
-"""Weight files: what is saved loads from the file alone, under every published naming, and nothing else does."""
+"""Weight files: round trips, published parameter names, and rejected content."""
 
 import io
 import math
@@ -16,12 +16,12 @@ from pipeline.errors import UserError
 from pipeline.model import (
     RRDBNet,
     decode_generator,
-    encode_generator,
     generator_sha256,
     load_generator,
     save_generator,
     seeded,
 )
+from pipeline.model.weights import encode_generator
 
 
 def network(**sizes: float) -> RRDBNet:
@@ -29,7 +29,7 @@ def network(**sizes: float) -> RRDBNet:
 
 
 def first_naming(name: str, blocks: int) -> str:
-    """The names of ESRGAN's first repository."""
+    """The parameter names of ESRGAN's first repository."""
     for pattern, replacement in [
         (r"^conv_first\.", "model.0."),
         (r"^body\.(\d+)\.rdb(\d)\.conv(\d)\.", r"model.1.sub.\1.RDB\2.conv\3.0."),
@@ -44,7 +44,7 @@ def first_naming(name: str, blocks: int) -> str:
 
 
 def second_naming(name: str, blocks: int) -> str:
-    """The names of the same repository, later; BSRGAN has them too."""
+    """The parameter names of the same repository, later; also BSRGAN's."""
     for pattern, replacement in [
         (r"^body\.(\d+)\.rdb(\d)\.", r"RRDB_trunk.\1.RDB\2."),
         (r"^conv_body\.", "trunk_conv."),
@@ -56,9 +56,9 @@ def second_naming(name: str, blocks: int) -> str:
 
 
 def assert_same(a: RRDBNet, b: RRDBNet) -> None:
-    theirs = b.state_dict()
-    assert a.state_dict().keys() == theirs.keys()
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in a.state_dict().items())
+    state = b.state_dict()
+    assert a.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in a.state_dict().items())
     x = torch.rand(1, 3, 8, 8)
     b.residual_scale = a.residual_scale
     assert torch.equal(a(x), b(x))
@@ -67,7 +67,7 @@ def assert_same(a: RRDBNet, b: RRDBNet) -> None:
 @pytest.mark.parametrize("scale", [4, 2, 1])
 @pytest.mark.parametrize(("num_feat", "num_block", "num_grow_ch"), [(4, 1, 2), (6, 3, 5), (5, 11, 1)])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_sizes_come_back_from_the_file_alone(
+def test_sizes_are_read_from_the_file(
     tmp_path: Path, suffix: str, num_feat: int, num_block: int, num_grow_ch: int, scale: int
 ) -> None:
     saved = network(num_feat=num_feat, num_block=num_block, num_grow_ch=num_grow_ch, scale=scale)
@@ -89,21 +89,21 @@ def test_residual_scale_comes_from_the_metadata_or_is_the_papers(tmp_path: Path)
         assert loaded.body[0].rdb1.residual_scale == scale
 
 
-def test_metadata_travels_and_cannot_shadow_the_sizes(tmp_path: Path) -> None:
-    save_generator(network(), tmp_path / "g.safetensors", {"licence": "CC0", "num_feat": "999"})
+def test_metadata_is_kept_and_cannot_replace_the_sizes(tmp_path: Path) -> None:
+    save_generator(network(), tmp_path / "g.safetensors", {"license": "CC0", "num_feat": "999"})
     _, info = load_generator(tmp_path / "g.safetensors")
-    assert (info["licence"], info["num_feat"], info["architecture"]) == ("CC0", "4", "RRDBNet")
+    assert (info["license"], info["num_feat"], info["architecture"]) == ("CC0", "4", "RRDBNet")
     with safe_open(tmp_path / "g.safetensors", "pt") as file:
         assert file.metadata()["num_block"] == "1"
 
 
 def test_equal_networks_give_equal_bytes() -> None:
-    texts = {str(number): "text" for number in range(20)}
-    assert len({encode_generator(network(), texts) for _ in range(5)}) == 1
-    assert decode_generator(encode_generator(network(), texts), "bytes")[1].items() >= texts.items()
+    metadata = {str(number): "text" for number in range(20)}
+    assert len({encode_generator(network(), metadata) for _ in range(5)}) == 1
+    assert decode_generator(encode_generator(network(), metadata), "bytes")[1].items() >= metadata.items()
 
 
-def test_loading_draws_no_random_number_and_gives_trainable_weights(tmp_path: Path) -> None:
+def test_loading_draws_no_random_number_and_returns_trainable_weights(tmp_path: Path) -> None:
     save_generator(network(), tmp_path / "g.pth")
     before = torch.get_rng_state()
     loaded, _ = load_generator(tmp_path / "g.pth")
@@ -114,7 +114,7 @@ def test_loading_draws_no_random_number_and_gives_trainable_weights(tmp_path: Pa
 
 @pytest.mark.parametrize("naming", [first_naming, second_naming, lambda name, blocks: f"module.{name}"])
 @pytest.mark.parametrize("wrap", [None, "params", "params_ema"])
-def test_published_namings_are_read(tmp_path: Path, naming, wrap: str | None) -> None:  # type: ignore[no-untyped-def]
+def test_published_parameter_names_are_read(tmp_path: Path, naming, wrap: str | None) -> None:  # type: ignore[no-untyped-def]
     saved = network(num_block=12)
     state = {naming(name, 12): tensor for name, tensor in saved.state_dict().items()}
     torch.save({wrap: state, "step": 7} if wrap else state, tmp_path / "old.pth")
@@ -123,10 +123,10 @@ def test_published_namings_are_read(tmp_path: Path, naming, wrap: str | None) ->
     assert info["num_block"] == "12"
 
 
-def test_averaged_weights_go_before_plain_ones(tmp_path: Path) -> None:
-    averaged, plain = network(), seeded(9, lambda: RRDBNet(4, 1, 2))
-    torch.save({"params": plain.state_dict(), "params_ema": averaged.state_dict()}, tmp_path / "both.pth")
-    assert_same(averaged, load_generator(tmp_path / "both.pth")[0])
+def test_ema_weights_are_preferred(tmp_path: Path) -> None:
+    ema, plain = network(), seeded(9, lambda: RRDBNet(4, 1, 2))
+    torch.save({"params": plain.state_dict(), "params_ema": ema.state_dict()}, tmp_path / "both.pth")
+    assert_same(ema, load_generator(tmp_path / "both.pth")[0])
 
 
 def test_half_precision_and_legacy_files_are_read(tmp_path: Path) -> None:
@@ -137,24 +137,24 @@ def test_half_precision_and_legacy_files_are_read(tmp_path: Path) -> None:
     assert torch.equal(loaded.conv_first.weight, state["conv_first.weight"].float())
 
 
-def test_the_content_decides_and_not_the_suffix(tmp_path: Path) -> None:
+def test_the_format_is_detected_from_the_content(tmp_path: Path) -> None:
     (tmp_path / "g.pth").write_bytes(encode_generator(network()))
     assert_same(network(), load_generator(tmp_path / "g.pth")[0])
 
 
 @pytest.mark.parametrize("low_byte", range(256))
 def test_a_safetensors_header_may_have_any_length(low_byte: int) -> None:
-    content = safetensors.torch.save(network().state_dict(), {"licence": "CC0"})
+    content = safetensors.torch.save(network().state_dict(), {"license": "CC0"})
     length = int.from_bytes(content[:8], "little")
     padded = length + (low_byte - length) % 256
     content = padded.to_bytes(8, "little") + content[8 : 8 + length].ljust(padded) + content[8 + length :]
     loaded, info = decode_generator(content, "padded")
     assert content[0] == low_byte
     assert_same(network(), loaded)
-    assert info["licence"] == "CC0"
+    assert info["license"] == "CC0"
 
 
-def test_an_export_is_what_other_programs_expect(tmp_path: Path) -> None:
+def test_a_pth_file_has_basicsrs_structure(tmp_path: Path) -> None:
     save_generator(network(), tmp_path / "g.pth")
     content = torch.load(tmp_path / "g.pth", weights_only=True)
     assert list(content) == ["params_ema"]
@@ -203,13 +203,13 @@ class _Evil:
         (encode_generator(network())[:-5], "not readable as weights"),
         (pickle.dumps({"a": 1}, protocol=2), "not readable as weights"),
         (pth({"x": _Evil()}), "not readable as weights"),
-        (pth([1, 2]), "holds no state dict"),
-        (pth({"params": {"a": 3}}), "holds no state dict"),
-        (pth({}), "holds no state dict"),
+        (pth([1, 2]), "contains no state dict"),
+        (pth({"params": {"a": 3}}), "contains no state dict"),
+        (pth({}), "contains no state dict"),
         (safetensors.torch.save({"weight": torch.zeros(2)}), "conv_first.weight is missing"),
         (
             pth(changed_state(conv_first__weight=torch.zeros(4))),
-            "conv_first.weight is missing or has another form",
+            "conv_first.weight is missing or has another shape",
         ),
         (pth(changed_state(conv_first__weight=torch.zeros(4, 1, 3, 3))), "takes 1 channels"),
         (
@@ -218,7 +218,10 @@ class _Evil:
         ),
         (pth(changed_state(conv_up2__bias=None)), "conv_up2.bias is missing"),
         (pth(changed_state(body__0__rdb2__conv3__weight=None)), "body.0.rdb2.conv3.weight is missing"),
-        (pth(changed_state(attention__weight=torch.zeros(1))), "it has attention.weight, 1 such"),
+        (
+            pth(changed_state(attention__weight=torch.zeros(1))),
+            "1 unknown parameters, the first is attention.weight",
+        ),
         (
             safetensors.torch.save(changed_state(conv_hr__bias=torch.tensor([0, math.nan, 0, 0]))),
             "conv_hr.bias holds non-finite values",
@@ -235,7 +238,9 @@ class _Evil:
         (safetensors.torch.save(changed_state(), {"residual_scale": "nan"}), "residual_scale='nan'"),
     ],
 )
-def test_what_is_no_generator_is_refused_in_one_line(tmp_path: Path, content: bytes, message: str) -> None:
+def test_content_that_is_not_a_generator_is_rejected_in_one_line(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
     path = tmp_path / "weights.pth"
     path.write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
@@ -245,7 +250,7 @@ def test_what_is_no_generator_is_refused_in_one_line(tmp_path: Path, content: by
     assert not Path("unpickled").exists()
 
 
-def test_places_that_cannot_be_read_or_written_are_named(tmp_path: Path) -> None:
+def test_paths_that_cannot_be_read_or_written_are_named(tmp_path: Path) -> None:
     for path in (tmp_path / "none.pth", tmp_path):
         with pytest.raises(UserError, match=f"{path}: cannot be read"):
             load_generator(path)

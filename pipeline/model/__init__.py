@@ -16,7 +16,6 @@ from pipeline.model.rrdbnet import RRDBNet
 from pipeline.model.seeding import seeded
 from pipeline.model.weights import (
     decode_generator,
-    encode_generator,
     generator_sha256,
     load_generator,
     save_generator,
@@ -32,7 +31,6 @@ __all__ = [
     "VGGFeatures",
     "VGGStyleDiscriminator",
     "decode_generator",
-    "encode_generator",
     "generator_sha256",
     "load_generator",
     "perceptual_loss",

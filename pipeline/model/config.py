@@ -1,4 +1,4 @@
-"""The generator's and the discriminator's sizes, as fields."""
+"""Configuration of the generator's and the discriminator's sizes."""
 
 from typing import Literal
 

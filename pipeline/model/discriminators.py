@@ -12,9 +12,9 @@ NEGATIVE_SLOPE = 0.2
 
 
 class VGGStyleDiscriminator(nn.Module):
-    """A VGG-like classifier with batch norm on every convolution but the first (ESRGAN, sec. 4.1).
+    """A VGG-style classifier with batch norm on every convolution but the first (SRGAN, fig. 4; BasicSR).
 
-    State-dict names and shapes are those of published weights, which are for 128 px.
+    State-dict names and shapes are BasicSR's, whose published weights are for 128 px.
 
     Raises:
         ValueError: `input_px` is not a positive multiple of 32; five strided convolutions halve it.
@@ -28,7 +28,7 @@ class VGGStyleDiscriminator(nn.Module):
         """Fewest images of `input_px` pixels in a training batch: batch norm needs two values per channel."""
         return 2 if input_px == VGGStyleDiscriminator.multiple_of else 1
 
-    def __init__(self, input_px: int = 128, num_feat: int = 64, in_channels: int = 3) -> None:
+    def __init__(self, input_px: int = 128, num_feat: int = 64) -> None:
         super().__init__()
         if input_px < self.multiple_of or input_px % self.multiple_of:
             raise ValueError(
@@ -36,9 +36,9 @@ class VGGStyleDiscriminator(nn.Module):
             )
         self.input_px = input_px
         self.num_feat = num_feat
-        channels = in_channels
+        channels = 3
         for level, width in enumerate(_widths(num_feat)):
-            # Batch norm has its own offset, so the convolutions before it have none.
+            # Batch norm has a bias, so the convolutions before it have none.
             self.add_module(f"conv{level}_0", nn.Conv2d(channels, width, 3, padding=1, bias=level == 0))
             if level > 0:
                 self.add_module(f"bn{level}_0", nn.BatchNorm2d(width))
@@ -49,7 +49,7 @@ class VGGStyleDiscriminator(nn.Module):
         self.linear2 = nn.Linear(100, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, in_channels, input_px, input_px) in [0, 1] to logits (N, 1), under autocast too in the weights' type.
+        """(N, 3, input_px, input_px) RGB in [0, 1] to logits (N, 1) in the weights' dtype, also under autocast.
 
         Raises:
             ValueError: another height or width than input_px.
@@ -65,7 +65,7 @@ class VGGStyleDiscriminator(nn.Module):
                 if (level, part) != (0, 0):
                     x = self.get_submodule(f"bn{level}_{part}")(x)
                 x = functional.leaky_relu(x, NEGATIVE_SLOPE, inplace=True)
-        # Logits near 8 would come in steps of 1/32 in bfloat16.
+        # In bfloat16, logits near 8 are multiples of 1/32.
         with without_autocast(x.device):
             x = x.flatten(1).to(self.linear1.weight.dtype)
             x = functional.leaky_relu(self.linear1(x), NEGATIVE_SLOPE, inplace=True)
@@ -77,7 +77,7 @@ def _widths(num_feat: int) -> tuple[int, ...]:
 
 
 class _SpectralNorm(SpectralNorm):
-    """torch's spectral norm outside of autocast, which on CUDA would run the power iteration in bfloat16."""
+    """torch's spectral norm without autocast, which on CUDA runs the power iteration in bfloat16."""
 
     def compute_weight(self, module: nn.Module, do_power_iteration: bool) -> Tensor:
         with without_autocast(getattr(module, f"{self.name}_orig").device):
@@ -93,9 +93,9 @@ def _spectral_norm(conv: nn.Conv2d) -> nn.Conv2d:
 
 
 class UNetDiscriminator(nn.Module):
-    """A U-Net with spectral norm that judges every pixel (Real-ESRGAN, sec. 3.2).
+    """A U-Net with spectral norm and one logit per pixel (Real-ESRGAN, sec. 3.2).
 
-    State-dict names are those of published weights.
+    State-dict names are those of Real-ESRGAN's published weights.
     """
 
     multiple_of: ClassVar[int] = 8
@@ -103,14 +103,14 @@ class UNetDiscriminator(nn.Module):
 
     @staticmethod
     def least_batch(input_px: int) -> int:
-        """Fewest images of `input_px` pixels in a training batch: there is no batch norm."""
+        """Fewest images of `input_px` pixels in a training batch; without batch norm, 1."""
         return 1
 
-    def __init__(self, num_feat: int = 64, in_channels: int = 3) -> None:
+    def __init__(self, num_feat: int = 64) -> None:
         super().__init__()
         self.num_feat = num_feat
         norm = _spectral_norm
-        self.conv0 = nn.Conv2d(in_channels, num_feat, 3, padding=1)
+        self.conv0 = nn.Conv2d(3, num_feat, 3, padding=1)
         self.conv1 = norm(nn.Conv2d(num_feat, num_feat * 2, 4, 2, 1, bias=False))
         self.conv2 = norm(nn.Conv2d(num_feat * 2, num_feat * 4, 4, 2, 1, bias=False))
         self.conv3 = norm(nn.Conv2d(num_feat * 4, num_feat * 8, 4, 2, 1, bias=False))
@@ -122,7 +122,7 @@ class UNetDiscriminator(nn.Module):
         self.conv9 = nn.Conv2d(num_feat, 1, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, in_channels, H, W) in [0, 1] to logits (N, 1, H, W), under autocast too in the weights' type.
+        """(N, 3, H, W) RGB in [0, 1] to logits (N, 1, H, W) in the weights' dtype, also under autocast.
 
         Raises:
             ValueError: H or W is not a multiple of 8; three strided convolutions halve them.
@@ -153,5 +153,5 @@ class UNetDiscriminator(nn.Module):
 
 
 Discriminator = VGGStyleDiscriminator | UNetDiscriminator
-# By the name that `model.discriminator` has for them.
+# By their names in the field `model.discriminator`.
 DISCRIMINATORS: dict[str, type[Discriminator]] = {"vgg": VGGStyleDiscriminator, "unet": UNetDiscriminator}

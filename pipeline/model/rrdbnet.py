@@ -16,7 +16,7 @@ class _ConvOfConcat(torch.autograd.Function):
     """A 3x3 convolution of concatenated inputs that saves the inputs and not their concatenation.
 
     The dense block's activations are then kept once each instead of once per convolution that reads them; the
-    backward pass concatenates again, and computes the same bits.
+    backward pass concatenates again and computes the same bits.
     """
 
     @staticmethod
@@ -43,10 +43,10 @@ def _conv_of_concat(conv: nn.Conv2d, inputs: list[Tensor]) -> Tensor:
         return conv(torch.cat(inputs, 1) if len(inputs) > 1 else inputs[0])
     weight, bias = conv.weight, conv.bias
     assert bias is not None
-    # Autocast does not reach the backward pass of a custom function, so the casts stand in front of it.
-    kind = inputs[0].device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
+    # Autocast does not apply to the backward pass of a custom function, so the casts precede the function.
+    device_type = inputs[0].device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
         weight, bias, inputs = weight.to(dtype), bias.to(dtype), [tensor.to(dtype) for tensor in inputs]
     return _ConvOfConcat.apply(weight, bias, *inputs)
 
@@ -97,7 +97,7 @@ class RRDB(nn.Module):
 class RRDBNet(nn.Module):
     """ESRGAN's generator.
 
-    State-dict names are those of published weights. The sizes stay readable as attributes.
+    State-dict names are those of published weights. The arguments are attributes, too.
 
     Raises:
         ValueError: a scale other than 4, 2 or 1.
@@ -135,7 +135,7 @@ class RRDBNet(nn.Module):
             x: (N, 3, H, W) RGB in [0, 1]; at scale 2 and 1, H and W are multiples of 2 and 4.
 
         Returns:
-            (N, 3, H * scale, W * scale), about [0, 1], not clamped; under autocast too in the weights' type.
+            (N, 3, H * scale, W * scale), about [0, 1], not clamped, in the weights' dtype, also under autocast.
         """
         if self.unshuffle > 1:
             x = functional.pixel_unshuffle(x, self.unshuffle)
@@ -147,7 +147,7 @@ class RRDBNet(nn.Module):
         features = functional.leaky_relu(self.conv_hr(features), NEGATIVE_SLOPE, inplace=True)
         if not torch.is_autocast_enabled(x.device.type):
             return self.conv_last(features)
-        # In bfloat16 the pixels would come in steps of up to 1/256.
+        # In bfloat16, pixels near 1 are multiples of 1/256.
         with torch.autocast(x.device.type, enabled=False):
             return self.conv_last(features.to(self.conv_last.weight.dtype))
 

@@ -1,4 +1,4 @@
-"""Building a module with weights that depend on a seed alone."""
+"""Builds a module with initial weights that are a function of a seed."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -10,8 +10,8 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def seeded(seed: int, build: Callable[[], ModuleT]) -> ModuleT:
-    """What `build` makes on the CPU, its weights drawn from `seed`; the global generators stay as they were."""
-    # Only the CPU's generator: torch.manual_seed would also reset those of the GPUs.
+    """`build()`, with its weights drawn on the CPU from `seed`; the global random state does not change."""
+    # Only the CPU's generator: torch.manual_seed would also seed the GPUs' generators.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return build()

@@ -1,4 +1,4 @@
-"""Generator weights in files: ours, and those that the community publishes."""
+"""Reads and writes generator weights: this project's files, and those of other ESRGAN repositories."""
 
 import hashlib
 import io
@@ -30,13 +30,13 @@ def save_generator(
 
     Args:
         generator: the network.
-        path: .safetensors keeps the sizes and `metadata` in the file's header; .pth is a plain
-            {"params_ema": state dict} as BasicSR and spandrel read it, without metadata. Those take the residual
-            scale to be 0.2, and spandrel the growth to be 32.
-        metadata: more texts for the header.
+        path: .safetensors stores the sizes and `metadata` in the file's header; .pth is a plain
+            {"params_ema": state dict} as BasicSR and spandrel read it, without metadata. Both assume a residual scale
+            of 0.2, and spandrel assumes `num_grow_ch` 32.
+        metadata: additional header entries.
 
     Raises:
-        UserError: another suffix, or a place that cannot be written.
+        UserError: another suffix, or the file cannot be written.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
@@ -57,15 +57,17 @@ def save_generator(
 
 
 def encode_generator(generator: RRDBNet, metadata: Mapping[str, str] | None = None) -> bytes:
-    """The bytes of a .safetensors file of the generator; `decode_generator` reads them.
+    """The content of a .safetensors file of the generator, for `decode_generator`.
 
-    Equal networks and texts give equal bytes.
+    Equal networks and metadata give equal bytes.
     """
-    texts = {**(metadata or {}), **sizes_as_text(generator)}
-    # The library writes the texts in a random order, so they are put in front of its tensors here.
+    entries = {**(metadata or {}), **sizes_as_text(generator)}
+    # The library writes metadata in a random order, so the header is built here.
     content = safetensors.torch.save(_plain_state(generator))
     end = 8 + int.from_bytes(content[:8], "little")
-    header = json.dumps({"__metadata__": dict(sorted(texts.items())), **json.loads(content[8:end])}).encode()
+    header = json.dumps(
+        {"__metadata__": dict(sorted(entries.items())), **json.loads(content[8:end])}
+    ).encode()
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header + content[end:]
 
@@ -76,14 +78,14 @@ def sizes_as_text(generator: RRDBNet) -> dict[str, str]:
 
 
 def load_generator(path: str | os.PathLike[str]) -> tuple[RRDBNet, dict[str, str]]:
-    """A generator from a file alone, in float32, on the CPU.
+    """A generator in float32 on the CPU; the sizes are read from the file.
 
-    Reads .safetensors and .pth (never unpickling anything but tensors), weights under "params_ema", "params" or bare,
-    with today's names or those of the two older ESRGAN repositories.
+    Reads .safetensors and .pth (unpickling tensors only). The state dict may be the file itself or its entry
+    "params_ema", "params" or "state_dict", with BasicSR's names or those of the two older ESRGAN repositories.
 
     Returns:
-        The network, and what the file says about it: the header's texts, the sizes, and `residual_scale_source`,
-        which is "metadata" or "default" (weights do not show the residual scale).
+        The network, and information on it: the header's entries, the sizes, and `residual_scale_source`, which is
+        "metadata" or "default" (the residual scale cannot be read from the weights).
 
     Raises:
         UserError: no such file, not readable as weights, not finite, or not an RRDBNet.
@@ -92,11 +94,11 @@ def load_generator(path: str | os.PathLike[str]) -> tuple[RRDBNet, dict[str, str
 
 
 def decode_generator(source: bytes | Path, name: str) -> tuple[RRDBNet, dict[str, str]]:
-    """`load_generator` for a file's content; `name` is what errors call it."""
+    """`load_generator` for a file's path or content; `name` is its name in error messages."""
     tensors, metadata = read_tensors(source, name)
     state = {modern_name(key): tensor for key, tensor in tensors.items()}
     sizes = _sizes(state, metadata, name)
-    # Without storage there is nothing to initialise, and no random number is drawn.
+    # On the meta device no weights are allocated or initialized, and no random number is drawn.
     with torch.device("meta"):
         generator = RRDBNet(**sizes)
     _compare(state, generator.state_dict(), name)
@@ -118,11 +120,15 @@ def generator_sha256(state_dict: Mapping[str, Tensor]) -> str:
 
 
 def read_tensors(source: bytes | Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a .safetensors or .pth file, or of its content; told apart by the content.
+    """Tensors and metadata of a .safetensors or .pth file; the format is detected from the content.
+
+    Args:
+        source: the file's content or path.
+        name: its name in error messages.
 
     Raises:
-        UserError: no such file, neither of the two formats, corrupt, or with something else than tensors in it; values
-            that are not finite in float32.
+        UserError: no such file, neither of the two formats, corrupt, or with other objects than tensors; values that
+            are not finite in float32.
     """
     try:
         file: BinaryIO = io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
@@ -133,7 +139,7 @@ def read_tensors(source: bytes | Path, name: str) -> tuple[dict[str, Tensor], di
             loaded, metadata = _parsed(file)
         except MemoryError:
             raise
-        except Exception as error:  # noqa: BLE001 - a corrupt file makes torch's reader fail in any way
+        except Exception as error:  # noqa: BLE001 - a corrupt file can make torch's reader raise anything
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             if isinstance(error, pickle.UnpicklingError):
                 reason = "it is corrupt, or holds other objects than tensors, which are never unpickled"
@@ -164,11 +170,11 @@ def _parsed(file: BinaryIO) -> tuple[object, dict[str, str]]:
 
 
 def modern_name(name: str) -> str:
-    """A parameter's name as `RRDBNet` has it, from the names of any ESRGAN repository; others stay as they are."""
+    """`RRDBNet`'s name of a parameter from any ESRGAN repository's name; unknown names are returned unchanged."""
     name = name.removeprefix("module.")
     for pattern, replacement in _OLDER_NAMES:
-        name, found = pattern.subn(replacement, name)
-        if found:
+        name, replaced = pattern.subn(replacement, name)
+        if replaced:
             break
     return name
 
@@ -200,7 +206,7 @@ def _plain_state(generator: RRDBNet) -> dict[str, Tensor]:
 
 
 def _unwrapped(loaded: object, name: str) -> dict[str, Tensor]:
-    """The state dict of a .pth file: averaged weights before plain ones, or the file itself."""
+    """The state dict of a .pth file: its EMA weights if it has them, else its weights, or the file itself."""
     if isinstance(loaded, dict):
         for key in ("params_ema", "params", "state_dict"):
             if isinstance(loaded.get(key), dict):
@@ -208,7 +214,7 @@ def _unwrapped(loaded: object, name: str) -> dict[str, Tensor]:
                 break
     if isinstance(loaded, dict) and loaded and all(isinstance(value, Tensor) for value in loaded.values()):
         return {str(key): value for key, value in loaded.items()}
-    raise UserError(f"{name}: holds no state dict (a mapping from names to tensors)")
+    raise UserError(f"{name}: contains no state dict (a mapping from names to tensors)")
 
 
 def _require_finite(tensors: Mapping[str, Tensor], name: str) -> None:
@@ -219,11 +225,11 @@ def _require_finite(tensors: Mapping[str, Tensor], name: str) -> None:
 
 
 def _sizes(state: Mapping[str, Tensor], metadata: Mapping[str, str], name: str) -> dict[str, Any]:
-    """RRDBNet's arguments, from names and shapes; the residual scale from the metadata, or the paper's."""
+    """RRDBNet's arguments, from names and shapes; the residual scale from the metadata, default 0.2 (the paper's)."""
     first, dense = state.get("conv_first.weight"), state.get("body.0.rdb1.conv1.weight")
     if first is None or dense is None or first.ndim != 4 or dense.ndim != 4:
         missing = "conv_first.weight" if first is None or first.ndim != 4 else "body.0.rdb1.conv1.weight"
-        raise UserError(f"{name}: not the weights of an RRDBNet ({missing} is missing or has another form)")
+        raise UserError(f"{name}: not the weights of an RRDBNet ({missing} is missing or has another shape)")
     scales = {3 * factor**2: scale for scale, factor in UNSHUFFLE.items()}
     if first.shape[1] not in scales:
         raise UserError(
@@ -232,7 +238,9 @@ def _sizes(state: Mapping[str, Tensor], metadata: Mapping[str, str], name: str) 
     blocks = [int(key.split(".")[1]) for key in state if re.match(r"body\.\d+\.", key)]
     residual_scale = _number(metadata.get("residual_scale", str(DEFAULT_RESIDUAL_SCALE)))
     if not math.isfinite(residual_scale):
-        raise UserError(f"{name}: residual_scale={metadata['residual_scale']!r} in its header is no number")
+        raise UserError(
+            f"{name}: residual_scale={metadata['residual_scale']!r} in its header is not a finite number"
+        )
     return {
         "num_feat": first.shape[0],
         "num_block": max(blocks) + 1,
@@ -249,15 +257,15 @@ def _number(text: str) -> float:
         return math.nan
 
 
-def _compare(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str) -> None:
+def _compare(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str) -> None:
     for key, tensor in expected.items():
-        if key not in found:
+        if key not in state:
             raise UserError(f"{name}: not the weights of an RRDBNet at this scale ({key} is missing)")
-        if found[key].shape != tensor.shape:
-            shapes = f"{tuple(found[key].shape)}, expected {tuple(tensor.shape)}"
+        if state[key].shape != tensor.shape:
+            shapes = f"{tuple(state[key].shape)}, expected {tuple(tensor.shape)}"
             raise UserError(f"{name}: not the weights of an RRDBNet ({key} has shape {shapes})")
-    extra = sorted(found.keys() - expected.keys())
+    extra = sorted(state.keys() - expected.keys())
     if extra:
         raise UserError(
-            f"{name}: not the weights of an RRDBNet (it has {extra[0]}, {len(extra)} such in all)"
+            f"{name}: not the weights of an RRDBNet ({len(extra)} unknown parameters, the first is {extra[0]})"
         )
