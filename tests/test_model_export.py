@@ -1,5 +1,6 @@
 """The ONNX file computes the generator's images, at any size."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -41,3 +42,10 @@ def test_the_same_generator_gives_the_same_file(tmp_path: Path) -> None:
     for name in ("a", "b"):
         export_onnx(seeded(0, lambda: RRDBNet(4, 1, 2)), tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_several_threads_may_export(tmp_path: Path) -> None:
+    generator = seeded(0, lambda: RRDBNet(8, 4, 4))
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda name: export_onnx(generator, tmp_path / name), "abcd"))
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import threading
 import warnings
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from pipeline.model.rrdbnet import RRDBNet, upscale_8bit
 
 OPSET = 18
+# The exporter has global state and raises if two threads use it at once.
+_exporter = threading.Lock()
 
 
 class _EightBit(nn.Module):
@@ -30,7 +33,7 @@ def export_onnx(generator: RRDBNet, path: str | os.PathLike[str]) -> None:
     module = _EightBit(copy.deepcopy(generator).float().cpu()).eval()
     example = torch.zeros(1, 8, 8, 3, dtype=torch.uint8)
     axes = {"lr": {0: "N", 1: "H", 2: "W"}, "sr": {0: "N", 1: "H_out", 2: "W_out"}}
-    with torch.no_grad(), warnings.catch_warnings():
+    with _exporter, torch.no_grad(), warnings.catch_warnings():
         # The exporter by tracing takes 2 s for 23 blocks; its successor (dynamo=True) about 5 s per block.
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         torch.onnx.export(
