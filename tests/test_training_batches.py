@@ -1,4 +1,4 @@
-"""From the feed's bytes to the step's floats."""
+"""Conversion of the feed's uint8 batch to the step's float batch."""
 
 import numpy as np
 import pytest
@@ -20,9 +20,9 @@ def raw_batch(first: int, last: int) -> RawBatch:
 
 
 def channels(world_size: int, shuffle_channels: bool) -> torch.Tensor:
-    """(BATCH, 3): the values that all workers' samples have, in the order of the global batch."""
+    """(BATCH, 3): the values of all workers' samples, in the order of the global batch."""
     config = TrainConfig(batch_size=BATCH, shuffle_channels=shuffle_channels)
-    found = []
+    values = []
     for rank in range(world_size):
         first, last = BATCH * rank // world_size, BATCH * (rank + 1) // world_size
         batch = on_device(raw_batch(first, last), config, Worker(rank=rank, world_size=world_size), step=5)
@@ -30,8 +30,8 @@ def channels(world_size: int, shuffle_channels: bool) -> torch.Tensor:
         assert batch.hr.is_contiguous(memory_format=torch.channels_last)
         for images in (batch.lr, batch.hr):
             assert torch.equal(images, batch.lr[:, :, :1, :1].expand_as(images))
-        found.append(batch.lr[:, :, 0, 0])
-    return torch.cat(found) * 255
+        values.append(batch.lr[:, :, 0, 0])
+    return torch.cat(values) * 255
 
 
 def test_bytes_become_floats_in_0_to_1() -> None:

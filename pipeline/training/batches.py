@@ -19,7 +19,7 @@ def on_device(raw: RawBatch, config: TrainConfig, worker: Worker, step: int) -> 
     function of seed, step and the sample's index in the global batch.
 
     Args:
-        raw: this rank's part of a step, uint8 (B, 3, H, W).
+        raw: this rank's part of a step, uint8 (B, H, W, 3) and (B, H * scale, W * scale, 3).
         config: the run's configuration.
         worker: runtime context of this rank.
         step: the step, from 0.
