@@ -1,26 +1,32 @@
-"""What all commands do alike: exit codes, the result as JSON, a table."""
+"""What all commands share: exit codes, flags, the result as JSON, a table."""
 
+import argparse
+import difflib
 import errno
 import json
-import math
+import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from pipeline.errors import UserError, without_secrets
+from pipeline.json_file import json_text
+from pipeline.section import RENAMED, AnySection, validated
 
+ENV_PREFIX = "ESRGAN_"
+# Sections of commands without a configuration file; their environment variables begin with ESRGAN_EVALUATE__ etc.
+COMMAND_SECTIONS = ("evaluate", "upscale", "export")
 EXIT_FAULT = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
-    """Runs a command on the program's arguments and exits: 0, or 2 after one clear line about what the user can mend.
+    """Runs a command on the program's arguments and exits: 0, or 2 after one line about an error the user can fix.
 
-    Anything else that goes wrong keeps its traceback, without passwords, and exits 1. A command may return another
-    exit code.
+    Any other error prints its traceback, without passwords, and exits 1. A command may return another exit code.
     """
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     try:
@@ -30,13 +36,13 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         sys.exit(EXIT_BAD_INPUT)
     except Exception as error:  # noqa: BLE001 - reported below
         if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            # Printed here: Python's own way, and Ray's, would show the password of an address.
+            # Printed here because Python's and Ray's exception hooks would print the password of an address.
             print(without_secrets(traceback.format_exc()), end="", file=sys.stderr, flush=True)
             sys.exit(EXIT_FAULT)
         where = f" ({error.filename})" if error.filename else ""
         print(
-            f"error: no space left on the device{where}; free some, or choose another place, and run the same command "
-            "again: it goes on",
+            f"error: no space left on the device{where}; free some, or choose another folder, and run the same command "
+            "again to resume",
             file=sys.stderr, flush=True,
         )  # fmt: skip
         sys.exit(EXIT_BAD_INPUT)
@@ -44,6 +50,73 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(EXIT_INTERRUPTED)
     sys.exit(code or 0)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        hint = ""
+        if "unrecognized arguments:" in message:
+            flag = message.split("unrecognized arguments:")[1].split()[0].split("=")[0]
+            known = [option for action in self._actions for option in action.option_strings]
+            near = difflib.get_close_matches(flag, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else "; --help lists the flags"
+            if flag.removeprefix("--") in RENAMED:
+                hint = f"; renamed to --{RENAMED[flag.removeprefix('--')]}"
+        raise UserError(f"{message}{hint}")
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """A parser whose errors are one line (UserError)."""
+    return _Parser(description=description, allow_abbrev=False)
+
+
+def parse_section(
+    name: str,
+    section: type[AnySection],
+    argv: Sequence[str],
+    description: str,
+    environment: Mapping[str, str] | None = None,
+) -> AnySection:
+    """A command's section from its flags and, below these, the environment (ESRGAN_NAME__FIELD).
+
+    The flags are generated from the fields, in their order: --field-name, or the `flag` in `json_schema_extra`, whose
+    other entries are arguments of argparse. pydantic-settings generates those of the configuration file, but splits
+    lists at commas, which paths may contain, and lacks `--model A B`, `--interpolate A B ALPHA` and `--lpips [DIR]`.
+
+    Args:
+        name: one of COMMAND_SECTIONS.
+        section: its class.
+        argv: arguments without the program's name.
+        description: first line of --help.
+        environment: instead of os.environ; lists are JSON.
+
+    Raises:
+        UserError: one line that names the flag and its value.
+    """
+    prefix = f"{ENV_PREFIX}{name.upper()}__"
+    given = {
+        variable[len(prefix) :].lower(): json.loads(text) if text.startswith("[") else text
+        for variable, text in (os.environ if environment is None else environment).items()
+        if variable.upper().startswith(prefix)
+    }
+    parser = make_parser(description)
+    flags = {}
+    for field, info in section.model_fields.items():
+        extra: Any = info.json_schema_extra or {}
+        text = info.description or ""
+        if info.default and not info.is_required():
+            text = f"{text.removesuffix('.')} (default: {info.default})."
+        options = {"help": text, "default": argparse.SUPPRESS, **extra}
+        if get_origin(info.annotation) is Literal:
+            options["choices"] = get_args(info.annotation)
+        flags[field] = options.pop("flag", f"--{field.replace('_', '-')}")
+        required = info.is_required() and field not in given
+        parser.add_argument(flags[field], dest=field, required=required, **options)
+    from_flags = vars(parser.parse_args(list(argv)))
+    sources = [("flag", from_flags), ("environment", given)]
+    return validated(section, {**given, **from_flags}, sources, flags)
 
 
 def require_writable_file(path: str | None, flag: str) -> None:
@@ -58,19 +131,7 @@ def require_writable_file(path: str | None, flag: str) -> None:
 def write_json(path: str | None, result: Any) -> None:
     """Writes `result` as one JSON object to `path`, if there is one; non-finite numbers become null."""
     if path is not None:
-        text = json.dumps(finite(result), indent=2, ensure_ascii=False, allow_nan=False)
-        Path(path).write_text(text + "\n", encoding="utf-8")
-
-
-def finite(value: Any) -> Any:
-    """`value` with non-finite numbers replaced by None, at any depth."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return value
+        Path(path).write_text(json_text(result), encoding="utf-8")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

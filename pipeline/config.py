@@ -8,18 +8,18 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, Field
 from pydantic_settings import BaseSettings, CliSettingsSource, EnvSettingsSource, SettingsConfigDict
 
+from pipeline.command import COMMAND_SECTIONS, ENV_PREFIX, make_parser
 from pipeline.errors import UserError
-from pipeline.section import RENAMED, flat_fields, merged, validated
+from pipeline.section import flat_fields, merged, validated
 from pipeline.training.config import TrainConfig
 from pipeline.tuning.config import TuneConfig
 
-ENV_PREFIX = "ESRGAN_"
 FIRST_FIELDS = (
     "Most commands need no more than --config, --run_name, --storage, --workers, --data.source and --data.root; every "
     "field below can also be set in the file or in the environment (docs/fields.md)."
@@ -38,26 +38,6 @@ class _Settings(Config, BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix=ENV_PREFIX, env_nested_delimiter="__", case_sensitive=False, cli_avoid_json=True
     )
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        hint = ""
-        if "unrecognized arguments:" in message:
-            flag = message.split("unrecognized arguments:")[1].split()[0].split("=")[0]
-            flags = [option for action in self._actions for option in action.option_strings]
-            near = difflib.get_close_matches(flag, flags, n=1)
-            hint = f"; did you mean {near[0]}?" if near else "; --help lists the flags"
-            if flag.removeprefix("--") in RENAMED:
-                hint = f"; renamed to --{RENAMED[flag.removeprefix('--')]}"
-        raise UserError(f"{message}{hint}")
-
-
-def make_parser(description: str) -> argparse.ArgumentParser:
-    """A parser for a command without configuration fields; its errors are one line (UserError)."""
-    return _Parser(description=description, allow_abbrev=False)
 
 
 def load_config(
@@ -164,7 +144,7 @@ def _environment_values(environment: Mapping[str, str]) -> dict[str, Any]:
     for name in environment:
         if name.upper().startswith(ENV_PREFIX):
             field = name[len(ENV_PREFIX) :].split("__")[0].lower()
-            if field not in Config.model_fields:
+            if field not in Config.model_fields and field not in COMMAND_SECTIONS:
                 near = difflib.get_close_matches(field, Config.model_fields, n=1)
                 hint = f"did you mean {ENV_PREFIX}{near[0].upper()}?" if near else "unset it"
                 raise UserError(f"environment {name}: no field {field}; {hint}")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import math
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -71,3 +72,16 @@ class JsonFile(Generic[T]):
     def remove(self, folder: Storage) -> None:
         """Removes the file if it exists."""
         folder.remove(self.path)
+
+
+def json_text(value: Any) -> str:
+    """`value` as indented JSON with a final line break; JSON has no NaN and infinity, so these become null."""
+    return json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
