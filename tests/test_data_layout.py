@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from enlarging import write_picture
+from evaluation_helpers import write_image
 
 from pipeline.data import load_manifest, prepare
 from pipeline.data.config import DataConfig
@@ -26,7 +26,7 @@ def tree(folder: Path, *names: str, lr: tuple[str, ...] = ()) -> Path:
     """Images of these names below `folder`: HR of 64 px, LR of 16."""
     for seed, name in enumerate([*names, *lr]):
         side = 16 if name in lr else 64
-        write_picture(folder / name, side, side, seed)
+        write_image(folder / name, side, side, seed)
     return folder
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from enlarging import job
+from evaluation_helpers import job
 from PIL import Image
 from tiny import write_photos
 

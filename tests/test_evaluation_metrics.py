@@ -1,4 +1,4 @@
-"""The numbers of an evaluation: those of the metrics themselves, averaged exactly, in the contract's form."""
+"""Metrics of an evaluation: equal to direct calls, exact means, the contract's keys."""
 
 import hashlib
 import json
@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from enlarging import job, picture, refusal, write_generator, write_overflowing_generator, write_picture
+from evaluation_helpers import (
+    job,
+    synthetic_image,
+    user_error,
+    write_generator,
+    write_image,
+    write_overflowing_generator,
+)
 from PIL import Image
 from torchmetrics.functional.image.lpips import learned_perceptual_image_patch_similarity
 from torchvision.models import AlexNet_Weights, alexnet
@@ -29,8 +36,8 @@ def run(folder: Path, *arguments: object) -> dict:
 
 
 def test_values_are_those_of_direct_calls(tmp_path: Path) -> None:
-    hr = picture(64, 80)
-    write_picture(tmp_path / "hr" / "a.png")
+    hr = synthetic_image(64, 80)
+    write_image(tmp_path / "hr" / "a.png")
     weights = write_generator(tmp_path / "g.safetensors")
     result = run(tmp_path, "--model", weights, "--hr", tmp_path / "hr")
     generator = open_model(str(weights)).generator
@@ -54,49 +61,47 @@ def test_bicubic_on_the_reference_photo(tmp_path: Path, reference: dict[str, np.
     with_lr = run(tmp_path, "--model", "bicubic", "--hr", tmp_path / "hr", "--lr", tmp_path / "lr")
     assert alone["mean"] == with_lr["mean"]
     assert alone["mean"]["psnr_y"] == psnr(bicubic_upscale(lr, 4), hr, 4, "y")
-    # Bicubic of a photograph of this kind lies here; another kernel or a shift by half a pixel does not.
+    # Another kernel, or a shift by half a pixel, gives a PSNR outside this range.
     assert alone["mean"]["psnr_y"] == pytest.approx(psnr(reference["photo_up"], hr, 4, "y"), abs=0.3)
 
 
-def test_several_models_stand_under_models_in_the_given_order(tmp_path: Path) -> None:
-    write_picture(tmp_path / "hr" / "a.png")
+def test_several_models_are_listed_in_the_given_order(tmp_path: Path) -> None:
+    write_image(tmp_path / "hr" / "a.png")
     weights = write_generator(tmp_path / "g.safetensors")
     result = run(tmp_path, "--model", "bicubic", weights, "--hr", tmp_path / "hr")
     assert [entry["model"] for entry in result["models"]] == ["bicubic", str(weights)]
     assert all(set(entry) == {"mean", "images", "border", "model"} for entry in result["models"])
 
 
-def test_the_mean_is_over_images_and_json_gets_it(tmp_path: Path) -> None:
+def test_the_mean_is_over_images_and_written_to_json(tmp_path: Path) -> None:
     for seed in range(3):
-        write_picture(tmp_path / "hr" / f"{seed}.png", 48 + 4 * seed, 64, seed)
+        write_image(tmp_path / "hr" / f"{seed}.png", 48 + 4 * seed, 64, seed)
     result = run(tmp_path, "--model", "bicubic", "--hr", tmp_path / "hr", "--json", tmp_path / "mean.json")
     values = [image["psnr_y"] for image in result["images"]]
     assert result["mean"]["psnr_y"] == pytest.approx(sum(values) / 3, abs=1e-12)
     assert json.loads((tmp_path / "mean.json").read_text()) == result["mean"]
 
 
-def test_sizes_that_do_not_divide_are_cut_and_grey_becomes_rgb(tmp_path: Path) -> None:
+def test_sizes_that_do_not_divide_are_cut_and_gray_becomes_rgb(tmp_path: Path) -> None:
     (tmp_path / "hr").mkdir()
-    grey = picture(67, 83)[..., 0]
-    Image.fromarray(grey).save(tmp_path / "hr" / "a.png")
+    gray = synthetic_image(67, 83)[..., 0]
+    Image.fromarray(gray).save(tmp_path / "hr" / "a.png")
     result = run(tmp_path, "--model", "bicubic", "--hr", tmp_path / "hr")
-    hr = np.repeat(grey[:64, :80, None], 3, axis=2)
+    hr = np.repeat(gray[:64, :80, None], 3, axis=2)
     assert result["mean"]["psnr_y"] == psnr(bicubic_upscale(matlab_bicubic_downscale(hr), 4), hr, 4, "y")
 
 
-def test_refused_pictures_are_named_and_not_counted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_picture(tmp_path / "hr" / "good.png")
+def test_rejected_images_are_listed_and_excluded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_image(tmp_path / "hr" / "good.png")
     (tmp_path / "hr" / "page.png").write_text("<html>")
-    write_picture(tmp_path / "hr" / "tiny.png", 16, 16)
+    write_image(tmp_path / "hr" / "tiny.png", 16, 16)
     result = run(tmp_path, "--model", "bicubic", "--hr", tmp_path / "hr")
     assert [image["name"] for image in result["images"]] == ["good.png"]
     assert {Path(each["path"]).name for each in result["refused"]} == {"page.png", "tiny.png"}
     assert "HTML" in capsys.readouterr().out
 
 
-def test_equal_pictures_have_no_number_for_psnr_and_json_stays_valid(tmp_path: Path) -> None:
+def test_infinite_psnr_of_equal_images_is_null_in_json(tmp_path: Path) -> None:
     flat = np.full((48, 48, 3), 90, np.uint8)
     (tmp_path / "hr").mkdir()
     Image.fromarray(flat).save(tmp_path / "hr" / "flat.png")
@@ -107,7 +112,7 @@ def test_equal_pictures_have_no_number_for_psnr_and_json_stays_valid(tmp_path: P
 
 
 def test_tiles_change_a_metric_by_less_than_its_printed_digits(tmp_path: Path) -> None:
-    write_picture(tmp_path / "hr" / "a.png", 320, 400)
+    write_image(tmp_path / "hr" / "a.png", 320, 400)
     weights = write_generator(tmp_path / "g.safetensors")
     whole = run(tmp_path, "--model", weights, "--hr", tmp_path / "hr", "--tile", 0)["mean"]
     tiled = run(tmp_path, "--model", weights, "--hr", tmp_path / "hr", "--tile", 32)["mean"]
@@ -116,17 +121,17 @@ def test_tiles_change_a_metric_by_less_than_its_printed_digits(tmp_path: Path) -
 
 def test_limit_takes_the_first_names(tmp_path: Path) -> None:
     for name in "cab":
-        write_picture(tmp_path / "hr" / f"{name}.png")
+        write_image(tmp_path / "hr" / f"{name}.png")
     result = run(tmp_path, "--model", "bicubic", "--hr", tmp_path / "hr", "--limit", 2)
     assert [image["name"] for image in result["images"]] == ["a.png", "b.png"]
 
 
-def test_an_interpolated_network_is_measured_beside_the_others(tmp_path: Path) -> None:
-    hr = write_picture(tmp_path / "hr" / "a.png", 64, 80)
+def test_an_interpolated_network_is_evaluated_with_the_others(tmp_path: Path) -> None:
+    hr = write_image(tmp_path / "hr" / "a.png", 64, 80)
     a, b = (str(write_generator(tmp_path / f"{seed}.safetensors", seed)) for seed in (1, 2))
     result = run(tmp_path, "--model", "bicubic", "--interpolate", a, b, "0.8", "--hr", hr.parent)
     assert [entry["model"] for entry in result["models"]] == ["bicubic", f"0.2 * {a} + 0.8 * {b}"]
-    original = picture(64, 80)
+    original = synthetic_image(64, 80)
     mixed = interpolated(open_model(a), open_model(b), 0.8).upscale(matlab_bicubic_downscale(original))
     assert result["models"][1]["mean"]["psnr_y"] == psnr(mixed, original, 4, "y")
 
@@ -134,18 +139,18 @@ def test_an_interpolated_network_is_measured_beside_the_others(tmp_path: Path) -
 @pytest.mark.ray
 def test_ray_workers_give_the_same_numbers(tmp_path: Path, ray_cluster: str) -> None:
     for seed in range(4):
-        write_picture(tmp_path / "hr" / f"{seed}.png", 48, 64, seed)
+        write_image(tmp_path / "hr" / f"{seed}.png", 48, 64, seed)
     models = [open_model("bicubic"), open_model(str(write_generator(tmp_path / "g.safetensors")))]
     pairs, _ = find_pairs(str(tmp_path / "hr"), None, 4)
     scorer = Scorer(models, Settings())
     assert evaluate(scorer, pairs, workers=1).as_json() == evaluate(scorer, pairs).as_json()
 
 
-def test_a_model_with_non_finite_output_is_refused_without_results(tmp_path: Path) -> None:
+def test_a_model_with_non_finite_output_is_an_error_without_results(tmp_path: Path) -> None:
     weights = write_overflowing_generator(tmp_path / "g.safetensors")
-    write_picture(tmp_path / "hr" / "bright.png")
+    write_image(tmp_path / "hr" / "bright.png")
     Image.new("RGB", (80, 64)).save(tmp_path / "hr" / "dark.png")
-    text = refusal(
+    text = user_error(
         "evaluate", "--model", "bicubic", weights, "--hr", tmp_path / "hr", "--out", tmp_path / "out"
     )
     assert "bright.png" in text
@@ -177,7 +182,7 @@ def test_lpips_equals_torchmetrics_on_the_same_backbone(
     network = alexnet()
     network.load_state_dict(torch.load(backbone / lpips.BACKBONE, weights_only=True))
     monkeypatch.setattr(torchvision.models, "alexnet", lambda weights: network)
-    hr, sr = picture(64, 72), picture(64, 72, seed=1)
+    hr, sr = synthetic_image(64, 72), synthetic_image(64, 72, seed=1)
     one, other = (torch.from_numpy(image[4:-4, 4:-4]).permute(2, 0, 1)[None] / 255 for image in (sr, hr))
     expected = learned_perceptual_image_patch_similarity(one, other, net_type="alex", normalize=True)
     assert expected > 0.01
@@ -186,7 +191,7 @@ def test_lpips_equals_torchmetrics_on_the_same_backbone(
 
 def test_lpips_of_equal_images_is_zero_and_grows_with_the_distance(backbone: Path) -> None:
     distance = lpips.load_lpips(str(backbone))
-    hr = picture(64, 64)
+    hr = synthetic_image(64, 64)
     near, far = (np.clip(hr.astype(int) + change, 0, 255).astype(np.uint8) for change in (4, 40))
     assert distance(hr, hr) == 0
     assert 0 < distance(near, hr) < distance(far, hr)
@@ -201,7 +206,7 @@ def test_lpips_is_skipped_with_a_note_if_its_file_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    write_picture(tmp_path / "hr" / "a.png")
+    write_image(tmp_path / "hr" / "a.png")
     result = run(tmp_path, "--model", "bicubic", "--hr", tmp_path / "hr", "--lpips")
     assert set(result["mean"]) == set(METRICS)
     notes = [line for line in capsys.readouterr().out.splitlines() if "LPIPS" in line]
@@ -215,7 +220,7 @@ def test_lpips_reads_torch_hubs_cache(
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     (tmp_path / "torch" / "hub").mkdir(parents=True)
     backbone.rename(tmp_path / "torch" / "hub" / "checkpoints")
-    write_picture(tmp_path / "hr" / "a.png")
+    write_image(tmp_path / "hr" / "a.png")
     result = run(tmp_path, "--model", "bicubic", "--hr", tmp_path / "hr", "--lpips")
     assert set(result["mean"]) == {*METRICS, "lpips"}
 
@@ -234,8 +239,8 @@ def test_lpips_rejects_a_corrupt_or_another_file(backbone: Path, monkeypatch: py
 
 
 def test_an_image_too_small_for_lpips_is_one_clear_line(tmp_path: Path, backbone: Path) -> None:
-    write_picture(tmp_path / "hr" / "small.png", 36, 80)
-    text = refusal(
+    write_image(tmp_path / "hr" / "small.png", 36, 80)
+    text = user_error(
         "evaluate",
         "--model",
         "bicubic",

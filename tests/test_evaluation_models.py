@@ -1,4 +1,4 @@
-"""What a user may mean by a model."""
+"""Model specs: runs, checkpoints, files, labels, interpolation."""
 
 import hashlib
 import json
@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from enlarging import picture, refusal, write_generator, write_picture
+from evaluation_helpers import synthetic_image, user_error, write_generator, write_image
 
 from pipeline.errors import UserError
 from pipeline.evaluation import models
-from pipeline.evaluation.evaluate import short_labels
 from pipeline.evaluation.models import Model, interpolated, notes, open_model
+from pipeline.evaluation.result import short_labels
 from pipeline.model import RRDBNet, save_generator
 
 
@@ -31,7 +31,7 @@ def same(first: object, second: object) -> bool:
     return all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_a_run_stands_for_its_newest_finished_checkpoint(tmp_path: Path) -> None:
+def test_a_run_opens_its_newest_finished_checkpoint(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "psnr-00000900", 1)
     newest = write_checkpoint(tmp_path, "gan-00001000", 2)
     unfinished = write_checkpoint(tmp_path, "gan-00002000", 3)
@@ -39,19 +39,19 @@ def test_a_run_stands_for_its_newest_finished_checkpoint(tmp_path: Path) -> None
     assert same(open_model(str(tmp_path)), open_model(str(newest)))
 
 
-def test_a_damaged_checkpoint_is_passed_over_in_a_run_and_refused_by_name(tmp_path: Path) -> None:
-    sound = write_checkpoint(tmp_path, "psnr-00000001", 1)
-    damaged = write_checkpoint(tmp_path, "psnr-00000002", 2)
-    content = bytearray((damaged / "generator.safetensors").read_bytes())
+def test_a_corrupt_checkpoint_is_skipped_in_a_run_and_an_error_by_its_path(tmp_path: Path) -> None:
+    valid = write_checkpoint(tmp_path, "psnr-00000001", 1)
+    corrupt = write_checkpoint(tmp_path, "psnr-00000002", 2)
+    content = bytearray((corrupt / "generator.safetensors").read_bytes())
     content[-1] ^= 1
-    (damaged / "generator.safetensors").write_bytes(content)
-    assert same(open_model(str(tmp_path)), open_model(str(sound)))
+    (corrupt / "generator.safetensors").write_bytes(content)
+    assert same(open_model(str(tmp_path)), open_model(str(valid)))
     with pytest.raises(UserError, match="checksum"):
-        open_model(str(damaged))
+        open_model(str(corrupt))
 
 
 @pytest.mark.parametrize("source", ["file.safetensors", "file.pth", "run", "run/checkpoints/gan-00001000"])
-def test_non_finite_weights_are_refused_by_every_command(tmp_path: Path, source: str) -> None:
+def test_non_finite_weights_are_an_error_in_every_command(tmp_path: Path, source: str) -> None:
     folder = tmp_path / "run" / "checkpoints" / "gan-00001000"
     generator = RRDBNet(num_feat=8, num_block=1, num_grow_ch=4)
     torch.nn.init.constant_(generator.body[0].rdb1.conv2.bias, torch.nan)
@@ -62,19 +62,19 @@ def test_non_finite_weights_are_refused_by_every_command(tmp_path: Path, source:
     (folder / "manifest.json").write_text(
         json.dumps({"files": {"generator.safetensors": {"sha256": digest}}})
     )
-    image, out = write_picture(tmp_path / "a.png"), tmp_path / "out"
+    image, out = write_image(tmp_path / "a.png"), tmp_path / "out"
     model = ("--model", tmp_path / source)
     for text in (
-        refusal("upscale", *model, "--input", image, "--output", out),
-        refusal("evaluate", *model, "--hr", image, "--out", out),
-        refusal("export_model", *model, "--output", tmp_path / "g.onnx"),
+        user_error("upscale", *model, "--input", image, "--output", out),
+        user_error("evaluate", *model, "--hr", image, "--out", out),
+        user_error("export_model", *model, "--output", tmp_path / "g.onnx"),
     ):
         assert text.startswith(f"{tmp_path / source}: body.0.rdb1.conv2.bias holds non-finite values")
     assert not out.exists()
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_files_open_by_themselves_and_a_missing_residual_scale_is_said(tmp_path: Path, suffix: str) -> None:
+def test_files_without_a_residual_scale_give_a_note(tmp_path: Path, suffix: str) -> None:
     model = open_model(str(write_generator(tmp_path / f"g{suffix}")))
     assert model.scale == 4
     assert bool(notes([model])) == (suffix == ".pth")
@@ -90,7 +90,7 @@ def test_interpolation_mixes_weights_as_the_paper_does(tmp_path: Path) -> None:
     assert mixed.name.startswith("0.2 * ")
 
 
-def test_interpolation_refuses_other_sizes_and_bicubic(tmp_path: Path) -> None:
+def test_interpolation_rejects_other_sizes_and_bicubic(tmp_path: Path) -> None:
     a = open_model(str(write_generator(tmp_path / "a.safetensors")))
     b = open_model(str(write_generator(tmp_path / "b.safetensors", num_feat=12)))
     c = open_model(str(write_generator(tmp_path / "c.safetensors", residual_scale=0.1)))
@@ -103,13 +103,13 @@ def test_interpolation_refuses_other_sizes_and_bicubic(tmp_path: Path) -> None:
 
 def test_bf16_stays_near_fp32(tmp_path: Path) -> None:
     path = str(write_generator(tmp_path / "g.safetensors"))
-    lr = picture(24, 20)
+    lr = synthetic_image(24, 20)
     exact, quick = open_model(path).upscale(lr), open_model(path, precision="bf16").upscale(lr)
     assert np.abs(exact.astype(int) - quick).max() <= 4
 
 
 @pytest.mark.parametrize(("has_it", "lines"), [(True, 0), (False, 1)])
-def test_a_cpu_that_only_imitates_bf16_is_said(
+def test_bf16_on_a_cpu_without_support_gives_a_note(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_it: bool, lines: int
 ) -> None:
     path = str(write_generator(tmp_path / "g.safetensors"))
@@ -137,9 +137,9 @@ def test_a_label_is_split_off_but_paths_with_equals_signs_are_not(tmp_path: Path
         (["same.pth", "same.pth"], ["same", "same"]),
     ],
 )  # fmt: skip
-def test_labels_are_short_and_tell_models_apart(names: list[str], labels: list[str]) -> None:
+def test_labels_are_short_and_distinguish_the_models(names: list[str], labels: list[str]) -> None:
     assert short_labels([Model(name, 4) for name in names]) == labels
 
 
-def test_a_users_label_stays() -> None:
-    assert short_labels([Model("a/x.pth", 4, label="mine"), Model("b/x.pth", 4)]) == ["mine", "x"]
+def test_a_label_of_the_user_is_kept() -> None:
+    assert short_labels([Model("a/x.pth", 4, label="tuned"), Model("b/x.pth", 4)]) == ["tuned", "x"]

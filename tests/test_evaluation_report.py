@@ -1,20 +1,23 @@
-"""The report in a real browser, and the comparison picture."""
+"""The report in a real browser, and the comparison figure."""
 
 import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from enlarging import job, picture, write_generator, write_picture
-from PIL import Image
+from evaluation_helpers import job, synthetic_image, write_generator, write_image
 
+from pipeline.evaluation.comparison import Panel, draw_panels
 from pipeline.evaluation.crops import Box, most_different
-from pipeline.evaluation.picture import comparison_picture, save_comparison
-from pipeline.evaluation.report import render_report
-from pipeline.evaluation.scoring import Settings
+from pipeline.evaluation.layout import find_pairs
+from pipeline.evaluation.models import open_model
+from pipeline.evaluation.report import render_report, tradeoff_figure
+from pipeline.evaluation.result import Evaluation
+from pipeline.evaluation.scoring import ImageScore, Scorer, Settings
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = [
@@ -22,7 +25,7 @@ FLAGS = [
     "--no-first-run", "--hide-scrollbars",
 ]  # fmt: skip
 
-# Uses the page as a person would, and tells the frame around it what it saw.
+# Operates the page's controls, and posts what it read to the frame around it.
 DRIVER = """
 <script>
 const seen = {};
@@ -53,10 +56,10 @@ parent.postMessage("seen " + JSON.stringify(seen), "*");
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     for seed in range(3):
-        write_picture(folder / "hr" / f"picture-{seed}.png", 160, 200, seed)
+        write_image(folder / "hr" / f"image-{seed}.png", 160, 200, seed)
     weights = [str(write_generator(folder / f"stage-{seed}.safetensors", seed)) for seed in (1, 2)]
     arguments = ["--model", "bicubic", *weights, "--hr", str(folder / "hr"), "--out", str(folder / "out")]
-    assert not job("evaluate")([*arguments, "--crop", "picture-1.png:40,20,64,48"])
+    assert not job("evaluate")([*arguments, "--crop", "image-1.png:40,20,64,48"])
     return folder / "out"
 
 
@@ -64,12 +67,12 @@ def test_the_report_needs_no_network(report: Path) -> None:
     page = (report / "report.html").read_text()
     assert not re.search(r"""(src|href)=["']?(https?:)?//|@import|url\(""", page)
     assert len(page) < 15e6
-    assert "picture-1.png" in page
+    assert "image-1.png" in page
     assert "crop 64 × 48 at 40, 20" in page
 
 
 def test_names_cannot_break_out_of_the_page(tmp_path: Path) -> None:
-    write_picture(tmp_path / "hr" / "a<b></script><i>&.png".replace("/", "_"))
+    write_image(tmp_path / "hr" / "a<b></script><i>&.png".replace("/", "_"))
     job("evaluate")(["--model", "bicubic", "--hr", str(tmp_path / "hr"), "--out", str(tmp_path / "out")])
     page = (tmp_path / "out" / "report.html").read_text()
     assert "<b>&" not in page
@@ -95,7 +98,7 @@ def test_the_report_works_in_a_browser(report: Path, tmp_path: Path, width: int)
     found = re.search(r"<title>seen (.*)</title>", result.stdout)
     assert found, result.stderr[-1000:]
     seen = json.loads(found[1])
-    assert seen["names"] == ["picture-0.png", "picture-1.png", "picture-2.png"]
+    assert seen["names"] == ["image-0.png", "image-1.png", "image-2.png"]
     assert seen["down"] == sorted(seen["down"], reverse=True)
     assert seen["up"] == sorted(seen["down"])
     assert len(set(seen["down"])) == 3
@@ -106,21 +109,18 @@ def test_the_report_works_in_a_browser(report: Path, tmp_path: Path, width: int)
     assert seen["wide"] is False
 
 
-def test_a_comparison_picture_has_a_labelled_crop_for_each_column(tmp_path: Path) -> None:
-    hr = picture(64, 96)
-    lr = hr[::4, ::4]
-    columns = {"input": lr, "stage 1": np.clip(hr.astype(int) + 9, 0, 255).astype(np.uint8), "original": hr}
-    image = comparison_picture(columns, Box(16, 8, 32, 32), zoom=3)
-    pixels = np.asarray(image)
+def test_the_comparison_figure_has_rows_of_labeled_crops() -> None:
+    crops = [synthetic_image(32, 32, seed) for seed in range(3)]
+    row = [Panel(f"stage {number}", "28.10 dB", crop) for number, crop in enumerate(crops)]
+    image = draw_panels([row], zoom=3)
     x = 16 + 2 * (32 * 3 + 10)
-    crop = pixels[8 + 48 :, x:][: 32 * 3 : 3, : 32 * 3 : 3]
-    np.testing.assert_array_equal(crop, hr[8:40, 16:48])
-    save_comparison(tmp_path / "rows.png", [columns, columns])
-    assert Image.open(tmp_path / "rows.png").height > image.height
+    shown = np.asarray(image)[8 + 48 :, x:][: 32 * 3 : 3, : 32 * 3 : 3]
+    np.testing.assert_array_equal(shown, crops[2])
+    assert draw_panels([row, row], zoom=3).height > image.height
 
 
 def test_the_crop_is_where_the_results_differ_most() -> None:
-    a = picture(80, 120)
+    a = synthetic_image(80, 120)
     b = a.copy()
     b[44:60, 72:88] ^= 64
     box = most_different([a, b], 16, 4)
@@ -132,29 +132,38 @@ def test_a_crop_near_the_edge_is_moved_inside() -> None:
     assert Box(0, 0, 128, 128).fitted((30, 50, 3), 4) == Box(0, 0, 48, 28)
 
 
-def test_a_shift_of_all_colours_does_not_hide_where_detail_differs() -> None:
+def test_a_shift_of_all_colors_does_not_hide_where_detail_differs() -> None:
     a = np.full((80, 120, 3), 100, np.uint8)
     b = a + 40
-    b[44:60, 72:88] += (picture(16, 16) > 128).astype(np.uint8) * 30
+    b[44:60, 72:88] += (synthetic_image(16, 16) > 128).astype(np.uint8) * 30
     box = most_different([a, b], 32, 4)
     assert 40 <= box.x <= 88
     assert 12 <= box.y <= 60
 
 
-def test_the_trade_off_is_drawn_where_lpips_was_measured() -> None:
+def test_the_tradeoff_figure_has_a_numbered_point_for_each_model() -> None:
     means = [{"psnr_y": psnr, "lpips": lpips} for psnr, lpips in ((28.0, 0.30), (28.001, 0.30), (26.0, 0.12))]
-    page = page_with(means)
-    circles = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', page)
-    assert len(circles) == 3
-    (x1, y1), _, (x3, y3) = [(float(x), float(y)) for x, y in circles]
-    assert x3 < x1  # less PSNR
-    assert y3 > y1  # nearer to the original's look: lower in the picture
-    numbers = re.findall(r'class="name" x="([\d.-]+)" y="([\d.-]+)" text-anchor="middle">(\d)<', page)
-    assert [number for *_, number in numbers] == ["1", "2", "3"]
-    assert len({(x, y) for x, y, _ in numbers}) == 3
-    assert "<circle" not in page_with([{"psnr_y": 28.0}])
+    figure = tradeoff_figure(means)
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    points = [axes.transData.transform(each.get_offsets()[0]) for each in axes.collections]
+    assert len(points) == 3
+    assert points[2][0] < points[0][0]  # less PSNR: to the left
+    assert points[2][1] < points[0][1]  # better perceptual quality: lower
+    numbers = [(text.get_text(), text.get_window_extent()) for text in axes.texts]
+    assert [number for number, _ in numbers] == ["1", "2", "3"]
+    assert not numbers[0][1].overlaps(numbers[1][1])
 
 
-def page_with(means: list[dict[str, float]]) -> str:
-    labels = [f"model {number}" for number in range(len(means))]
-    return render_report(labels, labels, tuple(means[0]), [], means, [], Settings())
+def test_the_tradeoff_figure_is_in_the_report_if_lpips_was_computed(tmp_path: Path) -> None:
+    assert "LPIPS over PSNR" in report_with(tmp_path, lpips=0.2)
+    assert "LPIPS over PSNR" not in report_with(tmp_path)
+
+
+def report_with(folder: Path, **more: float) -> str:
+    write_image(folder / "a.png", 40, 40)
+    (pair,), _ = find_pairs(str(folder), None, 4)
+    score = Scorer([open_model("bicubic")], Settings())(pair)
+    assert isinstance(score, ImageScore)
+    score = replace(score, metrics=[{**score.metrics[0], **more}])
+    return render_report(Evaluation(["bicubic"], ["bicubic"], Settings(), [score], []))

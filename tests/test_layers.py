@@ -174,7 +174,7 @@ def test_no_module_of_data_imports_itself_through_others() -> None:
 def test_ray_is_imported_only_at_the_edge(path: Path) -> None:
     name = str(path.relative_to(ROOT))
     uses_ray = any(module.split(".")[0] == "ray" for module in imported(path))
-    at_the_edge = name in RAY_FILES or name.startswith(RAY_FOLDERS) or "spread" in name
+    at_the_edge = name in RAY_FILES or name.startswith(RAY_FOLDERS)
     assert at_the_edge or not uses_ray
 
 

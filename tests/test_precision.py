@@ -120,11 +120,11 @@ def test_networks_in_double_precision_stay_so(double: torch.nn.Module) -> None:
 
 @pytest.mark.ray
 def test_the_device_of_ray_workers_is_compared_with_the_cluster(ray_cluster: str) -> None:
-    from pipeline.evaluation.spread import spread
+    from pipeline.evaluation.ray_workers import map_on_ray
 
     with pytest.raises(UserError, match="--workers 1: needs 1 GPUs, and Ray has 0"):
-        list(spread(visible_gpus, ["a"], 1, "cuda"))
-    assert list(spread(visible_gpus, ["a"], 1, "auto")) == [{"a": ""}]
+        list(map_on_ray(visible_gpus, ["a"], 1, "cuda"))
+    assert list(map_on_ray(visible_gpus, ["a"], 1, "auto")) == [{"a": ""}]
 
 
 def visible_gpus(item: str) -> dict[str, str | None]:

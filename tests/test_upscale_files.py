@@ -1,4 +1,4 @@
-"""What an enlarged copy keeps: names, orientation, transparency, profile; and what a stop leaves behind."""
+"""What an output keeps of its input: name, orientation, transparency, profile; failures and resuming."""
 
 import io
 import json
@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from enlarging import (
+from evaluation_helpers import (
     job,
-    picture,
-    refusal,
+    synthetic_image,
+    user_error,
     write_generator,
+    write_image,
     write_overflowing_generator,
-    write_picture,
 )
 from PIL import Image, ImageCms
 
@@ -39,7 +39,7 @@ def names(entries: list[str], root: Path) -> list[str]:
 
 def test_a_folder_keeps_its_relative_names(tmp_path: Path, weights: Path) -> None:
     for name in ("b.png", "deep/er/a.webp", "both.png", "both.jpg"):
-        write_picture(tmp_path / "in" / name, 20, 24)
+        write_image(tmp_path / "in" / name, 20, 24)
     code, result = run(tmp_path, "--model", weights, "--input", tmp_path / "in")
     assert code == 0
     assert names(result["written"], tmp_path / "out") == [
@@ -51,17 +51,17 @@ def test_a_folder_keeps_its_relative_names(tmp_path: Path, weights: Path) -> Non
     assert Image.open(tmp_path / "out" / "deep" / "er" / "a.png").size == (96, 80)
 
 
-def test_a_file_holds_the_generators_pixels(tmp_path: Path, weights: Path) -> None:
-    write_picture(tmp_path / "a.png", 20, 24)
+def test_an_output_has_the_generators_pixels(tmp_path: Path, weights: Path) -> None:
+    write_image(tmp_path / "a.png", 20, 24)
     run(tmp_path, "--model", weights, "--input", tmp_path / "a.png")
     generator = open_model(str(weights)).generator
     assert generator is not None
-    expected = upscale(generator, picture(20, 24))
+    expected = upscale(generator, synthetic_image(20, 24))
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / "a.png")), expected)
 
 
-def test_tiles_stay_within_a_level_of_the_whole(tmp_path: Path, weights: Path) -> None:
-    write_picture(tmp_path / "a.png", 150, 130)
+def test_tiles_change_pixels_by_at_most_one_level(tmp_path: Path, weights: Path) -> None:
+    write_image(tmp_path / "a.png", 150, 130)
     whole, tiled = tmp_path / "whole", tmp_path / "tiled"
     for folder, tile in ((whole, "0"), (tiled, "48")):
         job("upscale")(
@@ -84,31 +84,31 @@ def test_orientation_is_applied_and_other_exif_kept(tmp_path: Path, weights: Pat
     exif = Image.Exif()
     exif[0x0112], exif[0x010F] = 6, "Camera"
     exif.get_ifd(0x8769)[0xA002] = 24
-    image = Image.fromarray(picture(20, 24))
+    image = Image.fromarray(synthetic_image(20, 24))
     image.save(tmp_path / "a.png", exif=exif)
     run(tmp_path, "--model", weights, "--input", tmp_path / "a.png")
-    copy = Image.open(tmp_path / "out" / "a.png")
-    assert copy.size == (80, 96)
-    assert copy.getexif().get(0x0112, 1) == 1
-    assert copy.getexif()[0x010F] == "Camera"
-    assert copy.getexif().get_ifd(0x8769)[0xA002] == 80
+    output = Image.open(tmp_path / "out" / "a.png")
+    assert output.size == (80, 96)
+    assert output.getexif().get(0x0112, 1) == 1
+    assert output.getexif()[0x010F] == "Camera"
+    assert output.getexif().get_ifd(0x8769)[0xA002] == 80
     generator = open_model(str(weights)).generator
     assert generator is not None
-    upright = np.ascontiguousarray(np.rot90(picture(20, 24), -1))
-    np.testing.assert_array_equal(np.asarray(copy), upscale(generator, upright))
+    upright = np.ascontiguousarray(np.rot90(synthetic_image(20, 24), -1))
+    np.testing.assert_array_equal(np.asarray(output), upscale(generator, upright))
 
 
 @pytest.mark.parametrize("form", ["png", "webp"])
-def test_transparency_is_enlarged_by_bicubic(tmp_path: Path, weights: Path, form: str) -> None:
-    alpha = picture(20, 24, seed=3)[..., :1]
-    Image.fromarray(np.concatenate([picture(20, 24), alpha], axis=2)).save(tmp_path / "a.png")
+def test_transparency_is_upscaled_by_bicubic(tmp_path: Path, weights: Path, form: str) -> None:
+    alpha = synthetic_image(20, 24, seed=3)[..., :1]
+    Image.fromarray(np.concatenate([synthetic_image(20, 24), alpha], axis=2)).save(tmp_path / "a.png")
     run(tmp_path, "--model", weights, "--input", tmp_path / "a.png", "--format", form)
-    copy = Image.open(tmp_path / "out" / f"a.{form}")
-    assert copy.mode == "RGBA"
-    np.testing.assert_array_equal(np.asarray(copy)[..., 3:], bicubic_upscale(alpha, 4))
+    output = Image.open(tmp_path / "out" / f"a.{form}")
+    assert output.mode == "RGBA"
+    np.testing.assert_array_equal(np.asarray(output)[..., 3:], bicubic_upscale(alpha, 4))
 
 
-def test_jpeg_refuses_transparency_by_name(tmp_path: Path, weights: Path) -> None:
+def test_jpeg_rejects_transparency(tmp_path: Path, weights: Path) -> None:
     Image.new("RGBA", (20, 20), (9, 9, 9, 99)).save(tmp_path / "a.png")
     code, result = run(tmp_path, "--model", weights, "--input", tmp_path / "a.png", "--format", "jpg")
     assert code == 1
@@ -116,29 +116,29 @@ def test_jpeg_refuses_transparency_by_name(tmp_path: Path, weights: Path) -> Non
 
 
 @pytest.mark.parametrize("form", ["png", "jpg", "webp"])
-def test_the_colour_profile_is_kept(tmp_path: Path, weights: Path, form: str) -> None:
+def test_the_color_profile_is_kept(tmp_path: Path, weights: Path, form: str) -> None:
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    Image.fromarray(picture(20, 24)).save(tmp_path / "a.jpg", icc_profile=profile)
+    Image.fromarray(synthetic_image(20, 24)).save(tmp_path / "a.jpg", icc_profile=profile)
     run(tmp_path, "--model", weights, "--input", tmp_path / "a.jpg", "--format", form)
     assert Image.open(tmp_path / "out" / f"a.{form}").info["icc_profile"] == profile
 
 
-def test_grey_stays_grey(tmp_path: Path, weights: Path) -> None:
-    Image.fromarray(picture(20, 24)[..., 0]).save(tmp_path / "a.png")
+def test_gray_stays_gray(tmp_path: Path, weights: Path) -> None:
+    Image.fromarray(synthetic_image(20, 24)[..., 0]).save(tmp_path / "a.png")
     run(tmp_path, "--model", weights, "--input", tmp_path / "a.png")
     assert Image.open(tmp_path / "out" / "a.png").mode == "L"
 
 
-def test_the_smallest_picture_goes_through(tmp_path: Path, weights: Path) -> None:
+def test_the_smallest_image(tmp_path: Path, weights: Path) -> None:
     Image.new("RGB", (1, 1), (10, 200, 30)).save(tmp_path / "a.png")
     run(tmp_path, "--model", weights, "--input", tmp_path / "a.png")
     assert Image.open(tmp_path / "out" / "a.png").size == (4, 4)
 
 
-def test_bad_photographs_are_named_and_the_others_written(
+def test_bad_images_are_reported_and_the_others_written(
     tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_picture(tmp_path / "in" / "good.png", 20, 24)
+    write_image(tmp_path / "in" / "good.png", 20, 24)
     (tmp_path / "in" / "page.png").write_text("<html>")
     content = (tmp_path / "in" / "good.png").read_bytes()
     (tmp_path / "in" / "cut.png").write_bytes(content[: len(content) // 2])
@@ -151,7 +151,7 @@ def test_bad_photographs_are_named_and_the_others_written(
 
 def test_an_image_with_non_finite_output_fails_and_the_others_are_written(tmp_path: Path) -> None:
     weights = write_overflowing_generator(tmp_path / "g.safetensors")
-    write_picture(tmp_path / "in" / "bright.png", 20, 24)
+    write_image(tmp_path / "in" / "bright.png", 20, 24)
     Image.new("RGB", (24, 20)).save(tmp_path / "in" / "dark.png")
     for precision, hint in (("fp32", "another model"), ("bf16", "--precision fp32")):
         code, result = run(
@@ -165,9 +165,9 @@ def test_an_image_with_non_finite_output_fails_and_the_others_are_written(tmp_pa
     assert not (tmp_path / "out" / "bright.png").exists()
 
 
-def test_running_again_skips_what_is_there_and_goes_on(tmp_path: Path, weights: Path) -> None:
+def test_running_again_skips_existing_outputs_and_resumes(tmp_path: Path, weights: Path) -> None:
     for name in "abc":
-        write_picture(tmp_path / "in" / f"{name}.png", 20, 24)
+        write_image(tmp_path / "in" / f"{name}.png", 20, 24)
     source, output, tasks = plan(str(tmp_path / "in"), str(tmp_path / "out"), "png")
     upscaler = Upscaler(open_model(str(weights)), source, output, "png", None, 200.0)
     upscale_all(upscaler, tasks[:1])
@@ -181,11 +181,11 @@ def test_running_again_skips_what_is_there_and_goes_on(tmp_path: Path, weights: 
     assert len(result["written"]) == 3
 
 
-def test_a_full_disk_ends_in_one_line_and_leaves_nothing_half_written(
+def test_a_full_disk_is_a_one_line_error_and_leaves_no_partial_output(
     tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in "ab":
-        write_picture(tmp_path / "in" / f"{name}.png", 20, 24)
+        write_image(tmp_path / "in" / f"{name}.png", 20, 24)
     replace = Path.replace
 
     def full(self: Path, target: Path) -> Path:
@@ -194,36 +194,38 @@ def test_a_full_disk_ends_in_one_line_and_leaves_nothing_half_written(
         return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", full)
-    text = refusal("upscale", "--model", weights, "--input", tmp_path / "in", "--output", tmp_path / "out")
+    text = user_error("upscale", "--model", weights, "--input", tmp_path / "in", "--output", tmp_path / "out")
     assert "No space left" in text
     assert "1 were written" in text
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "upscale.json"]
 
 
-def test_an_output_below_the_input_is_not_enlarged_again(tmp_path: Path, weights: Path) -> None:
-    write_picture(tmp_path / "a.png", 20, 24)
+def test_an_output_folder_below_the_input_is_not_upscaled(tmp_path: Path, weights: Path) -> None:
+    write_image(tmp_path / "a.png", 20, 24)
     for _ in range(2):
         code, result = run(tmp_path, "--model", weights, "--input", tmp_path)
         assert code == 0
     assert names(result["skipped"], tmp_path / "out") == ["a.png"]
 
 
-def test_wrong_inputs_are_one_line(tmp_path: Path, weights: Path) -> None:
-    write_picture(tmp_path / "in" / "a.png", 20, 24)
+def test_bad_input_is_a_one_line_error(tmp_path: Path, weights: Path) -> None:
+    write_image(tmp_path / "in" / "a.png", 20, 24)
     out = ("--output", tmp_path / "out")
-    assert "no such" in refusal("upscale", "--model", weights, "--input", tmp_path / "no", *out)
+    assert "no such" in user_error("upscale", "--model", weights, "--input", tmp_path / "no", *out)
     (tmp_path / "empty").mkdir()
-    assert "no pictures" in refusal("upscale", "--model", weights, "--input", tmp_path / "empty", *out)
+    assert "no images" in user_error("upscale", "--model", weights, "--input", tmp_path / "empty", *out)
     (tmp_path / "page.pth").write_text("<html>")
-    assert "weights" in refusal("upscale", "--model", tmp_path / "page.pth", "--input", tmp_path / "in", *out)
-    text = refusal("upscale", "--model", weights, "--input", tmp_path / "in", "--output", tmp_path / "in")
+    assert "weights" in user_error(
+        "upscale", "--model", tmp_path / "page.pth", "--input", tmp_path / "in", *out
+    )
+    text = user_error("upscale", "--model", weights, "--input", tmp_path / "in", "--output", tmp_path / "in")
     assert "input's folder" in text
-    text = refusal("upscale", "--model", weights, "--input", tmp_path / "in", "--output", weights / "out")
+    text = user_error("upscale", "--model", weights, "--input", tmp_path / "in", "--output", weights / "out")
     assert "--output" in text
-    assert "--tile" in refusal(
+    assert "--tile" in user_error(
         "upscale", "--model", weights, "--input", tmp_path / "in", *out, "--tile", "-3"
     )
-    assert "--format" in refusal(
+    assert "--format" in user_error(
         "upscale", "--model", weights, "--input", tmp_path / "in", *out, "--format", "gif"
     )
 
@@ -231,19 +233,19 @@ def test_wrong_inputs_are_one_line(tmp_path: Path, weights: Path) -> None:
 @pytest.mark.ray
 def test_ray_workers_write_the_same_files(tmp_path: Path, weights: Path, ray_cluster: str) -> None:
     for seed in range(4):
-        write_picture(tmp_path / "in" / f"{seed}.png", 20, 24, seed)
+        write_image(tmp_path / "in" / f"{seed}.png", 20, 24, seed)
     (tmp_path / "in" / "bad.png").write_bytes(b"")
     code, result = run(tmp_path, "--model", weights, "--input", tmp_path / "in", "--workers", 1)
     assert code == 1
     assert len(result["written"]) == 4
     assert [entry["reason"] for entry in result["failed"]] == ["empty file"]
     first = np.asarray(Image.open(io.BytesIO((tmp_path / "out" / "0.png").read_bytes())))
-    np.testing.assert_array_equal(first, open_model(str(weights)).upscale(picture(20, 24, 0)))
+    np.testing.assert_array_equal(first, open_model(str(weights)).upscale(synthetic_image(20, 24, 0)))
 
 
 @pytest.mark.ray
-def test_more_workers_than_cpus_are_refused(tmp_path: Path, weights: Path, ray_cluster: str) -> None:
-    write_picture(tmp_path / "in" / "a.png", 20, 24)
+def test_more_workers_than_cpus_are_an_error(tmp_path: Path, weights: Path, ray_cluster: str) -> None:
+    write_image(tmp_path / "in" / "a.png", 20, 24)
     arguments = (
         "--model",
         weights,
@@ -254,4 +256,4 @@ def test_more_workers_than_cpus_are_refused(tmp_path: Path, weights: Path, ray_c
         "--workers",
         "64",
     )
-    assert "--workers 64" in refusal("upscale", *arguments)
+    assert "--workers 64" in user_error("upscale", *arguments)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from enlarging import job, picture, refusal, write_generator, write_picture
+from evaluation_helpers import job, synthetic_image, user_error, write_generator, write_image
 from PIL import Image
 
 from pipeline.evaluation.models import Model, open_model
@@ -37,10 +37,10 @@ def run(folder: Path, model: str | Path, *more: str) -> dict[str, list[str]]:
     }
 
 
-def refused(folder: Path, model: str | Path, *more: str) -> str:
-    """The line that refuses a call, which leaves the output folder as it is."""
+def rejected(folder: Path, model: str | Path, *more: str) -> str:
+    """The error of a call, which leaves the output folder unchanged."""
     before = contents(folder / "out")
-    text = refusal("upscale", *arguments(folder, model, *more))
+    text = user_error("upscale", *arguments(folder, model, *more))
     assert contents(folder / "out") == before
     assert "--overwrite" in text
     assert "another --output" in text
@@ -53,13 +53,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def assert_made_by(model: Path, output: Path, seed: int) -> None:
     np.testing.assert_array_equal(
-        np.asarray(Image.open(output)), open_model(str(model)).upscale(picture(20, 24, seed))
+        np.asarray(Image.open(output)), open_model(str(model)).upscale(synthetic_image(20, 24, seed))
     )
 
 
 def write_inputs(folder: Path, *names: str) -> None:
     for seed, name in enumerate(names):
-        write_picture(folder / "in" / name, 20, 24, seed)
+        write_image(folder / "in" / name, 20, 24, seed)
 
 
 @pytest.mark.parametrize(
@@ -82,19 +82,19 @@ def test_every_input_has_its_own_output(tmp_path: Path, first: Path, names: list
     assert len(run(tmp_path, first)["skipped"]) == len(names)
 
 
-def test_outputs_of_another_model_are_refused_and_overwritten_on_request(
+def test_outputs_of_another_model_are_an_error_and_overwritten_on_request(
     tmp_path: Path, first: Path, second: Path
 ) -> None:
     write_inputs(tmp_path, "a.png", "b.png")
     run(tmp_path, first)
-    text = refused(tmp_path, second)
+    text = rejected(tmp_path, second)
     assert str(first) in text
     assert "generator_sha256" in text
-    refused(tmp_path, "bicubic")
+    rejected(tmp_path, "bicubic")
     assert run(tmp_path, second, "--overwrite") == {"written": ["a.png", "b.png"], "skipped": []}
     assert_made_by(second, tmp_path / "out" / "a.png", 0)
     assert run(tmp_path, second) == {"written": [], "skipped": ["a.png", "b.png"]}
-    refused(tmp_path, first)
+    rejected(tmp_path, first)
 
 
 def test_the_weights_decide_and_not_the_models_name(tmp_path: Path, first: Path, second: Path) -> None:
@@ -104,26 +104,26 @@ def test_the_weights_decide_and_not_the_models_name(tmp_path: Path, first: Path,
     copied.write_bytes(first.read_bytes())
     assert run(tmp_path, copied)["skipped"] == ["a.png"]
     first.write_bytes(second.read_bytes())
-    refused(tmp_path, first)
+    rejected(tmp_path, first)
 
 
-def test_other_settings_are_refused_unless_they_only_round_differently(tmp_path: Path, first: Path) -> None:
+def test_other_settings_are_an_error_unless_only_rounding_differs(tmp_path: Path, first: Path) -> None:
     write_inputs(tmp_path, "a.png")
     run(tmp_path, first)
-    assert "format png is now webp" in refused(tmp_path, first, "--format", "webp")
-    assert "precision fp32 is now bf16" in refused(tmp_path, first, "--precision", "bf16")
+    assert "format png is now webp" in rejected(tmp_path, first, "--format", "webp")
+    assert "precision fp32 is now bf16" in rejected(tmp_path, first, "--precision", "bf16")
     assert run(tmp_path, first, "--tile", "16", "--device", "cpu")["skipped"] == ["a.png"]
     scaled = write_generator(tmp_path / "scaled.safetensors", seed=1, residual_scale=0.1)
-    assert "residual_scale 0.2 is now 0.1" in refused(tmp_path, scaled)
+    assert "residual_scale 0.2 is now 0.1" in rejected(tmp_path, scaled)
     assert run(tmp_path, first, "--format", "webp", "--overwrite")["written"] == ["a.webp"]
 
 
-def test_an_output_of_another_input_is_not_taken_for_done(tmp_path: Path, first: Path) -> None:
+def test_an_output_of_another_input_is_not_skipped(tmp_path: Path, first: Path) -> None:
     write_inputs(tmp_path, "a.png")
     run(tmp_path, first)
     (tmp_path / "in" / "a.png").unlink()
     write_inputs(tmp_path, "b.png", "a.jpg")
-    text = refused(tmp_path, first)
+    text = rejected(tmp_path, first)
     inputs = tmp_path / "in"
     assert f"a.png was made from {inputs}/a.png, and is now the output of {inputs}/a.jpg" in text
     assert run(tmp_path, first, "--overwrite")["written"] == ["a.png", "b.png"]
@@ -132,23 +132,23 @@ def test_an_output_of_another_input_is_not_taken_for_done(tmp_path: Path, first:
 def test_two_folders_with_equal_names_do_not_share_outputs(tmp_path: Path, first: Path) -> None:
     write_inputs(tmp_path, "a.png")
     run(tmp_path, first)
-    write_picture(tmp_path / "other" / "a.png", 20, 24, seed=7)
-    text = refused(tmp_path, first, "--input", str(tmp_path / "other"))
+    write_image(tmp_path / "other" / "a.png", 20, 24, seed=7)
+    text = rejected(tmp_path, first, "--input", str(tmp_path / "other"))
     assert f"{tmp_path}/in/a.png" in text
     assert f"{tmp_path}/other/a.png" in text
 
 
-def test_images_without_a_record_are_not_taken_for_done(tmp_path: Path, first: Path) -> None:
+def test_images_without_a_record_are_not_skipped(tmp_path: Path, first: Path) -> None:
     write_inputs(tmp_path, "a.png", "b.png")
-    write_picture(tmp_path / "out" / "a.png", 80, 96, seed=5)
-    assert "a.png exists, but upscale.json does not list it" in refused(tmp_path, first)
+    write_image(tmp_path / "out" / "a.png", 80, 96, seed=5)
+    assert "a.png exists, but upscale.json does not list it" in rejected(tmp_path, first)
     assert len(run(tmp_path, first, "--overwrite")["written"]) == 2
     (tmp_path / "out" / "upscale.json").write_text("[1")
-    assert "(2 such files)" in refused(tmp_path, first)
+    assert "(2 such files)" in rejected(tmp_path, first)
     assert len(run(tmp_path, first, "--overwrite")["written"]) == 2
 
 
-def test_a_record_replaced_by_a_parallel_process_with_the_same_settings_does_no_harm(
+def test_a_record_replaced_by_a_parallel_process_with_the_same_settings_is_harmless(
     tmp_path: Path, first: Path
 ) -> None:
     write_inputs(tmp_path, "a.png")
@@ -177,11 +177,11 @@ def test_a_killed_run_is_resumed_by_the_same_model_alone(
 ) -> None:
     write_inputs(tmp_path, "a.png", "b.png", "c.png")
     killed_at_the_second_image(monkeypatch, arguments(tmp_path, first))
-    refused(tmp_path, second)
+    rejected(tmp_path, second)
     assert run(tmp_path, first) == {"written": ["b.png", "c.png"], "skipped": ["a.png"]}
 
 
-def test_a_killed_overwrite_leaves_no_outputs_of_the_earlier_model_that_look_done(
+def test_a_killed_overwrite_leaves_no_skippable_outputs_of_the_earlier_model(
     tmp_path: Path, first: Path, second: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_inputs(tmp_path, "a.png", "b.png", "c.png")
@@ -192,18 +192,18 @@ def test_a_killed_overwrite_leaves_no_outputs_of_the_earlier_model_that_look_don
         assert_made_by(second, tmp_path / "out" / f"{name}.png", seed)
 
 
-def test_outputs_that_an_overwrite_did_not_reach_are_not_taken_for_done(
+def test_outputs_that_an_overwrite_did_not_reach_are_not_skipped(
     tmp_path: Path, first: Path, second: Path
 ) -> None:
     write_inputs(tmp_path, "a.png", "b.png")
     run(tmp_path, first)
     run(tmp_path, second, "--overwrite", "--input", str(tmp_path / "in" / "a.png"))
-    assert "b.png exists, but" in refused(tmp_path, second)
+    assert "b.png exists, but" in rejected(tmp_path, second)
 
 
-def test_an_output_that_would_replace_an_input_is_refused(tmp_path: Path, first: Path) -> None:
+def test_an_output_that_would_replace_an_input_is_an_error(tmp_path: Path, first: Path) -> None:
     write_inputs(tmp_path, "a.png", "in/a.png")
-    text = refusal(
+    text = user_error(
         "upscale", "--model", first, "--input", tmp_path / "in", "--output", tmp_path, "--overwrite"
     )
     assert f"would replace the input {tmp_path / 'in' / 'a.png'}" in text

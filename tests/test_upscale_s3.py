@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from enlarging import job, refusal, write_generator, write_picture
+from evaluation_helpers import job, user_error, write_generator, write_image
 from PIL import Image
 from s3 import s3_bucket
 
@@ -18,9 +18,9 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         yield bucket
 
 
-def test_a_prefix_is_enlarged_into_another_and_skipped_the_second_time(bucket: str, tmp_path: Path) -> None:
+def test_a_prefix_is_upscaled_into_another_and_skipped_the_second_time(bucket: str, tmp_path: Path) -> None:
     weights = write_generator(tmp_path / "g.safetensors")
-    content = write_picture(tmp_path / "a.png", 20, 24).read_bytes()
+    content = write_image(tmp_path / "a.png", 20, 24).read_bytes()
     Storage(f"{bucket}/in").write_bytes("deep/a.png", content)
     Storage(f"{bucket}/models").write_bytes("g.safetensors", weights.read_bytes())
     arguments = [
@@ -32,21 +32,21 @@ def test_a_prefix_is_enlarged_into_another_and_skipped_the_second_time(bucket: s
         f"{bucket}/out",
     ]
     assert job("upscale")(arguments) == 0
-    copy = Storage(f"{bucket}/out").read_bytes("deep/a.png")
-    (tmp_path / "copy.png").write_bytes(copy)
-    assert np.asarray(Image.open(tmp_path / "copy.png")).shape == (80, 96, 3)
+    output = Storage(f"{bucket}/out").read_bytes("deep/a.png")
+    (tmp_path / "output.png").write_bytes(output)
+    assert np.asarray(Image.open(tmp_path / "output.png")).shape == (80, 96, 3)
     assert job("upscale")(arguments) == 0
-    assert Storage(f"{bucket}/out").read_bytes("deep/a.png") == copy
+    assert Storage(f"{bucket}/out").read_bytes("deep/a.png") == output
     arguments[1] = str(write_generator(tmp_path / "other.safetensors", seed=1))
-    assert "made by s3://" in refusal("upscale", *arguments)
-    assert Storage(f"{bucket}/out").read_bytes("deep/a.png") == copy
+    assert "made by s3://" in user_error("upscale", *arguments)
+    assert Storage(f"{bucket}/out").read_bytes("deep/a.png") == output
     assert job("upscale")([*arguments, "--overwrite"]) == 0
-    assert Storage(f"{bucket}/out").read_bytes("deep/a.png") != copy
+    assert Storage(f"{bucket}/out").read_bytes("deep/a.png") != output
     assert job("upscale")(arguments) == 0
 
 
-def test_originals_on_s3_are_evaluated(bucket: str, tmp_path: Path) -> None:
-    content = write_picture(tmp_path / "a.png").read_bytes()
+def test_hr_images_on_s3_are_evaluated(bucket: str, tmp_path: Path) -> None:
+    content = write_image(tmp_path / "a.png").read_bytes()
     Storage(f"{bucket}/hr").write_bytes("a.png", content)
     assert not job("evaluate")(["--model", "bicubic", "--hr", f"{bucket}/hr", "--out", str(tmp_path / "out")])
     assert (tmp_path / "out" / "metrics.json").is_file()

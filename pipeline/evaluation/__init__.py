@@ -1,1 +1,1 @@
-"""Measuring generators on photographs, showing the differences, and upscaling with them."""
+"""Evaluation, upscaling and export of generators."""

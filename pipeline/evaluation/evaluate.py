@@ -1,182 +1,178 @@
-"""Evaluates models on a set of pictures: exact means, metrics.json, a comparison picture and the report."""
+"""Evaluates models on a set of images: exact means, metrics.json, a comparison figure and the report."""
 
-import base64
 import io
-import json
-import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import pyarrow
-from PIL import Image
+from PIL import Image as PillowImage
 
 from pipeline.data.ingest.decoding import FORMATS
 from pipeline.errors import UserError
-from pipeline.evaluation.layout import Pair, Refused
-from pipeline.evaluation.models import BICUBIC, SUFFIXES, WEIGHTS, Model
-from pipeline.evaluation.picture import Panel, draw_panels
-from pipeline.evaluation.progress import with_progress
+from pipeline.evaluation.comparison import Panel, draw_panels
+from pipeline.evaluation.config import EvaluateConfig
+from pipeline.evaluation.crops import nearest_upscale
+from pipeline.evaluation.layout import Pair, Rejected, find_pairs
+from pipeline.evaluation.lpips import Lpips, load_lpips
+from pipeline.evaluation.models import (
+    BICUBIC,
+    Model,
+    choose_device,
+    interpolated,
+    notes,
+    open_model,
+    split_label,
+)
 from pipeline.evaluation.report import render_report
-from pipeline.evaluation.scoring import Scorer, Settings, size_mismatch
+from pipeline.evaluation.result import Evaluation, short_labels
+from pipeline.evaluation.scoring import Failure, ImageScore, Scorer, Settings, size_mismatch
+from pipeline.imaging import Image
+from pipeline.json_file import json_text
+from pipeline.progress import progress
 from pipeline.storage import Storage
 
 COMPARISON_ROWS = 4
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What was measured."""
+def run_evaluation(config: EvaluateConfig) -> Evaluation:
+    """Opens the models, scores the images, and writes metrics.json, report.html and comparison.png.
 
-    names: list[str]
-    """The models, as the user wrote them."""
-    labels: list[str]
-    """The same, short enough for a table."""
-    settings: Settings
-    images: list[dict[str, Any]]
-    """One for each picture, sorted by name, as `Scorer` gives it."""
-    refused: list[Refused]
+    Notes about the models and the images are printed.
 
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """Names of the metrics."""
-        return tuple(self.images[0]["metrics"][0])
+    Raises:
+        UserError: an unusable model, device, image folder or output folder; see also `evaluate`.
+    """
+    out = Storage(config.out)
+    out.require_writable("--out")
+    models, scale = _open_models(config)
+    pairs, rejected = find_pairs(config.hr, config.lr, scale)
+    unknown = config.crop.keys() - {pair.name for pair in pairs}
+    if unknown:
+        raise UserError(f"--crop {min(unknown)}: no image of this name in {config.hr}")
+    border = scale if config.border is None else config.border
+    settings = Settings(scale, border, config.tile, boxes=config.crop)
+    lpips, missing = _lpips(config.lpips)
+    for line in [*notes(models), *missing]:
+        print(f"note: {line}")
+    result = evaluate(Scorer(models, settings, lpips), pairs[: config.limit], rejected, config.workers)
+    _write_results(result, Storage(str(Path(out.uri))))
+    return result
 
-    def mean(self, model: int) -> dict[str, float]:
-        """Means over the pictures of one model's metrics; the order and the number of workers do not change a bit."""
-        rows = [image["metrics"][model] for image in self.images]
-        return {metric: math.fsum(row[metric] for row in rows) / len(rows) for metric in self.metrics}
 
-    def as_json(self) -> dict[str, Any]:
-        """The form of metrics.json: of the one model, or a list under `models`."""
-        entries = [
-            {
-                "mean": self.mean(number),
-                "images": [{"name": image["name"], **image["metrics"][number]} for image in self.images],
-                "border": self.settings.border,
-                "model": name,
-            }
-            for number, name in enumerate(self.names)
-        ]
-        result: dict[str, Any] = entries[0] if len(entries) == 1 else {"models": entries}
-        if self.refused:
-            result["refused"] = [{"path": each.path, "reason": each.reason} for each in self.refused]
-        return result
+def _open_models(config: EvaluateConfig) -> tuple[list[Model], int]:
+    """All models, and their scale: the given one, the first network's, or 4."""
+    device = choose_device(config.device, config.workers)
 
-    def means_as_json(self) -> dict[str, Any]:
-        """The one model's mean, or each model's under `models`."""
-        means = [{"model": name, "mean": self.mean(number)} for number, name in enumerate(self.names)]
-        return self.mean(0) if len(means) == 1 else {"models": means}
+    def opened(source: str, bicubic_scale: int = 4) -> Model:
+        return open_model(
+            source,
+            config.tracking_uri,
+            device=device,
+            precision=config.precision,
+            bicubic_scale=bicubic_scale,
+        )
+
+    networks = {source: opened(source) for source in config.model if split_label(source)[1] != BICUBIC}
+    mixed = [interpolated(opened(a), opened(b), alpha) for a, b, alpha in config.interpolate]
+    scale = config.scale or next((model.scale for model in [*networks.values(), *mixed]), 4)
+    models = [networks[source] if source in networks else opened(source, scale) for source in config.model]
+    return [*models, *mixed], scale
+
+
+def _lpips(folder: str | None) -> tuple[Lpips | None, list[str]]:
+    """LPIPS if it is requested and its files exist, and a note if they do not."""
+    if folder is None:
+        return None, []
+    if folder:
+        return load_lpips(folder), []
+    try:
+        return load_lpips(), []
+    except UserError as error:
+        return None, [f"LPIPS is skipped; {str(error).removeprefix('LPIPS: ')}"]
 
 
 def evaluate(
-    scorer: Scorer, pairs: Sequence[Pair], refused: Sequence[Refused] = (), workers: int = 0
+    scorer: Scorer, pairs: Sequence[Pair], rejected: Sequence[Rejected] = (), workers: int = 0
 ) -> Evaluation:
-    """Scores every picture, in this process or on Ray's workers.
+    """Scores every image, in this process or on Ray's workers.
 
     Raises:
-        UserError: the sizes of a pair do not belong together, every image was refused, or a model's output for one is
-            not finite (without that image the means would flatter the model).
+        UserError: the sizes of a pair do not match, every image was rejected, or a model's output for one is not
+            finite (without that image the means would flatter the model).
     """
     models = scorer.models
     scales = {model.scale for model in models}
     if scales != {scorer.settings.scale}:
-        raise UserError(f"the models enlarge by {sorted(scales)}; models of one scale are compared")
-    require_matching_sizes(pairs, scorer.settings.scale)
-    addresses = {pair.name: pair.hr for pair in pairs}
-    outcomes = []
-    for outcome in with_progress(_outcomes(scorer, pairs, workers), len(pairs)):
-        if "failed" in outcome:
-            raise UserError(f"{addresses[outcome['name']]}: {outcome['failed']}")
-        outcomes.append(outcome)
-    outcomes.sort(key=lambda outcome: outcome["name"])
-    unusable = [Refused(addresses[each["name"]], each["refused"]) for each in outcomes if "refused" in each]
-    images = [each for each in outcomes if "refused" not in each]
-    every = [*refused, *unusable]
+        raise UserError(
+            f"the models have the scales {sorted(scales)}; only models of one scale can be compared"
+        )
+    _require_matching_sizes(pairs, scorer.settings.scale)
+    paths = {pair.name: pair.hr for pair in pairs}
+    images: list[ImageScore] = []
+    unusable: list[Rejected] = []
+    for outcome in progress(_outcomes(scorer, pairs, workers), total=len(pairs), unit=" images"):
+        if isinstance(outcome, ImageScore):
+            images.append(outcome)
+        elif outcome.fatal:
+            raise UserError(f"{paths[outcome.name]}: {outcome.reason}")
+        else:
+            unusable.append(Rejected(paths[outcome.name], outcome.reason))
+    # Workers finish in any order.
+    images.sort(key=lambda image: image.name)
+    unusable.sort(key=lambda each: each.path)
+    excluded = [*rejected, *unusable]
     if not images:
-        raise UserError(f"none of {len(pairs)} pictures can be evaluated; {every[0].path}: {every[0].reason}")
-    return Evaluation([model.name for model in models], short_labels(models), scorer.settings, images, every)
+        raise UserError(
+            f"none of {len(pairs)} images can be evaluated; {excluded[0].path}: {excluded[0].reason}"
+        )
+    return Evaluation(
+        [model.name for model in models], short_labels(models), scorer.settings, images, excluded
+    )
 
 
-def _outcomes(scorer: Scorer, pairs: Sequence[Pair], workers: int) -> Iterable[dict[str, Any]]:
+def _outcomes(scorer: Scorer, pairs: Sequence[Pair], workers: int) -> Iterable[ImageScore | Failure]:
     if workers == 0:
         return map(scorer, pairs)
-    from pipeline.evaluation.spread import spread
+    from pipeline.evaluation.ray_workers import map_on_ray
 
     devices = [model.device for model in scorer.models if model.generator is not None]
-    return spread(scorer, pairs, workers, devices[0] if devices else "cpu")
+    return map_on_ray(scorer, pairs, workers, devices[0] if devices else "cpu")
 
 
-def write_results(evaluation: Evaluation, out: Path) -> None:
-    """Writes metrics.json, report.html and comparison.png into the folder `out`."""
-    storage = Storage(str(out))
-    text = json.dumps(_finite(evaluation.as_json()), indent=2, ensure_ascii=False, allow_nan=False)
-    page = render_report(
-        evaluation.labels, evaluation.names, evaluation.metrics, evaluation.images,
-        [evaluation.mean(number) for number in range(len(evaluation.names))],
-        evaluation.refused, evaluation.settings,
-    )  # fmt: skip
-    storage.write_bytes("report.html", page.encode())
+def _write_results(evaluation: Evaluation, out: Storage) -> None:
+    """Writes metrics.json (last), report.html and comparison.png."""
+    out.write_bytes("report.html", render_report(evaluation).encode())
     buffer = io.BytesIO()
     draw_panels(list(_comparison(evaluation)), zoom=2).save(buffer, format="PNG", optimize=True)
-    storage.write_bytes("comparison.png", buffer.getvalue())
-    storage.write_bytes("metrics.json", f"{text}\n".encode())
+    out.write_bytes("comparison.png", buffer.getvalue())
+    out.write_bytes("metrics.json", json_text(evaluation.as_json()).encode())
 
 
-def table(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
-    """Header and rows for a terminal: one row for each model."""
-    header = ["model", *evaluation.metrics]
-    means = [evaluation.mean(number) for number in range(len(evaluation.names))]
-    rows = [
-        [label, *(shown(metric, mean[metric]) for metric in evaluation.metrics)]
-        for label, mean in zip(evaluation.labels, means, strict=True)
-    ]
-    return header, rows
+def _comparison(evaluation: Evaluation) -> Iterator[list[Panel]]:
+    """The first images: input, bicubic, each model, original, with their PSNR."""
+    for image in evaluation.images[:COMPARISON_ROWS]:
+        panels = [Panel("input", "", nearest_upscale(_decoded(image.lr), evaluation.settings.scale))]
+        if BICUBIC not in evaluation.names:
+            panels.append(Panel(BICUBIC, "", _decoded(image.bicubic)))
+        for label, crop, metrics in zip(evaluation.labels, image.sr, image.metrics, strict=True):
+            panels.append(Panel(label, f"PSNR (Y) {metrics['psnr_y']:.2f} dB", _decoded(crop)))
+        yield [*panels, Panel("original", image.name, _decoded(image.hr))]
 
 
-def shown(metric: str, value: float) -> str:
-    """A metric's value with the digits that mean something."""
-    return f"{value:.3f}" if metric.startswith("psnr") else f"{value:.4f}"
+def _decoded(content: bytes) -> Image:
+    return np.asarray(PillowImage.open(io.BytesIO(content)).convert("RGB"))
 
 
-def short_labels(models: Sequence[Model]) -> list[str]:
-    """Names for a table: the user's label, or as few of the last parts of each path as tell the models apart."""
-    labels = [model.label or _short(model.name, 1) for model in models]
-    for parts in range(2, 6):
-        labels = [
-            _short(model.name, parts) if labels.count(label) > 1 and not model.label else label
-            for label, model in zip(labels, models, strict=True)
-        ]
-    return labels
-
-
-def _short(name: str, parts: int) -> str:
-    return " + ".join(_short_term(term, parts) for term in name.split(" + "))
-
-
-def _short_term(term: str, parts: int) -> str:
-    """`0.2 * RUN/checkpoints/gan-00000900` becomes `0.2 * gan-00000900`, models:/NAME@ALIAS becomes NAME@ALIAS."""
-    factor, times, source = term.rpartition(" * ")
-    if source.startswith("models:/"):
-        return factor + times + source.removeprefix("models:/")
-    # These two names are the same in every run.
-    steps = [step for step in PurePosixPath(source).parts if step not in ("/", "checkpoints", WEIGHTS)]
-    short = "/".join(steps[-parts:]) or source
-    suffix = next((suffix for suffix in SUFFIXES if short.endswith(suffix)), "")
-    return factor + times + short.removesuffix(suffix)
-
-
-def require_matching_sizes(pairs: Sequence[Pair], scale: int) -> None:
+def _require_matching_sizes(pairs: Sequence[Pair], scale: int) -> None:
     """Compares the sizes in the headers of all pairs before the work. Raises UserError for the first that differs."""
     for pair in pairs:
         if pair.lr is None:
             continue
         hr, lr = _header_size(pair.hr), _header_size(pair.lr)
         if hr is None or lr is None:
-            continue  # refused by name later
-        # EXIF may turn one of the two.
+            continue  # rejected later, with its reason
+        # EXIF may rotate one of the two.
         fits = any(
             0 <= a - scale * lr[0] < scale and 0 <= b - scale * lr[1] < scale for a, b in (hr, hr[::-1])
         )
@@ -190,36 +186,8 @@ def _header_size(path: str) -> tuple[int, int] | None:
     try:
         with (
             filesystem.open_input_file(f"{base.rstrip('/')}/{name}") as file,
-            Image.open(file, formats=FORMATS) as image,
+            PillowImage.open(file, formats=FORMATS) as image,
         ):
             return image.size
-    except (OSError, ValueError, SyntaxError, pyarrow.ArrowException, Image.DecompressionBombError):
+    except (OSError, ValueError, SyntaxError, pyarrow.ArrowException, PillowImage.DecompressionBombError):
         return None
-
-
-def _comparison(evaluation: Evaluation) -> Iterator[list[Panel]]:
-    """The first pictures: input, bicubic, each model, original, with their PSNR."""
-    has_bicubic = BICUBIC in evaluation.names
-    for image in evaluation.images[:COMPARISON_ROWS]:
-        pictures, scale = image["pictures"], evaluation.settings.scale
-        lr = _decoded(pictures["lr"])
-        panels = [Panel("input", "", lr.repeat(scale, axis=0).repeat(scale, axis=1))]
-        if not has_bicubic:
-            panels.append(Panel(BICUBIC, "", _decoded(pictures["bicubic"])))
-        for label, crop, metrics in zip(evaluation.labels, pictures["models"], image["metrics"], strict=True):
-            panels.append(Panel(label, f"PSNR (Y) {metrics['psnr_y']:.2f} dB", _decoded(crop)))
-        yield [*panels, Panel("original", image["name"], _decoded(pictures["hr"]))]
-
-
-def _decoded(uri: str) -> np.ndarray:
-    content = base64.b64decode(uri.split(",", 1)[1])
-    return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows no infinity: a perfect picture's PSNR becomes null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list) else value

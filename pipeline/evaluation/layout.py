@@ -1,4 +1,4 @@
-"""Finds the pictures of an evaluation: originals alone, or originals and their low-resolution versions."""
+"""Finds the images of an evaluation: HR images alone, or HR images with their LR files."""
 
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -19,7 +19,7 @@ from pipeline.storage import Storage, is_remote
 
 @dataclass(frozen=True)
 class Pair:
-    """An original and, where there is one, its low-resolution version; both are full addresses."""
+    """An HR image and, if it exists, its LR file; both are full addresses."""
 
     name: str
     hr: str
@@ -27,18 +27,18 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Refused:
-    """A file that is not evaluated, and why."""
+class Rejected:
+    """A file that is not evaluated, and the reason."""
 
     path: str
     reason: str
 
 
 def images_in(uri: str, flag: str) -> tuple[Storage, list[str]]:
-    """The folder and the relative names of the pictures below it, sorted; for a file, its folder and its name.
+    """The folder and the relative names of the images below it, sorted; for a file, its folder and its name.
 
     Raises:
-        UserError: naming `flag`, when there is no such folder or file, or no picture in it.
+        UserError: naming `flag`, if the folder or file does not exist, or has no images.
     """
     if not is_remote(uri) and Path(uri).expanduser().is_file():
         file = Path(uri).expanduser().resolve()
@@ -48,36 +48,35 @@ def images_in(uri: str, flag: str) -> tuple[Storage, list[str]]:
         folder, _, name = storage.uri.rpartition("/")
         return Storage(folder), [name]
     if not storage.exists():
-        raise UserError(f"{flag} {uri}: there is no such folder or file")
+        raise UserError(f"{flag} {uri}: no such folder or file")
     names = [name for name in storage.files() if _is_image(PurePosixPath(name))]
     if not names:
         known = ", ".join(sorted(suffix.lstrip(".") for suffix in EXTENSIONS))
-        raise UserError(f"{flag} {uri}: no pictures there (looked for {known})")
+        raise UserError(f"{flag} {uri}: no images (suffixes: {known})")
     return storage, names
 
 
-def find_pairs(hr: str, lr: str | None, scale: int) -> tuple[list[Pair], list[Refused]]:
-    """The pictures to evaluate, sorted by name.
+def find_pairs(hr: str, lr: str | None, scale: int) -> tuple[list[Pair], list[Rejected]]:
+    """The images to evaluate, sorted by name.
 
-    The words for HR and LR in folder and file names are those of `pipeline.data.ingest.layout`, as in ingest. Where
-    only some subfolders of `hr` are HR folders, the rest is not evaluated; without `lr`, the LR folder beside them is
-    used. A line is printed where there was a choice.
+    Folder and file names are matched by `pipeline.data.ingest.layout`, as in ingest. If only some subfolders of `hr` are HR
+    folders, the others are not evaluated; without `lr`, the LR folder next to them is used. The choice is printed.
 
     Raises:
-        UserError: a folder is missing or empty, no HR file has an LR file, or it is not clear which LR files belong.
+        UserError: a folder is missing or empty, no HR file has an LR file, or the LR files are ambiguous.
     """
     storage, names = images_in(hr, "--hr")
     folders = split_folders(names, scale)
     if folders is not None:
         names = folders.hr
-    originals = _below(storage, names, hr_folders(names) if folders is not None else [])
+    hr_paths = _below(storage, names, hr_folders(names) if folders is not None else [])
     if lr is not None:
         lr_storage, lr_names = images_in(lr, "--lr")
-        small = _below(lr_storage, lr_files(lr_names, scale), [])
-        if len(originals) == len(small) == 1:
-            (name, path), (low,) = *originals.items(), small.values()
-            return [Pair(name, path, low)], []
-        return _match(originals, small, scale, lr)
+        lr_paths = _below(lr_storage, lr_files(lr_names, scale), [])
+        if len(hr_paths) == len(lr_paths) == 1:
+            (name, path), (lr_path,) = *hr_paths.items(), lr_paths.values()
+            return [Pair(name, path, lr_path)], []
+        return _match(hr_paths, lr_paths, scale, lr)
     if folders is not None:
         chosen = _lr_folders(folders, hr)
         skipped = sorted({*folders.other_lr, *folders.versions}) + (["other files"] if folders.rest else [])
@@ -88,22 +87,22 @@ def find_pairs(hr: str, lr: str | None, scale: int) -> tuple[list[Pair], list[Re
             flush=True,
         )
         if chosen:
-            small = _below(storage, [name for folder in chosen for name in folders.lr[folder]], [])
-            return _match(originals, small, scale, f"{hr}/{chosen[0]}")
-    beside = lr_beside_hr(originals)
-    unmarked = [name for name, other in beside.items() if not is_marked_hr(other)]
+            lr_paths = _below(storage, [name for folder in chosen for name in folders.lr[folder]], [])
+            return _match(hr_paths, lr_paths, scale, f"{hr}/{chosen[0]}")
+    adjacent = lr_beside_hr(hr_paths)
+    unmarked = [name for name, other in adjacent.items() if not is_marked_hr(other)]
     if unmarked:
         raise UserError(
-            f"--hr {hr}: {unmarked[0]} is next to {beside[unmarked[0]]} and by its name the same image at another size "
-            f"({len(unmarked)} such files); move LR files to a folder of their own and give it as --lr, or rename them"
+            f"--hr {hr}: {unmarked[0]} is next to {adjacent[unmarked[0]]} and by its name the same image at another "
+            f"size ({len(unmarked)} such files); move LR files to a separate folder and pass it as --lr, or rename them"
         )
-    if beside:
-        marked = {name: path for name, path in originals.items() if is_marked_hr(name)}
-        small = {name: originals[name] for name in beside}
-        pairs, refused = _match(marked, small, scale, hr)
-        rest = [path for name, path in originals.items() if name not in marked and name not in small]
-        return pairs, refused + [Refused(path, "neither HR nor LR in its name") for path in rest]
-    return [Pair(name, path, None) for name, path in originals.items()], []
+    if adjacent:
+        marked = {name: path for name, path in hr_paths.items() if is_marked_hr(name)}
+        lr_paths = {name: hr_paths[name] for name in adjacent}
+        pairs, rejected = _match(marked, lr_paths, scale, hr)
+        rest = [path for name, path in hr_paths.items() if name not in marked and name not in lr_paths]
+        return pairs, rejected + [Rejected(path, "neither HR nor LR in its name") for path in rest]
+    return [Pair(name, path, None) for name, path in hr_paths.items()], []
 
 
 def _is_image(path: PurePosixPath) -> bool:
@@ -122,30 +121,30 @@ def _lr_folders(folders: Folders, hr: str) -> list[str]:
 
 
 def _below(storage: Storage, names: list[str], folders: list[str]) -> dict[str, str]:
-    """Full address of each name; the names are relative to the folder, where there is one."""
+    """Full address of each name; names in a single folder become relative to it."""
     prefix = f"{folders[0]}/" if len(folders) == 1 else ""
     return {name.removeprefix(prefix): storage.path(name) for name in names}
 
 
 def _match(
-    originals: dict[str, str], small: dict[str, str], scale: int, where: str
-) -> tuple[list[Pair], list[Refused]]:
-    found = lr_candidates({name: name for name in originals}, {name: name for name in small}, scale)
-    pairs, refused, free = [], [], dict.fromkeys(small)
-    for name in sorted(originals):
-        candidates = [each for each in found[name] if each in free]
+    hr_paths: dict[str, str], lr_paths: dict[str, str], scale: int, folder: str
+) -> tuple[list[Pair], list[Rejected]]:
+    matches = lr_candidates({name: name for name in hr_paths}, {name: name for name in lr_paths}, scale)
+    pairs, rejected, free = [], [], dict.fromkeys(lr_paths)
+    for name in sorted(hr_paths):
+        candidates = [each for each in matches[name] if each in free]
         if not candidates:
-            refused.append(Refused(originals[name], f"no low-resolution file of this name in {where}"))
+            rejected.append(Rejected(hr_paths[name], f"no LR file of this name in {folder}"))
             continue
-        pairs.append(Pair(name, originals[name], small[candidates[0]]))
+        pairs.append(Pair(name, hr_paths[name], lr_paths[candidates[0]]))
         for each in candidates:
             del free[each]
         same = PurePosixPath(candidates[0]).name
-        refused += [Refused(small[each], f"has the same name as {same}") for each in candidates[1:]]
-    refused += [Refused(small[name], "no original of this name") for name in free]
+        rejected += [Rejected(lr_paths[each], f"has the same name as {same}") for each in candidates[1:]]
+    rejected += [Rejected(lr_paths[name], "no HR image of this name") for name in free]
     if not pairs:
-        example = PurePosixPath(next(iter(originals), "name.png")).stem
+        example = PurePosixPath(next(iter(hr_paths), "name.png")).stem
         raise UserError(
-            f"{where}: no file there belongs to an original by name; expected {example}x{scale}.png or so"
+            f"{folder}: no file name matches an HR image; expected names such as {example}x{scale}.png"
         )
-    return pairs, refused
+    return pairs, rejected

@@ -1,4 +1,4 @@
-"""Opens whatever a user may mean by a model: a registered version, a run, a checkpoint, a file, or `bicubic`."""
+"""Resolves a model spec: a registered version, a run, a checkpoint, a weight file, or `bicubic`."""
 
 import hashlib
 import json
@@ -6,35 +6,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import pyarrow
 import torch
-from numpy.typing import NDArray
 
 from pipeline.errors import UserError
-from pipeline.imaging import bicubic_upscale, upscale
+from pipeline.imaging import Image, bicubic_upscale, upscale
 from pipeline.model import RRDBNet, decode_generator, set_precision
 from pipeline.storage import Storage, is_remote
 from pipeline.tracking.lookup import pull_generator
 from pipeline.training import checkpoint
 
 BICUBIC = "bicubic"
-MODEL_HELP = (
-    "models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint's or a run's folder, a .safetensors or .pth file, "
-    "or bicubic; LABEL=M gives it a name of your own."
-)
 WEIGHTS = "generator.safetensors"
 SUFFIXES = (".safetensors", ".pth")
-# Low-resolution pixels up to which an image goes through in one piece (about 2.2 GB for the paper's network).
+# Low-resolution pixels up to which an image is upscaled without tiles (about 2.2 GB for the paper's network).
 WHOLE_UP_TO_PX = 512 * 512
 AUTO_TILE_PX = 256
-
-Image = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """Something that makes a picture larger."""
+    """An upscaler: a generator, or bicubic interpolation."""
 
     name: str
     """As the user wrote it."""
@@ -42,20 +34,20 @@ class Model:
     generator: RRDBNet | None = None
     """None: MATLAB's bicubic."""
     info: Mapping[str, str] = field(default_factory=dict)
-    """What the file says about the network, and where its residual scale comes from."""
+    """Sizes of the network, and the source of its residual scale."""
     device: str = "cpu"
-    """Where the generator computes; auto: on a GPU where the process that does it has one."""
+    """A torch device for the generator; auto: a GPU if the computing process has one."""
     precision: str = "fp32"
     """fp32, tf32 or bf16; see `set_precision`."""
     label: str = ""
-    """What tables and reports call it; empty: something short from the name."""
+    """Name in tables and reports; empty: a short form of `name`."""
 
     def upscale(self, lr: Image, tile_px: int | None = None) -> Image:
         """uint8 RGB (H, W, 3) to (H * scale, W * scale, 3).
 
         Args:
-            lr: the picture.
-            tile_px: side of a tile in `lr`'s pixels; 0: never tiles; none: 256 from 512 x 512 pixels on.
+            lr: uint8 RGB (H, W, 3).
+            tile_px: side of a tile in `lr`'s pixels; 0: no tiles; None: 256 for more than 512 x 512 pixels.
 
         Raises:
             FloatingPointError: the generator's output is not finite; the message is for the user.
@@ -64,7 +56,7 @@ class Model:
             return bicubic_upscale(lr, self.scale)
         if tile_px is None:
             tile_px = AUTO_TILE_PX if lr.shape[0] * lr.shape[1] > WHOLE_UP_TO_PX else 0
-        # Here and not where the model is opened: Ray's workers are other processes.
+        # Here and not in `open_model`: Ray's workers are other processes.
         set_precision(self.precision)
         device = choose_device("auto") if self.device == "auto" else self.device
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
@@ -90,15 +82,15 @@ def open_model(
     """Opens a model.
 
     Args:
-        source: models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint folder, a run's folder (its newest sound
-            checkpoint), a .safetensors or .pth file, or `bicubic`; LABEL=SOURCE gives it a name of your own.
-        tracking_uri: the store behind models:/; by default the environment's.
-        device: where the generator computes.
+        source: models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint folder, a run's folder (its newest valid
+            checkpoint), a .safetensors or .pth file, or `bicubic`; LABEL=SOURCE sets the label.
+        tracking_uri: the MLflow tracking server of models:/; by default the environment's.
+        device: a torch device, for the generator.
         precision: fp32, tf32 or bf16.
-        bicubic_scale: the factor of `bicubic`.
+        bicubic_scale: the scale of `bicubic`.
 
     Raises:
-        UserError: not there, corrupt, not finite, or not a generator.
+        UserError: missing, corrupt, not finite, or not a generator.
     """
     label, source = split_label(source)
     if source == BICUBIC:
@@ -113,7 +105,7 @@ def open_model(
 
 
 def split_label(source: str) -> tuple[str, str]:
-    """The two parts of LABEL=SOURCE; the label is empty where there is none. Paths may hold equals signs."""
+    """The two parts of LABEL=SOURCE; without a label it is empty. Paths may contain equals signs."""
     label, equals, rest = source.partition("=")
     if equals and label and rest and not any(sign in label for sign in "/:."):
         return label, rest
@@ -152,38 +144,36 @@ def interpolated(first: Model, second: Model, alpha: float) -> Model:
 
 
 def notes(models: Sequence[Model]) -> list[str]:
-    """What a user should know about how the files were read and how they compute, one line each."""
+    """Warnings about how the files were read and how they are computed, one line each."""
     slow = (
         any(model.precision == "bf16" and model.device == "cpu" for model in models) and not _cpu_has_bf16()
     )
     lines = [
-        f"{model.name}: the file does not say its residual scale; {model.info['residual_scale']} is taken"
+        f"{model.name}: the file has no residual scale; {model.info['residual_scale']} is assumed"
         for model in models
         if model.info.get("residual_scale_source") == "default"
     ]
     if slow:
-        lines.append(
-            "--precision bf16: this CPU only imitates bfloat16, many times slower; fp32 is faster here"
-        )
+        lines.append("--precision bf16: this CPU emulates bfloat16 in software (slow); use fp32")
     return lines
 
 
 def _cpu_has_bf16() -> bool:
-    """Whether the CPU computes convolutions in bfloat16 (x86: AVX-512 or newer)."""
+    """Whether the CPU supports convolutions in bfloat16 (x86: AVX-512 or newer)."""
     try:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     except (AttributeError, RuntimeError):
-        return True  # not known: nothing to say
+        return True  # unknown: no warning
 
 
 def choose_device(name: str, workers: int = 0) -> str:
-    """`auto` is a CUDA device where torch sees one, else the CPU.
+    """`auto` is CUDA if torch has a device, else the CPU.
 
-    With Ray workers the device is theirs, and this process may lack it: `auto` and `cuda` are then kept, and `spread`
+    With Ray workers, `auto` and `cuda` are returned unchanged, because this process may lack a GPU; `map_on_ray`
     compares them with the cluster's GPUs.
 
     Raises:
-        UserError: a device that is not there, or one that Ray is to choose.
+        UserError: an unusable device, or one that Ray has to choose.
     """
     if workers:
         if name not in ("auto", "cpu", "cuda"):
@@ -199,44 +189,44 @@ def choose_device(name: str, workers: int = 0) -> str:
 
 
 def _weights(source: str) -> bytes:
-    """The content of the generator's file that `source` names."""
+    """The bytes of the generator at `source`."""
     if source.lower().endswith(SUFFIXES):
         folder, _, name = source.rpartition("/")
         storage = Storage(folder or ("/" if source.startswith("/") else "."))
         try:
             return storage.read_bytes(name)
         except (OSError, pyarrow.ArrowException):
-            raise UserError(f"--model {source}: there is no such file, or it cannot be read") from None
+            raise UserError(f"--model {source}: no such file, or it cannot be read") from None
     if not is_remote(source) and "://" not in source and Path(source).expanduser().is_file():
         raise UserError(f"--model {source}: weights are .safetensors or .pth files")
     storage = Storage(source)
     if storage.exists(WEIGHTS):
         return _from_checkpoint(storage)
-    damaged = ""
-    for found in reversed(checkpoint.listed(storage)):
+    corrupt = ""
+    for listed in reversed(checkpoint.listed(storage)):
         try:
-            return _from_checkpoint(storage / found.folder)
+            return _from_checkpoint(storage / listed.folder)
         except UserError as error:
-            damaged = damaged or f"; {error}"
+            corrupt = corrupt or f"; {error}"
     if storage.exists():
         raise UserError(
-            f"--model {source}: neither a checkpoint ({WEIGHTS}) nor a run with one (checkpoints/){damaged}"
+            f"--model {source}: neither a checkpoint ({WEIGHTS}) nor a run with one (checkpoints/){corrupt}"
         )
     raise UserError(
-        f"--model {source}: there is no such file or folder; give models:/NAME@ALIAS, a checkpoint's or run's folder, "
+        f"--model {source}: no such file or folder; give models:/NAME@ALIAS, a checkpoint's or run's folder, "
         "a .safetensors or .pth file, or bicubic"
     )
 
 
 def _from_checkpoint(folder: Storage) -> bytes:
-    """The generator's file in a checkpoint, checked against the manifest."""
+    """The generator in a checkpoint, verified against the manifest."""
     try:
         content = folder.read_bytes(WEIGHTS)
         expected = json.loads(folder.read_bytes("manifest.json"))["files"][WEIGHTS]["sha256"]
     except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException):
         raise UserError(
-            f"{folder.uri}: not a finished checkpoint (its manifest.json is missing or damaged); "
-            f"name the file {WEIGHTS} to use it all the same"
+            f"{folder.uri}: not a finished checkpoint (its manifest.json is missing or corrupt); "
+            f"to use it anyway, give the path of its {WEIGHTS}"
         ) from None
     if hashlib.sha256(content).hexdigest() != expected:
         raise UserError(

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow
 
 from pipeline.errors import UserError
-from pipeline.evaluation.photo_files import SUFFIXES
+from pipeline.evaluation.image_files import SUFFIXES
 from pipeline.storage import Storage
 
 FILE = "upscale.json"
@@ -36,7 +36,7 @@ def claim(output: Storage, record: OutputRecord, overwrite: bool = False) -> set
     """Records that the outputs in `record.inputs` are made with its settings; to be called before the first is written.
 
     With `overwrite`, existing outputs that were made otherwise are removed first: a run that is killed then never
-    leaves images of two models that look alike.
+    leaves outputs of two models that cannot be distinguished.
 
     Returns:
         Relative names of the outputs that exist, with these settings and from these inputs.

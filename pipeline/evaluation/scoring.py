@@ -1,6 +1,5 @@
-"""Scores the models on one picture, and cuts out the part of it that the report shows."""
+"""Scores the models on one image, and encodes the crops that the report shows."""
 
-import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,8 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow
-from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image as PillowImage
 
 from pipeline.data.ingest.decoding import PhotoRejected, read_photo
 from pipeline.errors import UserError
@@ -17,10 +15,9 @@ from pipeline.evaluation.crops import Box, most_different
 from pipeline.evaluation.layout import Pair
 from pipeline.evaluation.lpips import Lpips
 from pipeline.evaluation.models import Model
-from pipeline.imaging import bicubic_upscale, matlab_bicubic_downscale, psnr, ssim
+from pipeline.imaging import Image, bicubic_upscale, matlab_bicubic_downscale, psnr, ssim
 from pipeline.storage import Storage
 
-Pixels = NDArray[np.uint8]
 METRICS = ("psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb")
 _SSIM_WINDOW_PX = 11
 _OVERVIEW_PX = 480
@@ -28,50 +25,97 @@ _OVERVIEW_PX = 480
 
 @dataclass(frozen=True)
 class Settings:
-    """How pictures are scored and shown."""
+    """How images are scored and shown."""
 
     scale: int = 4
     border: int = 4
     tile_px: int | None = None
     crop_px: int = 128
     boxes: Mapping[str, Box] = field(default_factory=dict)
-    """Crops chosen by hand, by the picture's name."""
+    """Crops chosen by the user, by the image's name."""
     max_megapixels: float = 200.0
 
 
 @dataclass(frozen=True)
+class ImageScore:
+    """Metrics and crops of one image.
+
+    The crops are encoded once, where the pixels are: a large set's crops are kept until the report is written, and
+    would need ten times the memory as arrays.
+    """
+
+    name: str
+    size: tuple[int, int]
+    """Width and height in pixels, HR."""
+    metrics: list[dict[str, float]]
+    """For each model."""
+    box: Box
+    lr: bytes
+    """Crop as lossless WebP, like `bicubic`, `hr` and each of `sr`."""
+    bicubic: bytes
+    hr: bytes
+    sr: list[bytes]
+    """For each model."""
+    overview: bytes
+    """The whole image as a small JPEG."""
+
+    @property
+    def encoded_bytes(self) -> int:
+        """Size of all crops and the overview."""
+        return sum(map(len, (self.lr, self.bicubic, self.hr, self.overview, *self.sr)))
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An image without a score."""
+
+    name: str
+    reason: str
+    fatal: bool = False
+    """The evaluation stops: a model's output is not finite, or the image is too small for LPIPS."""
+
+
+@dataclass(frozen=True)
 class Scorer:
-    """Scores all models on a picture; it travels to Ray's workers as a value."""
+    """Scores all models on an image; Ray's workers receive it as a value."""
 
     models: Sequence[Model]
     settings: Settings
     lpips: Lpips | None = None
 
-    def __call__(self, pair: Pair) -> dict[str, Any]:
-        """
-        Returns:
-            `name`, and one of `refused` (the reason to exclude the image), `failed` (the reason to stop: a model's
-            output is not finite, or the image is too small for LPIPS), or `metrics` (one mapping for each model) and
-            `pictures`: the crop's box and its data URIs by column (lr, bicubic, each model's number, hr), and a small
-            overview.
-        """
+    def __call__(self, pair: Pair) -> ImageScore | Failure:
+        """The score, or the reason why there is none."""
+        scale = self.settings.scale
         try:
             hr, lr = read_pair(pair, self.settings)
         except PhotoRejected as error:
-            return {"name": pair.name, "refused": str(error)}
+            return Failure(pair.name, str(error))
         try:
             results = [model.upscale(lr, self.settings.tile_px) for model in self.models]
             metrics = [self._metrics(sr, hr) for sr in results]
         except (FloatingPointError, UserError) as error:
-            return {"name": pair.name, "failed": str(error)}
-        return {
-            "name": pair.name,
-            "size": [hr.shape[1], hr.shape[0]],
-            "metrics": metrics,
-            "pictures": self._pictures(pair.name, lr, results, hr),
-        }
+            return Failure(pair.name, str(error), fatal=True)
+        bicubic = next(
+            (sr for model, sr in zip(self.models, results, strict=True) if model.generator is None), None
+        )
+        if bicubic is None:
+            bicubic = bicubic_upscale(lr, scale)
+        box = self._box(pair.name, results, bicubic, hr)
+        overview = PillowImage.fromarray(hr)
+        overview.thumbnail((_OVERVIEW_PX, _OVERVIEW_PX))
+        return ImageScore(
+            name=pair.name,
+            size=(hr.shape[1], hr.shape[0]),
+            metrics=metrics,
+            box=box,
+            lr=_webp(box.of(lr, scale)),
+            bicubic=_webp(box.of(bicubic)),
+            hr=_webp(box.of(hr)),
+            sr=[_webp(box.of(sr)) for sr in results],
+            overview=_encoded(overview, "JPEG", quality=80),
+        )
 
-    def _metrics(self, sr: Pixels, hr: Pixels) -> dict[str, float]:
+    def _metrics(self, sr: Image, hr: Image) -> dict[str, float]:
         border = self.settings.border
         values = {
             "psnr_y": psnr(sr, hr, border, "y"),
@@ -83,38 +127,19 @@ class Scorer:
             values["lpips"] = self.lpips(sr, hr, border)
         return values
 
-    def _pictures(self, name: str, lr: Pixels, results: Sequence[Pixels], hr: Pixels) -> dict[str, Any]:
-        scale = self.settings.scale
-        bicubic = next(
-            (sr for model, sr in zip(self.models, results, strict=True) if model.generator is None), None
-        )
-        bicubic = bicubic_upscale(lr, scale) if bicubic is None else bicubic
-        compared = (
-            list(results) if len(results) > 1 else [bicubic, hr if results[0] is bicubic else results[0]]
-        )
-        chosen = self.settings.boxes.get(name)
-        box = (
-            chosen.fitted(hr.shape, scale)
-            if chosen
-            else most_different(compared, self.settings.crop_px, scale)
-        )
-        overview = Image.fromarray(hr)
-        overview.thumbnail((_OVERVIEW_PX, _OVERVIEW_PX))
-        return {
-            "box": [box.x, box.y, box.width, box.height],
-            "lr": data_uri(box.of(lr, scale)),
-            "bicubic": data_uri(box.of(bicubic)),
-            "models": [data_uri(box.of(sr)) for sr in results],
-            "hr": data_uri(box.of(hr)),
-            "overview": _encoded(overview, "JPEG", quality=80),
-        }
+    def _box(self, name: str, results: Sequence[Image], bicubic: Image, hr: Image) -> Box:
+        """The user's crop, or where the models (a single one and bicubic, or the original) differ most."""
+        if name in self.settings.boxes:
+            return self.settings.boxes[name].fitted(hr.shape, self.settings.scale)
+        compared = results if len(results) > 1 else [bicubic, hr if results[0] is bicubic else results[0]]
+        return most_different(compared, self.settings.crop_px, self.settings.scale)
 
 
-def read_pair(pair: Pair, settings: Settings) -> tuple[Pixels, Pixels]:
-    """An original, cut to a multiple of the scale, and its low-resolution version.
+def read_pair(pair: Pair, settings: Settings) -> tuple[Image, Image]:
+    """An HR image, cut to a multiple of the scale, and its LR image.
 
-    Without a low-resolution file the original is degraded as MATLAB's bicubic does it. With one, the original may be
-    up to a pixel short of the scale larger than `scale` times the file; it is cut.
+    Without an LR file the HR image is downscaled by MATLAB's bicubic. With one, the HR image may exceed `scale` times
+    its size by up to `scale` - 1 pixels; it is cut.
 
     Raises:
         PhotoRejected: with the reason.
@@ -135,25 +160,24 @@ def read_pair(pair: Pair, settings: Settings) -> tuple[Pixels, Pixels]:
 
 
 def size_mismatch(hr: tuple[int, int], lr: tuple[int, int], scale: int) -> str:
-    """The reason why two sizes (width, height) do not belong together."""
+    """The reason why two sizes (width, height) do not match."""
     return (
         f"its {hr[0]} x {hr[1]} pixels are not {scale} times the low-resolution file's {lr[0]} x {lr[1]} "
         f"({lr[0] * scale} x {lr[1] * scale} expected)"
     )
 
 
-def data_uri(pixels: Pixels) -> str:
-    """A picture as a lossless WebP, ready for an HTML page."""
-    return _encoded(Image.fromarray(np.ascontiguousarray(pixels)), "WEBP", lossless=True, method=4)
+def _webp(pixels: Image) -> bytes:
+    return _encoded(PillowImage.fromarray(np.ascontiguousarray(pixels)), "WEBP", lossless=True, method=4)
 
 
-def _encoded(image: Image.Image, form: str, **options: Any) -> str:
+def _encoded(image: PillowImage.Image, form: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format=form, **options)
-    return f"data:image/{form.lower()};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+    return buffer.getvalue()
 
 
-def _read(path: str, settings: Settings) -> Pixels:
+def _read(path: str, settings: Settings) -> Image:
     folder, _, name = path.rpartition("/")
     try:
         return read_photo(Storage(folder or "/").read_bytes(name), settings.max_megapixels).pixels
@@ -164,8 +188,8 @@ def _read(path: str, settings: Settings) -> Pixels:
 
 
 def _require_size(height: int, width: int, settings: Settings) -> None:
-    least = 2 * settings.border + _SSIM_WINDOW_PX
-    if min(height, width) < least:
+    minimum = 2 * settings.border + _SSIM_WINDOW_PX
+    if min(height, width) < minimum:
         raise PhotoRejected(
-            f"{width} x {height} pixels are too few for border={settings.border} (at least {least})"
+            f"{width} x {height} pixels are too few for border={settings.border} (at least {minimum})"
         )

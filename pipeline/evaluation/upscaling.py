@@ -1,7 +1,7 @@
-"""Enlarges photographs of any size: files, folders, object stores. Goes on where it stopped."""
+"""Upscales images of any size: files, folders, object stores. The same call resumes an interrupted one."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
@@ -10,39 +10,51 @@ import pyarrow
 
 from pipeline.data.ingest.decoding import PhotoRejected
 from pipeline.errors import UserError
+from pipeline.evaluation.config import UpscaleConfig
+from pipeline.evaluation.image_files import SUFFIXES, encode_output, read_source
 from pipeline.evaluation.layout import images_in
-from pipeline.evaluation.models import Model
+from pipeline.evaluation.models import Model, choose_device, notes, open_model
 from pipeline.evaluation.output_record import OutputRecord, claim
-from pipeline.evaluation.photo_files import SUFFIXES, read_source, write_copy
-from pipeline.evaluation.progress import with_progress
 from pipeline.imaging import bicubic_upscale
 from pipeline.model import generator_sha256
+from pipeline.progress import progress
 from pipeline.storage import Storage
 
 
 @dataclass(frozen=True)
 class Task:
-    """One photograph and the name of its copy, both relative to their folders."""
+    """An image and its output, both relative to their folders."""
 
     name: str
     target: str
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """What happened to one image; without an error its output was written."""
+
+    task: Task
+    error: str = ""
+    """Why this image failed."""
+    write_error: str = ""
+    """Why the output folder cannot be written."""
+
+
+@dataclass(frozen=True)
 class Upscaled:
-    """What became of the photographs."""
+    """Result of a call, by addresses."""
 
     written: list[str] = field(default_factory=list)
-    """Addresses of new files."""
+    """New outputs."""
     skipped: list[str] = field(default_factory=list)
-    """Addresses of files that were there."""
+    """Outputs that existed."""
     failed: list[dict[str, str]] = field(default_factory=list)
-    """`path` and `reason`."""
+    """`path` of the image and `reason`."""
 
 
 @dataclass(frozen=True)
 class Upscaler:
-    """Enlarges one photograph; it travels to Ray's workers as a value."""
+    """Upscales one image; Ray's workers receive it as a value."""
 
     model: Model
     source: Storage
@@ -66,31 +78,47 @@ class Upscaler:
             "precision": self.model.precision,
         }
 
-    def __call__(self, task: Task) -> dict[str, str]:
-        """`name`, and one of `target`, `failed` and `unwritable` (reasons). A file appears whole or not at all."""
+    def __call__(self, task: Task) -> Outcome:
+        """Reads, upscales and writes; the output is written atomically."""
         try:
-            photo = read_source(self.source.read_bytes(task.name), self.max_megapixels)
-            pixels = self.model.upscale(photo.rgb, self.tile_px)
+            image = read_source(self.source.read_bytes(task.name), self.max_megapixels)
+            pixels = self.model.upscale(image.rgb, self.tile_px)
             scale = self.model.scale
-            alpha = photo.alpha if photo.alpha is None or scale == 1 else bicubic_upscale(photo.alpha, scale)
-            copy = write_copy(pixels, alpha, photo, self.form)
+            alpha = image.alpha if image.alpha is None or scale == 1 else bicubic_upscale(image.alpha, scale)
+            content = encode_output(pixels, alpha, image, self.form)
         except (PhotoRejected, FloatingPointError) as error:
-            return {"name": task.name, "failed": str(error)}
+            return Outcome(task, error=str(error))
         except (OSError, pyarrow.ArrowException) as error:
-            return {"name": task.name, "failed": str(error).splitlines()[0]}
+            return Outcome(task, error=str(error).splitlines()[0])
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
                 raise
-            return {"name": task.name, "failed": "out of memory; lower --tile"}
+            return Outcome(task, error="out of memory; lower --tile")
         try:
-            self.output.write_bytes(task.target, copy)
+            self.output.write_bytes(task.target, content)
         except (OSError, pyarrow.ArrowException) as error:
-            return {"name": task.name, "unwritable": str(error).splitlines()[0]}
-        return {"name": task.name, "target": task.target}
+            return Outcome(task, write_error=str(error).splitlines()[0])
+        return Outcome(task)
+
+
+def upscale_images(config: UpscaleConfig) -> Upscaled:
+    """Upscales the images of `config.input` that have no output yet. Notes about the model are printed.
+
+    Raises:
+        UserError: an unusable model, device, input or output; see also `plan` and `upscale_all`.
+    """
+    source, output, tasks = plan(config.input, config.output, config.format)
+    output.require_writable("--output")
+    device = choose_device(config.device, config.workers)
+    model = open_model(config.model, config.tracking_uri, device=device, precision=config.precision)
+    for line in notes([model]):
+        print(f"note: {line}")
+    upscaler = Upscaler(model, source, output, config.format, config.tile, config.max_megapixels)
+    return upscale_all(upscaler, tasks, config.workers, config.overwrite)
 
 
 def plan(source: str, output: str, form: str) -> tuple[Storage, Storage, list[Task]]:
-    """What is to be done: relative names are kept, and the suffix becomes the format's.
+    """Input folder, output folder and tasks: relative names are kept, and the suffix becomes the format's.
 
     Images whose outputs would have the same name keep their own suffix in front of the new one.
 
@@ -103,13 +131,12 @@ def plan(source: str, output: str, form: str) -> tuple[Storage, Storage, list[Ta
         raise UserError(
             f"--output {output}: is the input's folder; choose another, so that nothing is overwritten"
         )
-    # The copies of an earlier run may lie below the photographs.
-    inside = (
-        f"{target.uri}/".removeprefix(f"{folder.uri}/") if target.uri.startswith(f"{folder.uri}/") else None
-    )
+    # Outputs of an earlier run may be below the input folder.
+    prefix = f"{folder.uri}/"
+    inside = f"{target.uri}/".removeprefix(prefix) if target.uri.startswith(prefix) else None
     names = [name for name in names if inside is None or not name.startswith(inside)]
     if not names:
-        raise UserError(f"--input {source}: no photographs there besides the output")
+        raise UserError(f"--input {source}: no images outside the output folder")
     tasks = [Task(name, output_name) for name, output_name in _output_names(names, SUFFIXES[form]).items()]
     inputs = {folder.path(name) for name in names}
     for task in tasks:
@@ -130,7 +157,7 @@ def _output_names(names: Sequence[str], suffix: str) -> dict[str, str]:
             for name in names
         }
         counts = Counter(outputs.values())
-        # a.jpg.png gives a.jpg.png, and so does a.jpg beside a.png: names that become whole can collide once more.
+        # a.jpg.png gives a.jpg.png, and so does a.jpg next to a.png: names that become whole can collide again.
         shared = {name for name, output in outputs.items() if counts[output] > 1} - whole
         if not shared:
             return outputs
@@ -144,39 +171,35 @@ def upscale_all(
 
     Raises:
         UserError: the folder has outputs of another model, other settings or other inputs, and `overwrite` is off; or
-            an output cannot be written (a full disk): the others could not be, either.
+            an output cannot be written (a full disk), which would also stop the others.
     """
     inputs = {task.target: upscaler.source.path(task.name) for task in tasks}
     record = OutputRecord(upscaler.model.name, upscaler.settings(), inputs)
     existing = claim(upscaler.output, record, overwrite)
     skipped = set() if overwrite else existing
     result = Upscaled(skipped=[upscaler.output.path(task.target) for task in tasks if task.target in skipped])
-    left = [task for task in tasks if task.target not in skipped]
-    for outcome in with_progress(_outcomes(upscaler, left, workers), len(left)):
-        if "unwritable" in outcome:
+    pending = [task for task in tasks if task.target not in skipped]
+    for outcome in progress(_outcomes(upscaler, pending, workers), total=len(pending), unit=" images"):
+        task = outcome.task
+        if outcome.write_error:
             raise UserError(
-                f"--output {upscaler.output.uri}: the copy of {outcome['name']} cannot be written "
-                f"({outcome['unwritable']}); {len(result.written)} were written; make room and run again to go on"
+                f"--output {upscaler.output.uri}: the output of {task.name} cannot be written "
+                f"({outcome.write_error}); {len(result.written)} were written; free space and run again to resume"
             )
-        if "failed" in outcome:
-            result.failed.append({"path": upscaler.source.path(outcome["name"]), "reason": outcome["failed"]})
+        if outcome.error:
+            result.failed.append({"path": upscaler.source.path(task.name), "reason": outcome.error})
         else:
-            result.written.append(upscaler.output.path(outcome["target"]))
+            result.written.append(upscaler.output.path(task.target))
     for entries in (result.written, result.skipped):
         entries.sort()
     result.failed.sort(key=lambda entry: entry["path"])
     return result
 
 
-def _outcomes(upscaler: Upscaler, tasks: Sequence[Task], workers: int) -> Iterable[dict[str, Any]]:
+def _outcomes(upscaler: Upscaler, tasks: Sequence[Task], workers: int) -> Iterable[Outcome]:
     if workers == 0 or not tasks:
-        return _here(upscaler, tasks)
-    from pipeline.evaluation.spread import spread
+        return map(upscaler, tasks)
+    from pipeline.evaluation.ray_workers import map_on_ray
 
     model = upscaler.model
-    return spread(upscaler, tasks, workers, "cpu" if model.generator is None else model.device)
-
-
-def _here(upscaler: Upscaler, tasks: Sequence[Task]) -> Iterator[dict[str, Any]]:
-    for task in tasks:
-        yield upscaler(task)
+    return map_on_ray(upscaler, tasks, workers, "cpu" if model.generator is None else model.device)

@@ -1,4 +1,4 @@
-"""Small generators, pictures and commands for the tests of evaluation and upscaling."""
+"""Small generators, images and commands for the tests of evaluation and upscaling."""
 
 import importlib.util
 from collections.abc import Callable
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def write_generator(path: Path, seed: int = 0, **sizes: Any) -> Path:
-    """A tiny generator whose pictures are near mid-grey with structure."""
+    """A tiny generator whose outputs are near mid-gray with structure."""
     torch.manual_seed(seed)
     generator = RRDBNet(**{"num_feat": 8, "num_block": 1, "num_grow_ch": 4, **sizes})
     with torch.no_grad():
@@ -28,7 +28,7 @@ def write_generator(path: Path, seed: int = 0, **sizes: Any) -> Path:
 
 
 def write_overflowing_generator(path: Path) -> Path:
-    """Finite weights whose output is mid-grey for a black image, and not finite for any other."""
+    """Finite weights whose output is mid-gray for a black image, and not finite for any other."""
     generator = RRDBNet(num_feat=8, num_block=1, num_grow_ch=4)
     with torch.no_grad():
         for name, tensor in generator.named_parameters():
@@ -38,7 +38,7 @@ def write_overflowing_generator(path: Path) -> Path:
     return path
 
 
-def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+def synthetic_image(height: int, width: int, seed: int = 0) -> np.ndarray:
     """Waves and an edge, uint8 RGB."""
     y, x = np.mgrid[0:height, 0:width] / 32
     a, b, c = np.random.default_rng(seed).uniform(0.5, 3, 3)
@@ -47,9 +47,9 @@ def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
     return levels.clip(0, 255).astype(np.uint8)
 
 
-def write_picture(path: Path, height: int = 64, width: int = 80, seed: int = 0) -> Path:
+def write_image(path: Path, height: int = 64, width: int = 80, seed: int = 0) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture(height, width, seed)).save(path)
+    Image.fromarray(synthetic_image(height, width, seed)).save(path)
     return path
 
 
@@ -63,8 +63,8 @@ def job(name: str) -> Callable[[list[str]], int | None]:
     return module.main
 
 
-def refusal(name: str, *arguments: str | Path) -> str:
-    """The one line with which a command refuses its input."""
+def user_error(name: str, *arguments: str | Path) -> str:
+    """The line of the UserError that a command raises."""
     with pytest.raises(UserError) as caught:
         job(name)([str(argument) for argument in arguments])
     text = str(caught.value)

@@ -1,4 +1,4 @@
-"""Reads a photograph with all that an enlarged copy must keep, and writes the copy."""
+"""Reads an image with everything that its upscaled output must keep, and encodes the output."""
 
 import io
 import struct
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image as PillowImage
+from PIL import ImageOps
 
 from pipeline.data.ingest.decoding import FORMATS, PhotoRejected, read_photo
+from pipeline.imaging import Image
 
-Pixels = NDArray[np.uint8]
 SUFFIXES = {"png": ".png", "jpg": ".jpg", "webp": ".webp"}
 WEBP_MAX_PX, JPEG_MAX_PX = 16383, 65535
 
@@ -20,47 +20,47 @@ _ORIENTATION, _SUB_IFD, _WIDTH, _HEIGHT = 0x0112, 0x8769, 0xA002, 0xA003
 
 
 @dataclass(frozen=True)
-class SourcePhoto:
-    """A photograph, upright."""
+class SourceImage:
+    """A decoded image, upright."""
 
-    rgb: Pixels
+    rgb: Image
     """(H, W, 3)."""
-    alpha: Pixels | None
-    """(H, W, 1), where it has transparency."""
-    grey: bool
-    """It was a grey picture; the copy is one, too."""
+    alpha: Image | None
+    """(H, W, 1), if it has transparency."""
+    gray: bool
+    """The file has one channel; so will the output."""
     icc: bytes | None
-    exif: Image.Exif
-    """Orientation 1: it has been applied to the pixels."""
+    exif: PillowImage.Exif
+    """Without the orientation, which has been applied to the pixels."""
 
 
-def read_source(data: bytes, max_megapixels: float) -> SourcePhoto:
-    """Decodes a whole file; see `read_photo` for what is refused. Transparency is kept here.
+def read_source(data: bytes, max_megapixels: float) -> SourceImage:
+    """Decodes a whole file; see `read_photo` for what is rejected. Transparency is kept here.
 
     Raises:
         PhotoRejected: with the reason.
     """
     try:
         photo = read_photo(data, max_megapixels)
-        rgb, alpha, grey = photo.pixels, None, "gray" in photo.notes
-    except PhotoRejected as refusal:
-        found = _with_transparency(data, max_megapixels)
-        if found is None:
-            raise refusal
-        rgb, alpha, grey = found
+        rgb, alpha, gray = photo.pixels, None, "gray" in photo.notes
+    except PhotoRejected as error:
+        transparent = _with_transparency(data, max_megapixels)
+        if transparent is None:
+            raise error
+        rgb, alpha, gray = transparent
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = PillowImage.open(io.BytesIO(data), formats=FORMATS)
         try:
             exif = image.getexif()
             exif.pop(_ORIENTATION, None)
-        except Exception:  # noqa: BLE001 - damaged EXIF is left out; the pixels are sound
-            exif = Image.Exif()
-    return SourcePhoto(rgb, alpha, grey, image.info.get("icc_profile"), exif)
+        except Exception:  # noqa: BLE001 - corrupt EXIF is dropped; the pixels are valid
+            exif = PillowImage.Exif()
+    return SourceImage(rgb, alpha, gray, image.info.get("icc_profile"), exif)
 
 
-def write_copy(pixels: Pixels, alpha: Pixels | None, source: SourcePhoto, form: str) -> bytes:
-    """An 8-bit PNG, JPEG (quality 95, full colour resolution) or WebP (quality 95), with profile and EXIF.
+def encode_output(pixels: Image, alpha: Image | None, source: SourceImage, form: str) -> bytes:
+    """An 8-bit PNG, JPEG (quality 95, 4:4:4) or WebP (quality 95), with color profile and EXIF.
 
     Raises:
         PhotoRejected: the format cannot hold it.
@@ -71,11 +71,11 @@ def write_copy(pixels: Pixels, alpha: Pixels | None, source: SourcePhoto, form: 
     limit = {"jpg": JPEG_MAX_PX, "webp": WEBP_MAX_PX}.get(form)
     if limit is not None and max(height, width) > limit:
         raise PhotoRejected(f"{width} x {height} pixels are too many for {form} (at most {limit} on a side)")
-    image = Image.fromarray(pixels)
-    if source.grey:
+    image = PillowImage.fromarray(pixels)
+    if source.gray:
         image = image.convert("L")
     if alpha is not None:
-        image.putalpha(Image.fromarray(alpha[..., 0]))
+        image.putalpha(PillowImage.fromarray(alpha[..., 0]))
     exif = source.exif
     details = exif.get_ifd(_SUB_IFD)
     if _WIDTH in details or _HEIGHT in details:
@@ -91,30 +91,30 @@ def write_copy(pixels: Pixels, alpha: Pixels | None, source: SourcePhoto, form: 
     try:
         image.save(buffer, exif=exif.tobytes() if len(exif) else b"", **options)
     except (struct.error, ValueError, TypeError, KeyError, OSError):
-        # EXIF that Pillow reads but cannot write is not worth a photograph.
+        # EXIF that Pillow reads but cannot write is dropped.
         buffer = io.BytesIO()
         image.save(buffer, **options)
     return buffer.getvalue()
 
 
-def _with_transparency(data: bytes, max_megapixels: float) -> tuple[Pixels, Pixels, bool] | None:
-    """Colours, alpha and whether they are grey, of a sound picture with transparency; None for any other."""
+def _with_transparency(data: bytes, max_megapixels: float) -> tuple[Image, Image, bool] | None:
+    """Colors, alpha and whether they are gray, of a valid image with transparency; None for any other."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image = PillowImage.open(io.BytesIO(data), formats=FORMATS)
             if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
                 return None
             if image.width * image.height > max_megapixels * 1e6 or getattr(image, "n_frames", 1) > 1:
                 return None
-            grey = image.mode in ("LA", "L")
-            # For PNG this checks every chunk's CRC; afterwards a file must be opened anew.
+            gray = image.mode in ("LA", "L")
+            # For PNG this checks every chunk's CRC; afterwards the file must be reopened.
             image.verify()
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image = PillowImage.open(io.BytesIO(data), formats=FORMATS)
             image.load()
             pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGBA"))
     except MemoryError:
         raise
-    except Exception:  # noqa: BLE001 - Pillow's decoders raise anything on damaged data
+    except Exception:  # noqa: BLE001 - Pillow's decoders raise anything on corrupt data
         return None
-    return np.ascontiguousarray(pixels[..., :3]), np.ascontiguousarray(pixels[..., 3:]), grey
+    return np.ascontiguousarray(pixels[..., :3]), np.ascontiguousarray(pixels[..., 3:]), gray
