@@ -1,4 +1,4 @@
-"""The whole way once, on sample photographs: data, a job on a private Ray, evaluation, a model, a picture."""
+"""End-to-end demo on sample images: data, a job on a private Ray cluster, a registered model, evaluation."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -26,10 +26,10 @@ START_TIMEOUT_S = 120
 
 
 def main(argv: list[str]) -> int:
-    """Runs all parts one after the other; what was started is stopped, also on Ctrl-C."""
+    """Runs all steps; stops all processes that it has started, also on Ctrl-C and SIGTERM."""
     parser = make_parser(__doc__ or "")
     parser.add_argument(
-        "--out", default=str(ROOT / "demo"), metavar="DIR", help="Where everything goes (default: demo/)."
+        "--out", default=str(ROOT / "demo"), metavar="DIR", help="Output folder (default: demo/)."
     )
     options = parser.parse_args(argv)
     out = Path(options.out).resolve()
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "ESRGAN_STORAGE": str(out / "runs"),
         "ESRGAN_DATA__ROOT": str(out / "data"),
-        # An explicit mode: a token file left in the home directory must not change what happens here.
+        # Explicit, because a token file in the home directory would change the mode.
         "RAY_AUTH_MODE": "disabled",
         "PYTHONUNBUFFERED": "1",
     }
@@ -49,18 +49,18 @@ def main(argv: list[str]) -> int:
     _require_free_cpus(config.worker_range[1])
     began = time.monotonic()
 
-    # SIGTERM ends the demo as Ctrl-C does: through the `finally` of what it started.
+    # As with Ctrl-C: an exception, so that each `finally` stops its processes.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with private_ray(environment) as (address, dashboard):
         environment["RAY_ADDRESS"] = address
-        _step("photographs to patches")
+        _print_step("images to patches")
         _call([sys.executable, "jobs/prepare_data.py", "--config", str(CONFIG)], environment)
-        _step("training: ray job submit -- python jobs/train_gan.py")
+        _print_step("training: ray job submit -- python jobs/train_gan.py")
         submit = ["ray", "job", "submit", "--address", dashboard, "--", "python", "jobs/train_gan.py"]
         _call(submit, {**environment, "RAY_ADDRESS": dashboard})
     environment.pop("RAY_ADDRESS")
 
-    _step("evaluation on the held-out photographs")
+    _print_step("evaluation on the held-out images")
     stage_one = run / "checkpoints" / f"psnr-{config.psnr.steps:08d}"
     champion = f"models:/{config.tracking.model_name}@champion"
     evaluate = [sys.executable, "jobs/evaluate.py"]
@@ -69,24 +69,24 @@ def main(argv: list[str]) -> int:
     _call([*evaluate, "--tracking.uri", store], environment)
 
     minutes = (time.monotonic() - began) / 60
-    here = Path(sys.executable).parent
-    print(f"\nDone in {minutes:.1f} minutes. What there is now:")
-    print(f"  picture     {out}/evaluation/comparison.png")
+    programs = Path(sys.executable).parent
+    print(f"\nDone in {minutes:.1f} minutes. Results:")
+    print(f"  figure      {out}/evaluation/comparison.png")
     print(f"  report      {out}/evaluation/report.html")
     print(f"  run         {run}")
     print(f"  model       {champion} in {store}")
-    print(f"  MLflow      {here}/mlflow ui --backend-store-uri {store}")
-    print(f"  try it      {here}/python jobs/upscale.py --model {champion} --tracking.uri {store} "
-          "--input YOUR_PHOTOS --output DIR")  # fmt: skip
+    print(f"  MLflow      {programs}/mlflow ui --backend-store-uri {store}")
+    print(f"  try it      {programs}/python jobs/upscale.py --model {champion} --tracking.uri {store} "
+          "--input YOUR_IMAGES --output DIR")  # fmt: skip
     return 0
 
 
 @contextmanager
 def private_ray(environment: dict[str, str]) -> Iterator[tuple[str, str]]:
-    """A Ray of our own: free ports, its own folder, all its processes gone at the end.
+    """Starts a private local Ray cluster, on free ports and in its own folder; stops all of its processes on exit.
 
     Yields:
-        Its address (host:port), and that of its dashboard, which takes jobs.
+        Its address (host:port), and that of its dashboard, which accepts jobs.
     """
     # Ray's sockets need a short path.
     folder = tempfile.mkdtemp(prefix="er-", dir="/tmp")
@@ -117,7 +117,7 @@ def private_ray(environment: dict[str, str]) -> Iterator[tuple[str, str]]:
         _wait_for(dashboard, ray, log)
         yield f"127.0.0.1:{ports[0]}", dashboard
     finally:
-        # A second Ctrl-C must not leave half of it running.
+        # A second Ctrl-C must not interrupt the stopping.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         _stop(ray, folder)
         shutil.rmtree(folder, ignore_errors=True)
@@ -125,7 +125,7 @@ def private_ray(environment: dict[str, str]) -> Iterator[tuple[str, str]]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on."""
+    """Ports without a listener."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for each in sockets:
@@ -152,23 +152,16 @@ def _wait_for(dashboard: str, ray: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def _stop(ray: subprocess.Popen[bytes], folder: str) -> None:
-    """Ends `ray start --block` and whatever else names our folder in its command line; no other Ray does."""
+    """Ends `ray start --block`, and all processes with our folder in their command line or environment."""
     ray.terminate()
     try:
         ray.wait(timeout=20)
     except subprocess.TimeoutExpired:
         ray.kill()
-    left = [process for process in psutil.process_iter() if _names(process, folder)]
-    for process in left:
-        with _gone_is_fine():
-            process.terminate()
-    _, alive = psutil.wait_procs(left, timeout=10)
-    for process in alive:
-        with _gone_is_fine():
-            process.kill()
+    _end([process for process in psutil.process_iter() if _belongs_to(process, folder)])
 
 
-def _names(process: psutil.Process, folder: str) -> bool:
+def _belongs_to(process: psutil.Process, folder: str) -> bool:
     try:
         in_arguments = any(folder in argument for argument in process.cmdline())
         return in_arguments or process.environ().get("RAY_TMPDIR", "") == folder
@@ -176,12 +169,15 @@ def _names(process: psutil.Process, folder: str) -> bool:
         return False
 
 
-@contextmanager
-def _gone_is_fine() -> Iterator[None]:
-    try:
-        yield
-    except psutil.NoSuchProcess:
-        return
+def _end(processes: list[psutil.Process]) -> None:
+    """Terminates processes, and kills those that are still running after ten seconds."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    for process in alive:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _require_free_cpus(workers: int) -> None:
@@ -190,12 +186,19 @@ def _require_free_cpus(workers: int) -> None:
         raise UserError(f"the demo trains on {workers} CPUs, and this machine has {cpus}")
 
 
-def _step(title: str) -> None:
+def _print_step(title: str) -> None:
     print(f"\n== {title}", flush=True)
 
 
 def _call(arguments: list[str], environment: dict[str, str]) -> None:
-    code = subprocess.run(arguments, cwd=ROOT, env=environment, check=False).returncode
+    """Runs one step to its end. Exits with its code if it fails; if interrupted, ends it with all its children."""
+    step = psutil.Popen(arguments, cwd=ROOT, env=environment)
+    try:
+        code = step.wait()
+    except BaseException:
+        with suppress(psutil.NoSuchProcess):
+            _end([*step.children(recursive=True), step])
+        raise
     if code:
         sys.exit(code)
 
