@@ -1,5 +1,6 @@
 """Upscaling from and to an object store."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,8 +46,12 @@ def test_a_prefix_is_upscaled_into_another_and_skipped_the_second_time(bucket: s
     assert job("upscale")(arguments) == 0
 
 
-def test_hr_images_on_s3_are_evaluated(bucket: str, tmp_path: Path) -> None:
+def test_hr_images_on_s3_are_evaluated_into_s3(bucket: str, tmp_path: Path) -> None:
     content = write_image(tmp_path / "a.png").read_bytes()
     Storage(f"{bucket}/hr").write_bytes("a.png", content)
-    assert not job("evaluate")(["--model", "bicubic", "--hr", f"{bucket}/hr", "--out", str(tmp_path / "out")])
-    assert (tmp_path / "out" / "metrics.json").is_file()
+    assert not job("evaluate")(
+        ["--model", "bicubic", "--hr", f"{bucket}/hr", "--out", f"{bucket}/evaluation"]
+    )
+    out = Storage(f"{bucket}/evaluation")
+    assert sorted(out.files()) == ["comparison.png", "metrics.json", "report.html"]
+    assert json.loads(out.read_bytes("metrics.json"))["images"][0]["name"] == "a.png"

@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -56,7 +55,7 @@ def run_evaluation(config: EvaluateConfig) -> Evaluation:
     for line in [*notes(models), *missing]:
         print(f"note: {line}")
     result = evaluate(Scorer(models, settings, lpips), pairs[: config.limit], rejected, config.workers)
-    _write_results(result, Storage(str(Path(out.uri))))
+    _write_results(result, out)
     return result
 
 
