@@ -17,13 +17,13 @@ _RETRIES = 3
 
 
 class _Worker:
-    """Receives the function once."""
+    """Receives the function once, as a reference in a list: an argument would be loaded before GPUs are hidden."""
 
-    def __init__(self, function: Callable[[Any], Any], on_gpu: bool) -> None:
+    def __init__(self, function: list[ray.ObjectRef], on_gpu: bool) -> None:
         if not on_gpu:
             # Ray does not always hide GPUs from an actor that has reserved none.
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        self._function = function
+        self._function = ray.get(function[0])
 
     def apply(self, item: Any) -> Any:
         return self._function(item)
@@ -62,7 +62,7 @@ def map_on_ray(
         actor = ray.remote(
             num_cpus=1, num_gpus=int(on_gpu), max_restarts=_RETRIES, max_task_retries=_RETRIES
         )(_Worker)
-        shared = ray.put(function)
+        shared = [ray.put(function)]
         pool = ActorPool([actor.remote(shared, on_gpu) for _ in range(min(workers, len(items)))])
         yield from pool.map_unordered(lambda worker, item: worker.apply.remote(item), items)
     finally:

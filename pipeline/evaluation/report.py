@@ -62,13 +62,13 @@ def tradeoff_figure(means: Sequence[Mapping[str, float]]) -> Figure:
     """LPIPS over PSNR (perception-distortion): a numbered point for each model."""
     figure = Figure(figsize=(5.2, 3.7), layout="constrained")
     axes = figure.add_subplot()
-    # Consecutive models are often close to each other: their numbers are on different sides.
-    sides = [(7, 4), (-13, 4), (7, -12), (-13, -12)]
     for number, mean in enumerate(means, start=1):
         if math.isfinite(mean["psnr_y"]):
             point = (mean["psnr_y"], mean["lpips"])
             axes.scatter(*point, s=45, color="#1f5fbf", alpha=0.85)
-            axes.annotate(str(number), point, xytext=sides[number % 4], textcoords="offset points")
+            # Consecutive models are often close to each other: their numbers are on different sides.
+            offset, side = ((8, 0), "left") if number % 2 else ((-8, 0), "right")
+            axes.annotate(str(number), point, xytext=offset, textcoords="offset points", ha=side, va="center")
     axes.margins(0.15)
     axes.grid(color="#dfe3e9")
     axes.set_axisbelow(True)
