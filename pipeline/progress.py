@@ -24,7 +24,7 @@ class _Lines:
         """Each line is flushed by itself."""
 
 
-def progress(items: Iterable[Any] | None = None, **options: Any) -> tqdm:
+def progress_bar(items: Iterable[Any] | None = None, **options: Any) -> tqdm:
     """tqdm on stderr, with its options. In a log, work of less than ten seconds prints nothing."""
     if sys.stderr.isatty():
         return tqdm(items, **options)

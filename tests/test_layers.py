@@ -24,7 +24,7 @@ LAYERS = {
     "imaging": "",
     "model": "errors section",
     # Data: images, patches, Parquet shards, batches.
-    "data": "errors section storage imaging",
+    "data": "errors section progress storage imaging",
     # Tracking and training.
     "tracking": "errors section storage json_file run_folder model",
     "training": "errors section storage json_file run_folder imaging model data tracking",

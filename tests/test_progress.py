@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import tqdm.std
 
-from pipeline.progress import progress
+from pipeline.progress import progress_bar
 
 
 def test_a_log_has_a_line_every_ten_seconds(
@@ -20,7 +20,7 @@ def test_a_log_has_a_line_every_ten_seconds(
             clock[0] += 4
             yield index
 
-    assert list(progress(images(), total=6, unit=" images")) == list(range(6))
+    assert list(progress_bar(images(), total=6, unit=" images")) == list(range(6))
     assert capsys.readouterr().err.splitlines() == [
         "3/6 images,  0.25 images/s, 00:12 left",
         "6/6 images,  0.25 images/s, 00:00 left",
@@ -28,11 +28,11 @@ def test_a_log_has_a_line_every_ten_seconds(
 
 
 def test_quick_work_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    assert list(progress([1, 2], total=2)) == [1, 2]
+    assert list(progress_bar([1, 2], total=2)) == [1, 2]
     assert capsys.readouterr().err == ""
 
 
 def test_a_terminal_has_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    assert list(progress([1, 2], total=2, unit=" images")) == [1, 2]
+    assert list(progress_bar([1, 2], total=2, unit=" images")) == [1, 2]
     assert "2/2" in capsys.readouterr().err

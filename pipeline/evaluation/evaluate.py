@@ -28,7 +28,7 @@ from pipeline.evaluation.result import Evaluation, short_labels
 from pipeline.evaluation.scoring import Failure, ImageScore, Scorer, Settings, size_mismatch
 from pipeline.imaging import Image
 from pipeline.json_file import json_text
-from pipeline.progress import progress
+from pipeline.progress import progress_bar
 from pipeline.storage import Storage
 
 COMPARISON_ROWS = 4
@@ -110,7 +110,7 @@ def evaluate(
     paths = {pair.name: pair.hr for pair in pairs}
     images: list[ImageScore] = []
     unusable: list[Rejected] = []
-    for outcome in progress(_outcomes(scorer, pairs, workers), total=len(pairs), unit=" images"):
+    for outcome in progress_bar(_outcomes(scorer, pairs, workers), total=len(pairs), unit=" images"):
         if isinstance(outcome, ImageScore):
             images.append(outcome)
         elif outcome.fatal:

@@ -59,8 +59,9 @@ def images_in(uri: str, flag: str) -> tuple[Storage, list[str]]:
 def find_pairs(hr: str, lr: str | None, scale: int) -> tuple[list[Pair], list[Rejected]]:
     """The images to evaluate, sorted by name.
 
-    Folder and file names are matched by `pipeline.data.ingest.layout`, as in ingest. If only some subfolders of `hr` are HR
-    folders, the others are not evaluated; without `lr`, the LR folder next to them is used. The choice is printed.
+    Folder and file names are matched by `pipeline.data.ingest.layout`, as in ingest. If only some subfolders of `hr`
+    are HR folders, the others are not evaluated; without `lr`, the LR folder next to them is used. The choice is
+    printed.
 
     Raises:
         UserError: a folder is missing or empty, no HR file has an LR file, or the LR files are ambiguous.

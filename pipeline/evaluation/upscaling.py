@@ -17,7 +17,7 @@ from pipeline.evaluation.models import Model, choose_device, notes, open_model
 from pipeline.evaluation.output_record import OutputRecord, claim
 from pipeline.imaging import bicubic_upscale
 from pipeline.model import generator_sha256
-from pipeline.progress import progress
+from pipeline.progress import progress_bar
 from pipeline.storage import Storage
 
 
@@ -179,7 +179,7 @@ def upscale_all(
     skipped = set() if overwrite else existing
     result = Upscaled(skipped=[upscaler.output.path(task.target) for task in tasks if task.target in skipped])
     pending = [task for task in tasks if task.target not in skipped]
-    for outcome in progress(_outcomes(upscaler, pending, workers), total=len(pending), unit=" images"):
+    for outcome in progress_bar(_outcomes(upscaler, pending, workers), total=len(pending), unit=" images"):
         task = outcome.task
         if outcome.write_error:
             raise UserError(

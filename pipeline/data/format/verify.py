@@ -1,15 +1,14 @@
 """Verifies a data set: reads every byte again and lists what is corrupt."""
 
 import hashlib
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow
-from tqdm import tqdm
 
 from pipeline.data.format.manifest import Manifest, Shard
 from pipeline.data.format.reader import CorruptPatch, PatchReader, StoreUnreachable, read_footer
 from pipeline.errors import UserError
+from pipeline.progress import progress_bar
 from pipeline.storage import Storage, join
 
 _CHUNK_BYTES = 8 << 20
@@ -32,9 +31,9 @@ def verify(manifest: Manifest, progress: bool = True) -> list[str]:
     corrupt: list[str] = []
     with (
         ThreadPoolExecutor(_THREADS) as threads,
-        tqdm(
+        progress_bar(
             total=sum(shard.bytes for shard in shards), unit="B", unit_scale=True, disable=not progress,
-            file=sys.stdout, mininterval=1 if sys.stdout.isatty() else 10, desc="verifying",
+            desc="verifying",
         ) as bar,
     ):  # fmt: skip
         reasons = threads.map(lambda shard: _shard_corruption(storage, shard), shards)

@@ -4,7 +4,6 @@ import hashlib
 import http.client
 import os
 import re
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -15,6 +14,7 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 from pipeline.errors import UserError
+from pipeline.progress import progress_bar
 from pipeline.storage import sync_folder
 
 _ATTEMPTS = 5  # consecutive, without a new byte
@@ -95,9 +95,9 @@ def _complete_partial(archive: Archive, url: str, partial: Path, progress: bool,
     failures, reason = 0, ""
     with (
         partial.open("ab") as file,
-        tqdm(
-            total=archive.size, initial=file.tell(), unit="B", unit_scale=True, disable=not progress, file=sys.stdout,
-            mininterval=1 if sys.stdout.isatty() else 10, desc=archive.name,
+        progress_bar(
+            total=archive.size, initial=file.tell(), unit="B", unit_scale=True, disable=not progress,
+            desc=archive.name,
         ) as bar,
     ):  # fmt: skip
         while (before := file.tell()) != archive.size:

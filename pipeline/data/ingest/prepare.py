@@ -1,12 +1,9 @@
 """Prepares a data set: preflight checks, plan, ingest, manifest."""
 
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
-
-from tqdm import tqdm
 
 from pipeline.data.config import DataConfig
 from pipeline.data.format.manifest import NAME, Manifest, load_manifest
@@ -15,6 +12,7 @@ from pipeline.data.ingest.geometry import check_geometry
 from pipeline.data.ingest.plan import Plan, download_folder, is_div2k, make_plan, needed_bytes
 from pipeline.data.ingest.writer import NOTES, DataSetWriter
 from pipeline.errors import UserError
+from pipeline.progress import progress_bar
 from pipeline.storage import LOCK, Storage, only_writer
 
 # The fields that determine the bytes of a data set, with the images.
@@ -130,10 +128,9 @@ def _make(plan: Plan, config: DataConfig, strict: bool, progress: bool, on_ray: 
     remaining = plan.jobs[writer.images :]
     if writer.images:
         print(f"resuming at image {writer.images + 1} of {len(plan.jobs)}", flush=True)
-    with tqdm(
-        total=len(plan.jobs), initial=writer.images, unit="image", disable=not progress, file=sys.stdout,
-        mininterval=1 if sys.stdout.isatty() else 10, desc="cutting",
-    ) as bar:  # fmt: skip
+    with progress_bar(
+        total=len(plan.jobs), initial=writer.images, unit=" images", disable=not progress, desc="cutting"
+    ) as bar:
         writer.write(_cut(remaining, config, on_ray), on_image=lambda index: bar.update(index - bar.n))
         bar.update(len(plan.jobs) - bar.n)
     libraries = {name: metadata.version(name) for name in ("numpy", "pillow", "pyarrow")}
