@@ -52,7 +52,7 @@ class Folders:
 
 
 class _Location:
-    """What the folders of a relative file name say about the file."""
+    """Location of a file, parsed from the folders of its relative name."""
 
     def __init__(self, name: str) -> None:
         path = PurePosixPath(name)
