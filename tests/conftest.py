@@ -32,7 +32,7 @@ def ray_cluster() -> Iterator[str]:
     """Address of a private Ray cluster with two CPUs, separate from any other Ray on the machine."""
     import ray
 
-    # Ray's sockets need a short path. The dashboard: see pipeline/training/ray_trainer.py.
+    # Ray's sockets need a short path. The dashboard: see pipeline/training/ray_cluster.py.
     folder = tempfile.mkdtemp(prefix="er", dir="/tmp")
     previous = os.environ.pop("RAY_ADDRESS", None)
     os.environ["RAY_AUTH_MODE"] = "disabled"

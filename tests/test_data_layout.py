@@ -7,7 +7,7 @@ from evaluation_helpers import write_image
 
 from pipeline.data import load_manifest, prepare
 from pipeline.data.config import DataConfig
-from pipeline.data.ingest.layout import lr_beside_hr, lr_candidates, split_folders
+from pipeline.data.ingest.layout import lr_candidates, lr_next_to_hr, split_folders
 from pipeline.data.ingest.plan import Plan, make_plan
 from pipeline.errors import UserError
 from pipeline.evaluation.layout import find_pairs
@@ -199,4 +199,4 @@ def test_names_that_differ_by_an_ending_alone_keep_their_own_lr_file() -> None:
 
 def test_names_alone_decide() -> None:
     assert split_folders(["a.png", "more/b.png", "LR/a.png"], 4) is None
-    assert lr_beside_hr(["HR/a.png", "LR/ax4.png", "c/ax4.png"]) == {}
+    assert lr_next_to_hr(["HR/a.png", "LR/ax4.png", "c/ax4.png"]) == {}

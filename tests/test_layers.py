@@ -43,6 +43,7 @@ LAYERS = {
 }
 RAY_FILES = {
     "pipeline/training/ray_compat.py",
+    "pipeline/training/ray_cluster.py",
     "pipeline/training/ray_trainer.py",
     "pipeline/data/ingest/ray_ingest.py",
     "pipeline/data/feed/ray_feed.py",

@@ -8,9 +8,9 @@ from pipeline.data.ingest.layout import (
     Folders,
     hr_folders,
     is_marked_hr,
-    lr_beside_hr,
     lr_candidates,
     lr_files,
+    lr_next_to_hr,
     split_folders,
 )
 from pipeline.errors import UserError
@@ -90,7 +90,7 @@ def find_pairs(hr: str, lr: str | None, scale: int) -> tuple[list[Pair], list[Re
         if chosen:
             lr_paths = _below(storage, [name for folder in chosen for name in folders.lr[folder]], [])
             return _match(hr_paths, lr_paths, scale, f"{hr}/{chosen[0]}")
-    adjacent = lr_beside_hr(hr_paths)
+    adjacent = lr_next_to_hr(hr_paths)
     unmarked = [name for name, other in adjacent.items() if not is_marked_hr(other)]
     if unmarked:
         raise UserError(

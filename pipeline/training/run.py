@@ -1,9 +1,6 @@
 """Entry point for training; shared by the job, sweep trials and tests."""
 
-import hashlib
-import json
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -13,22 +10,19 @@ import yaml
 from pipeline.data import Manifest, check_source, has_manifest, load_manifest, prepare, read_held_out
 from pipeline.data.feed import Feed
 from pipeline.errors import UserError
-from pipeline.model.weights import generator_sha256
 from pipeline.run_folder import IDENTITY, RESULT, RunIdentity, TrainingResult
 from pipeline.section import flat_fields
 from pipeline.storage import Storage, only_writer
-from pipeline.tracking.candidate import Candidate, register_candidate, trained_generator
-from pipeline.tracking.logged_model import ModelCard, input_example, license_note
-from pipeline.tracking.run import TrackedRun, finish_run, open_run, require_tracking
+from pipeline.tracking.run import finish_run, open_run, require_tracking
 from pipeline.tracking.sender import Sender
-from pipeline.tracking.spool import images_at
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training.checks import check_before_start, with_absolute_paths
+from pipeline.training.conclude import conclude, send_later
 from pipeline.training.config import TrainConfig
 from pipeline.training.faults import Diverged
 from pipeline.training.identity import check_resume, claim, diff, identity_of, set_tracking_run
 from pipeline.training.loop import train
-from pipeline.training.state import Stage, best_of, new_state, of_metric
+from pipeline.training.state import Stage, new_state
 from pipeline.training.stopping import saving_on_sigterm, stop_requested
 from pipeline.training.worker import Worker
 
@@ -98,9 +92,9 @@ def run_training(
     )
     with only_writer(run, refusal):
         if config.worker_range[1] > 0:
-            from pipeline.training import ray_trainer
+            from pipeline.training import ray_cluster
 
-            ray_trainer.connect(config)
+            ray_cluster.connect(config)
         was_prepared = manifest is not None
         if manifest is None:
             prepare(config.data, on_ray=config.worker_range[1] > 0)
@@ -183,10 +177,10 @@ def _tracked_training(
             left = sender.flush(timeout_s=60.0)
             if left:
                 print(
-                    f"{left} segments of metrics could not be sent; {_send_later(run)}",
+                    f"{left} segments of metrics could not be sent; {send_later(run)}",
                     flush=True,
                 )
-        result = _conclude(config, run, sender.tracked, text, manifest)
+        result = conclude(config, run, sender.tracked, text, manifest)
         status = "FINISHED"
         return result
     except (KeyboardInterrupt, SystemExit):
@@ -233,101 +227,6 @@ def _require_loadable(config: TrainConfig, run: Storage) -> None:
         stage: Stage = "gan" if newest.name.stage == "gan" else "psnr"
         state = new_state(config, stage, torch.device("cpu"))
         state.load(newest.ema, newest.tensors, newest.scalars)
-
-
-def _conclude(
-    config: TrainConfig, run: Storage, tracked: TrackedRun | None, text: str, manifest: Manifest
-) -> TrainingResult:
-    """Registers the best generator and writes the result; a generator that cannot be registered is kept in the run."""
-    final = checkpoints.newest(run)
-    last = config.psnr.steps + config.gan.steps
-    if final is None or final.name.step != last:
-        raise RuntimeError(f"{run.uri}: training ended, but the last checkpoint is not that of step {last}")
-    chosen = _best(config, run, final)
-    version = None
-    if config.tracking.register_model:
-        candidate = _candidate(config, run, chosen, text, manifest)
-        candidate.save(run)
-        try:
-            if tracked is None:
-                raise UserError(
-                    f"registering {config.tracking.model_name}: the tracking server is unreachable"
-                )
-            registered = register_candidate(run, tracked, candidate)
-            version = registered.version
-            print(f"registered {registered.name} version {version}: {registered.reason}", flush=True)
-        except UserError as error:
-            print(f"{error}; no data was lost; {_send_later(run)}", flush=True)
-    result = TrainingResult(
-        run_name=config.run_name,
-        run_id=tracked.run_id if tracked else None,
-        stage=final.name.stage,
-        step=final.name.step,
-        generator_sha256=generator_sha256(final.ema),
-        checkpoint=run.path(final.name.folder),
-        model_version=version,
-        metrics=chosen.scalars["metrics"],
-        final_metrics=final.scalars["metrics"],
-    )
-    RESULT.write(run, result)
-    if version is not None:
-        Candidate.discard(run)
-    return result
-
-
-def _send_later(run: Storage) -> str:
-    return f"once the server is back, run: python jobs/send_metrics.py --run {run.uri}"
-
-
-def _best(config: TrainConfig, run: Storage, final: checkpoints.Checkpoint) -> checkpoints.Checkpoint:
-    """The best readable checkpoint of the last stage; the last one if there was no validation."""
-    for best in of_metric(best_of(final.scalars), config.tracking.metric):
-        if best.step == final.name.step:
-            return final
-        try:
-            return checkpoints.read(run, checkpoints.CheckpointName(best.step, final.name.stage))
-        except checkpoints.CorruptCheckpoint as error:
-            print(
-                f"the best checkpoint, of step {best.step}, is unreadable ({error}); using the next best",
-                flush=True,
-            )
-    return final
-
-
-def _candidate(
-    config: TrainConfig, run: Storage, chosen: checkpoints.Checkpoint, text: str, manifest: Manifest
-) -> Candidate:
-    """What is to be registered: the chosen generator, and stage 1's result for comparison."""
-    generators = [chosen]
-    stage_one = checkpoints.CheckpointName(config.psnr.steps, "psnr")
-    if chosen.name.stage == "gan" and stage_one in checkpoints.listed(run):
-        with suppress(checkpoints.CorruptCheckpoint):
-            generators.insert(0, checkpoints.read(run, stage_one))
-    *earlier, best = [
-        trained_generator(
-            run, f"{each.name.folder}/generator.safetensors", each.name.step, each.scalars["metrics"]
-        )
-        for each in generators
-    ]
-    images = {key.removeprefix("validation/"): strip for key, strip in images_at(run, best.step).items()}
-    licenses = json.loads(manifest.content).get("licenses", {})
-    return Candidate(
-        model_name=config.tracking.model_name,
-        metric=config.tracking.metric,
-        generator=best,
-        earlier=tuple(earlier),
-        evaluation_set=hashlib.sha256(
-            "".join(shard.sha256 for shard in manifest.held_out).encode()
-        ).hexdigest(),
-        card=ModelCard(
-            config_text=text,
-            data_sha256=manifest.sha256,
-            data=manifest.facts()["source"],
-            license=license_note(licenses),
-            images=images,
-            example=next((input_example(strip, config.data.scale) for strip in images.values()), None),
-        ),
-    )
 
 
 def _published_step(run: Storage) -> int:

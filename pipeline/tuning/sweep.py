@@ -21,7 +21,7 @@ from pipeline.run_folder import TRIAL_VALUES, TrialOutcome
 from pipeline.storage import Storage
 from pipeline.tracking.run import TrackedRun, finish_run, open_parent, require_tracking
 from pipeline.tracking.uri import resolve_uri
-from pipeline.training import ray_trainer
+from pipeline.training import ray_cluster
 from pipeline.training.checks import (
     check_before_start,
     perceptual_features,
@@ -74,7 +74,7 @@ def run_sweep(config: TrainConfig, settings: TuneConfig, prepare_command: str | 
     claim(sweep, base, settings)
     ended = outcomes(sweep)
 
-    ray_trainer.connect(base)
+    ray_cluster.connect(base)
     if not has_data:
         prepare(base.data)
     print(summary(base, load_manifest(base.data.root)), flush=True)

@@ -157,7 +157,7 @@ def lr_files(names: Iterable[str], scale: int) -> list[str]:
     return fitting or list(locations)
 
 
-def lr_beside_hr(names: Iterable[str]) -> dict[str, str]:
+def lr_next_to_hr(names: Iterable[str]) -> dict[str, str]:
     """LR files in the folder of their HR file, and that HR file: `ax4.png`: `a.png`, `a_LR.png`: `a_HR.png`."""
     hr: dict[tuple[PurePosixPath, str], str] = {}
     lr: dict[str, tuple[PurePosixPath, str]] = {}

@@ -14,7 +14,7 @@ from pipeline.data.ingest.layout import (
     Folders,
     hr_folders,
     is_marked_hr,
-    lr_beside_hr,
+    lr_next_to_hr,
     split_folders,
     split_parts,
 )
@@ -104,7 +104,7 @@ def _hr_files(
             where = ", ".join(hr_folders(used or folders.hr))
             more = f" and {len(folders.rest)} files in other folders" if folders.rest else ""
             notes = [f"{field}={source}: HR images from {where}{more}; {'; '.join(notes)}"]
-    adjacent_lr = lr_beside_hr(chosen)
+    adjacent_lr = lr_next_to_hr(chosen)
     low_paths = {file.path for file in low}
     unmarked = [
         name for name, hr in adjacent_lr.items() if not is_marked_hr(hr) and files[name].path not in low_paths

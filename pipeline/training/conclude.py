@@ -1,0 +1,114 @@
+"""The end of a run: registers the best generator and writes the result."""
+
+import hashlib
+import json
+from contextlib import suppress
+
+from pipeline.data import Manifest
+from pipeline.errors import UserError
+from pipeline.model.weights import generator_sha256
+from pipeline.run_folder import RESULT, TrainingResult
+from pipeline.storage import Storage
+from pipeline.tracking.candidate import Candidate, register_candidate, trained_generator
+from pipeline.tracking.logged_model import ModelCard, input_example, license_note
+from pipeline.tracking.run import TrackedRun
+from pipeline.tracking.spool import images_at
+from pipeline.training import checkpoint as checkpoints
+from pipeline.training.config import TrainConfig
+from pipeline.training.state import best_of, of_metric
+
+
+def conclude(
+    config: TrainConfig, run: Storage, tracked: TrackedRun | None, text: str, manifest: Manifest
+) -> TrainingResult:
+    """Registers the best generator and writes the result; a generator that cannot be registered is kept in the run."""
+    final = checkpoints.newest(run)
+    last = config.psnr.steps + config.gan.steps
+    if final is None or final.name.step != last:
+        raise RuntimeError(f"{run.uri}: training ended, but the last checkpoint is not that of step {last}")
+    chosen = _best(config, run, final)
+    version = None
+    if config.tracking.register_model:
+        candidate = _candidate(config, run, chosen, text, manifest)
+        candidate.save(run)
+        try:
+            if tracked is None:
+                raise UserError(
+                    f"registering {config.tracking.model_name}: the tracking server is unreachable"
+                )
+            registered = register_candidate(run, tracked, candidate)
+            version = registered.version
+            print(f"registered {registered.name} version {version}: {registered.reason}", flush=True)
+        except UserError as error:
+            print(f"{error}; no data was lost; {send_later(run)}", flush=True)
+    result = TrainingResult(
+        run_name=config.run_name,
+        run_id=tracked.run_id if tracked else None,
+        stage=final.name.stage,
+        step=final.name.step,
+        generator_sha256=generator_sha256(final.ema),
+        checkpoint=run.path(final.name.folder),
+        model_version=version,
+        metrics=chosen.scalars["metrics"],
+        final_metrics=final.scalars["metrics"],
+    )
+    RESULT.write(run, result)
+    if version is not None:
+        Candidate.discard(run)
+    return result
+
+
+def send_later(run: Storage) -> str:
+    """The command that uploads what MLflow lacks, for a log line."""
+    return f"once the server is back, run: python jobs/send_metrics.py --run {run.uri}"
+
+
+def _best(config: TrainConfig, run: Storage, final: checkpoints.Checkpoint) -> checkpoints.Checkpoint:
+    """The best readable checkpoint of the last stage; the last one if there was no validation."""
+    for best in of_metric(best_of(final.scalars), config.tracking.metric):
+        if best.step == final.name.step:
+            return final
+        try:
+            return checkpoints.read(run, checkpoints.CheckpointName(best.step, final.name.stage))
+        except checkpoints.CorruptCheckpoint as error:
+            print(
+                f"the best checkpoint, of step {best.step}, is unreadable ({error}); using the next best",
+                flush=True,
+            )
+    return final
+
+
+def _candidate(
+    config: TrainConfig, run: Storage, chosen: checkpoints.Checkpoint, text: str, manifest: Manifest
+) -> Candidate:
+    """What is to be registered: the chosen generator, and stage 1's result for comparison."""
+    generators = [chosen]
+    stage_one = checkpoints.CheckpointName(config.psnr.steps, "psnr")
+    if chosen.name.stage == "gan" and stage_one in checkpoints.listed(run):
+        with suppress(checkpoints.CorruptCheckpoint):
+            generators.insert(0, checkpoints.read(run, stage_one))
+    *earlier, best = [
+        trained_generator(
+            run, f"{each.name.folder}/generator.safetensors", each.name.step, each.scalars["metrics"]
+        )
+        for each in generators
+    ]
+    images = {key.removeprefix("validation/"): strip for key, strip in images_at(run, best.step).items()}
+    licenses = json.loads(manifest.content).get("licenses", {})
+    return Candidate(
+        model_name=config.tracking.model_name,
+        metric=config.tracking.metric,
+        generator=best,
+        earlier=tuple(earlier),
+        evaluation_set=hashlib.sha256(
+            "".join(shard.sha256 for shard in manifest.held_out).encode()
+        ).hexdigest(),
+        card=ModelCard(
+            config_text=text,
+            data_sha256=manifest.sha256,
+            data=manifest.facts()["source"],
+            license=license_note(licenses),
+            images=images,
+            example=next((input_example(strip, config.data.scale) for strip in images.values()), None),
+        ),
+    )
