@@ -82,7 +82,7 @@ def test_a_run_records_and_prints_the_images_of_the_manifest_and_not_what_the_co
     assert "steps:   6 (psnr), then 6 (gan), of 4 crops of 32 px" in printed
     assert "devices: this process, without Ray Train; CPU" in printed
     run = folder / "runs" / "own"
-    recorded = json.loads((run / "tracking" / "run.json").read_text())["parameters"]
+    recorded = json.loads((run / "tracking" / "mlflow.json").read_text())["parameters"]
     assert recorded["data.source"] == images
     assert recorded["data.held_out"] == "2 images: image0.png image1.png"
     assert "sample" not in (run / "config.yaml").read_text()
