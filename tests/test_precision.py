@@ -122,13 +122,13 @@ def test_networks_in_double_precision_stay_so(double: torch.nn.Module) -> None:
 def test_the_device_of_ray_workers_is_compared_with_the_cluster(ray_cluster: str) -> None:
     from pipeline.evaluation.ray_workers import map_on_ray
 
+    # A local function is pickled by value: Ray's workers cannot import this module.
+    def visible_gpus(item: str) -> dict[str, str | None]:
+        return {item: os.environ.get("CUDA_VISIBLE_DEVICES")}
+
     with pytest.raises(UserError, match="--workers 1: needs 1 GPUs, and Ray has 0"):
         list(map_on_ray(visible_gpus, ["a"], 1, "cuda"))
     assert list(map_on_ray(visible_gpus, ["a"], 1, "auto")) == [{"a": ""}]
-
-
-def visible_gpus(item: str) -> dict[str, str | None]:
-    return {item: os.environ.get("CUDA_VISIBLE_DEVICES")}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
