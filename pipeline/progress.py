@@ -28,6 +28,8 @@ def progress_bar(items: Iterable[Any] | None = None, **options: Any) -> tqdm:
     """tqdm on stderr, with its options. In a log, work of less than ten seconds prints nothing."""
     if sys.stderr.isatty():
         return tqdm(items, **options)
+    if options.get("desc"):  # tqdm adds the colon to its own format only
+        options["desc"] += ": "
     return tqdm(
         items, file=_Lines(sys.stderr), miniters=1, mininterval=LINE_EVERY_S, delay=LINE_EVERY_S, leave=False,
         smoothing=0, bar_format="{desc}{n_fmt}/{total_fmt}{unit}, {rate_noinv_fmt}, {remaining} left", **options,

@@ -21,10 +21,9 @@ def test_a_log_has_a_line_every_ten_seconds(
             yield index
 
     assert list(progress_bar(images(), total=6, unit=" images")) == list(range(6))
-    assert capsys.readouterr().err.splitlines() == [
-        "3/6 images,  0.25 images/s, 00:12 left",
-        "6/6 images,  0.25 images/s, 00:00 left",
-    ]
+    assert list(progress_bar(images(), total=6, unit=" images", desc="cutting")) == list(range(6))
+    lines = ["3/6 images,  0.25 images/s, 00:12 left", "6/6 images,  0.25 images/s, 00:00 left"]
+    assert capsys.readouterr().err.splitlines() == [*lines, *(f"cutting: {line}" for line in lines)]
 
 
 def test_quick_work_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
