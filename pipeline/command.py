@@ -97,7 +97,7 @@ def parse_section(
     """
     prefix = f"{ENV_PREFIX}{name.upper()}__"
     given = {
-        variable[len(prefix) :].lower(): json.loads(text) if text.startswith("[") else text
+        variable[len(prefix) :].lower(): _parsed_list(variable, text) if text.startswith("[") else text
         for variable, text in (os.environ if environment is None else environment).items()
         if variable.upper().startswith(prefix)
     }
@@ -117,6 +117,13 @@ def parse_section(
     from_flags = vars(parser.parse_args(list(argv)))
     sources = [("flag", from_flags), ("environment", given)]
     return validated(section, {**given, **from_flags}, sources, flags)
+
+
+def _parsed_list(variable: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"environment: {variable}={text}: not a JSON list ({error})") from None
 
 
 def require_writable_file(path: str | None, flag: str) -> None:

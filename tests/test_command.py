@@ -93,6 +93,7 @@ def test_a_flag_takes_precedence_over_the_environment() -> None:
         (["--source", "a", "--mix", "u", "x"], {}, "--mix='x': should be a valid number"),
         (["--source", "a", "--form", "gif"], {}, "--form: invalid choice: 'gif'"),
         (["--source", "a"], {"ESRGAN_UPSCALE__FORM": "gif"}, "environment: --form='gif'"),
+        (["--source", "a"], {"ESRGAN_UPSCALE__MODEL": "[x]"}, "ESRGAN_UPSCALE__MODEL=[x]: not a JSON list"),
         (["--source", "a"], {"ESRGAN_UPSCALE__TILE": "1"}, "environment: tile: no such field; did you mean tile_px?"),
     ],
 )  # fmt: skip
