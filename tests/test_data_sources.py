@@ -122,12 +122,20 @@ def test_a_png_with_too_few_rows_is_rejected_and_a_black_border_is_not() -> None
         read_photo(png_of(pixels, 0, rows=len(pixels) - 20))
 
 
-def png_of(pixels: np.ndarray, interlaced: int, rows: int | None = None) -> bytes:
-    """A PNG with valid chunks, of all rows or only the first ones."""
+@pytest.mark.parametrize("height", [1, 3, 63, 64])
+def test_an_interlaced_png_without_its_last_pass_is_rejected(height: int) -> None:
+    pixels = np.full((height, 5, 3), 200, np.uint8)
+    assert np.array_equal(read_photo(png_of(pixels, 1)).pixels, pixels)
+    with pytest.raises(PhotoRejected, match=r"truncated PNG: .* bytes of pixel data"):
+        read_photo(png_of(pixels, 1, passes=5 if height == 1 else 6))
+
+
+def png_of(pixels: np.ndarray, interlaced: int, rows: int | None = None, passes: int = 7) -> bytes:
+    """A PNG with valid chunks, of all rows or passes or only the first ones."""
     height, width = pixels.shape[:2]
     adam7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
     lines = b""
-    for y, x, step_y, step_x in adam7 if interlaced else ((0, 0, 1, 1),):
+    for y, x, step_y, step_x in adam7[:passes] if interlaced else ((0, 0, 1, 1),):
         part = pixels[:rows][y::step_y, x::step_x]
         if part.size:
             lines += b"".join(b"\0" + row.tobytes() for row in part)

@@ -35,6 +35,8 @@ EXTENSIONS = frozenset(
 _LOSSY = frozenset(("JPEG", "MPO", "AVIF", "JPEG2000"))
 _LOSSY_IN_TIFF = frozenset(("jpeg", "tiff_jpeg", "webp"))
 _MOST_BYTES_PER_PIXEL = 16
+# Adam7's passes: first row, first column, and the strides of both.
+_ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _MAGIC = (_PNG_SIGNATURE, b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"BM", b"GIF8", b"P5", b"P6", b"\0\0\0\x0cjP")
 
@@ -91,7 +93,8 @@ def read_photo(data: bytes, max_megapixels: float = 200.0) -> Photo:
         raise
     except Exception as error:  # noqa: BLE001 - Pillow's decoders raise anything on corrupt data
         raise PhotoRejected(_corruption(error)) from None
-    if image.format == "PNG" and not pixels[-1].any():  # an all-zero last row may mean missing pixel data
+    # Pillow leaves missing pixels black: the last rows, or those of the last passes.
+    if image.format == "PNG" and (image.info.get("interlace") or not pixels[-1].any()):
         _require_all_rows(data)
     if image.format in ("JPEG", "MPO") and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
         raise PhotoRejected("truncated: no end-of-image marker")
@@ -206,15 +209,13 @@ def _check_png(data: bytes) -> None:
 
 
 def _require_all_rows(data: bytes) -> None:
-    """Rejects a PNG whose pixel data end early although every chunk is valid; Pillow leaves the missing rows black.
-
-    Rows of an interlaced PNG are not counted.
-    """
+    """Rejects a PNG whose pixel data end early although every chunk is valid."""
     width, height, depth, color, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
-    if interlaced:
-        return
     bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[color]
-    expected = height * (1 + -(-width * bits // 8))
+    expected = 0
+    for y, x, y_stride, x_stride in _ADAM7 if interlaced else ((0, 0, 1, 1),):
+        rows, columns = len(range(y, height, y_stride)), len(range(x, width, x_stride))
+        expected += rows * (1 + -(-columns * bits // 8)) if columns else 0
     inflater, count = zlib.decompressobj(), 0
     for kind, first, end in _png_chunks(data):
         if kind == b"IDAT" and count < expected:
