@@ -108,6 +108,16 @@ def test_transparency_is_upscaled_by_bicubic(tmp_path: Path, weights: Path, form
     np.testing.assert_array_equal(np.asarray(output)[..., 3:], bicubic_upscale(alpha, 4))
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_images_beyond_pillows_own_limit_are_upscaled(
+    tmp_path: Path, weights: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new(mode, (20, 20), 9).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 199)  # it raises above twice its value
+    code, result = run(tmp_path, "--model", weights, "--input", tmp_path / "a.png")
+    assert (code, result["failed"]) == (0, [])
+
+
 def test_jpeg_rejects_transparency(tmp_path: Path, weights: Path) -> None:
     Image.new("RGBA", (20, 20), (9, 9, 9, 99)).save(tmp_path / "a.png")
     code, result = run(tmp_path, "--model", weights, "--input", tmp_path / "a.png", "--format", "jpg")

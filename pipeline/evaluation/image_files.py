@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image as PillowImage
 from PIL import ImageOps
 
-from pipeline.data.ingest.decoding import FORMATS, PhotoRejected, read_photo
+from pipeline.data.ingest.decoding import PhotoRejected, open_image, read_photo
 from pipeline.imaging import Image
 
 SUFFIXES = {"png": ".png", "jpg": ".jpg", "webp": ".webp"}
@@ -48,9 +48,9 @@ def read_source(data: bytes, max_megapixels: float) -> SourceImage:
         if transparent is None:
             raise error
         rgb, alpha, gray = transparent
+    image = open_image(data)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        image = PillowImage.open(io.BytesIO(data), formats=FORMATS)
         try:
             exif = image.getexif()
             exif.pop(_ORIENTATION, None)
@@ -102,7 +102,7 @@ def _with_transparency(data: bytes, max_megapixels: float) -> tuple[Image, Image
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = PillowImage.open(io.BytesIO(data), formats=FORMATS)
+            image = open_image(data)
             if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
                 return None
             if image.width * image.height > max_megapixels * 1e6 or getattr(image, "n_frames", 1) > 1:
@@ -110,7 +110,7 @@ def _with_transparency(data: bytes, max_megapixels: float) -> tuple[Image, Image
             gray = image.mode in ("LA", "L")
             # For PNG this checks every chunk's CRC; afterwards the file must be reopened.
             image.verify()
-            image = PillowImage.open(io.BytesIO(data), formats=FORMATS)
+            image = open_image(data)
             image.load()
             pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGBA"))
     except MemoryError:

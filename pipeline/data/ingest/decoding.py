@@ -80,7 +80,7 @@ def read_photo(data: bytes, max_megapixels: float = 200.0) -> Photo:
     reject_large_file(len(data), max_megapixels)
     if data.startswith(_PNG_SIGNATURE):
         _check_png(data)
-    image = _open(data)
+    image = open_image(data)
     _check_header(image, max_megapixels)
     notes = _notes(image)
     try:
@@ -120,10 +120,11 @@ def looks_like_photo(head: bytes) -> bool:
     return head.startswith(_MAGIC) or head[8:12] == b"WEBP" or head[4:12] in (b"ftypavif", b"ftypavis")
 
 
-def _open(data: bytes) -> Image.Image:
+def open_image(data: bytes) -> Image.Image:
+    """The image before its pixels are decoded, of any size: callers check it. Raises PhotoRejected."""
     limit = Image.MAX_IMAGE_PIXELS
     try:
-        # `_check_header` replaces Pillow's limit, which only warns up to twice its value.
+        # max_megapixels replaces Pillow's limit, which only warns up to twice its value.
         Image.MAX_IMAGE_PIXELS = None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
