@@ -113,6 +113,31 @@ def test_an_interrupted_ingest_resumes_and_ends_with_the_same_bytes(
     assert len([name for name in contents(folder / "whole") if name.startswith("patches")]) > 1
 
 
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [({"strict": True}, r"bad\.png: .* \(--strict\)"), ({"share": 0.0}, "1 of 6 images were rejected")],
+)
+def test_a_resumed_ingest_is_checked_against_its_limits_before_it_cuts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, limits: dict, reason: str
+) -> None:
+    monkeypatch.setattr("pipeline.data.ingest.writer._MIB", 1)
+    (folder / "photos" / "bad.png").write_bytes(b"hello there")
+    real = prepare_module.cut_image
+
+    def interrupted(job, data, paired):
+        if job.index == 5:
+            raise KeyboardInterrupt
+        return real(job, data, paired)
+
+    monkeypatch.setattr(prepare_module, "cut_image", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_quietly(config(folder, max_rejected_share=0.5))
+    monkeypatch.setattr(prepare_module, "cut_image", lambda *arguments: pytest.fail("cuts an image"))
+    with pytest.raises(UserError, match=reason):
+        data = config(folder, max_rejected_share=limits.get("share", 0.5))
+        prepare_quietly(data, strict=limits.get("strict", False))
+
+
 def test_a_shard_is_closed_between_images(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.data.ingest.writer._MIB", 1)
     prepare_quietly(config(folder))

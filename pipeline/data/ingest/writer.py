@@ -89,6 +89,7 @@ class DataSetWriter:
         Raises:
             UserError: an image is in both sets, too many are rejected, or any is and `strict` is set.
         """
+        self._check_rejections()
         try:
             for job, image in zip(self._jobs[self.images :], images, strict=True):
                 on_image(job.index)
@@ -104,9 +105,8 @@ class DataSetWriter:
                 self._writer.abandon()
 
     def finish(self, licenses: dict[str, str | None], libraries: dict[str, str]) -> None:
-        """Writes the manifest, then removes the notes. Raises UserError: a set is empty, or too many are rejected."""
+        """Writes the manifest, then removes the notes. Raises UserError: a set is empty."""
         done = self._done
-        self._check_share()
         if not any(entry["set"] == "train" for entry in done.sources):
             first = f"; the first: {_named(done.rejected[0])}" if done.rejected else ""
             raise UserError(
@@ -150,9 +150,7 @@ class DataSetWriter:
         if isinstance(image, Rejection) or reason is not None:
             path = job.photo.name
             self._done.rejected.append({"path": path, "set": name, "reason": reason, "bytes": job.photo.size})
-            if self._strict:
-                raise UserError(f"{path}: {reason} (--strict)")
-            self._check_share()
+            self._check_rejections()
             return
         first_patch = self._done.patches
         for table in image.tables:
@@ -258,8 +256,10 @@ class DataSetWriter:
             self._done.sources += note["sources"]
             self._done.rejected += note["rejected"]
 
-    def _check_share(self) -> None:
+    def _check_rejections(self) -> None:
         rejected, limit = self._done.rejected, self._config.max_rejected_share * len(self._jobs)
+        if self._strict and rejected:
+            raise UserError(f"{_named(rejected[0])} (--strict)")
         if len(rejected) > limit:
             raise UserError(
                 f"{len(rejected)} of {len(self._jobs)} images were rejected, more than data.max_rejected_share="
