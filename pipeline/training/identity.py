@@ -38,10 +38,11 @@ def learning_fields(config: TrainConfig) -> dict[str, Any]:
 
 def diff(old: RunIdentity, new: RunIdentity) -> list[str]:
     """What differs, as `name was A, now B`, sorted by name; the key and MLflow's run id are not compared."""
-    # A field that was added since has its default in an old run.
-    defaults = flat_fields(learning_fields(TrainConfig()))
+    # A field that was added since has its default in an old run. The keys of perceptual.layers are values, not fields.
+    defaults = learning_fields(TrainConfig())
+    del defaults["perceptual"]["layers"]
     before, now = (
-        defaults
+        flat_fields(defaults)
         | flat_fields(each.fields)
         | each.versions
         | {"data set (its manifest)": each.manifest_sha256[:12]}
