@@ -73,7 +73,8 @@ def test_both_stages_run_and_leave_what_they_promise(folder: Path, undisturbed: 
 def test_a_run_records_and_prints_the_images_of_the_manifest_and_not_what_the_configuration_names(
     folder: Path, undisturbed: TrainingResult, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = train(folder, run_name="own", **{"data.source": "sample", "data.held_out": "elsewhere"})
+    other = {"data.source": "sample", "data.held_out": "elsewhere", "data.license": "CC0 of sample"}
+    result = train(folder, run_name="own", **other)
     printed = capsys.readouterr().out
     images = "3 images: image0.png ... image2.png"
     assert (
@@ -85,6 +86,7 @@ def test_a_run_records_and_prints_the_images_of_the_manifest_and_not_what_the_co
     recorded = json.loads((run / "tracking" / "mlflow.json").read_text())["parameters"]
     assert recorded["data.source"] == images
     assert recorded["data.held_out"] == "2 images: image0.png image1.png"
+    assert "data.license" not in recorded
     assert "sample" not in (run / "config.yaml").read_text()
     description = (
         MlflowClient(f"sqlite:///{folder}/runs/mlflow.db")

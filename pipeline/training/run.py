@@ -27,7 +27,7 @@ from pipeline.training.stopping import saving_on_sigterm, stop_requested
 from pipeline.training.worker import Worker
 
 # Fields that only ingest reads: they describe the images, not the patches.
-_INGEST_ONLY = {"source", "held_out", "lr_dir", "licence"}
+_INGEST_ONLY = {"source", "held_out", "lr_dir", "license"}
 
 
 def run_training(
