@@ -58,6 +58,11 @@ DIVERGED = Fault(4, "diverged", "step 9: non-finite", 0)
         ([DIVERGED, DIVERGED], None, False, Decision("give up", "step 9: non-finite", user_error=True)),
         # The workers of a group that must not start end at once, without a failure.
         ([DIVERGED, DIVERGED], None, True, Decision("give up", "step 9: non-finite", user_error=True)),
+        (
+            [died(4)] * 3 + [DIVERGED], None, False,
+            Decision("give up", "4 faults since step 4 without a new checkpoint (faults.max_restarts=3); the last: "
+                     "step 9: non-finite", user_error=True),
+        ),
         ([], Refusal("no weights"), True, Decision("give up", "no weights", user_error=True)),
         ([died(4)], Refusal("no weights"), False, Decision("give up", "no weights", user_error=True)),
     ],

@@ -58,5 +58,6 @@ class RestartPolicy:
                     "give up",
                     f"{len(recent)} faults {since} without a new checkpoint "
                     f"(faults.max_restarts={self.max_restarts}); the last: {last.text}",
+                    user_error=last.kind == "diverged",
                 )
         return Decision("continue" if done else "retry")
