@@ -11,10 +11,12 @@ from pipeline.model import load_generator
 from pipeline.storage import Storage
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training.checkpoint import Checkpoint, CheckpointName
-from pipeline.training.checkpointer import CheckpointWriter
+from pipeline.training.checkpointer import Checkpointer, CheckpointWriter
 from pipeline.training.config import TrainConfig
+from pipeline.training.run_log import RunLog
 from pipeline.training.state import Best, TrainState, begin_gan, new_state
 from pipeline.training.step import Batch, StepSettings, psnr_step
+from pipeline.training.worker import Worker
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig.model_validate(
@@ -228,6 +230,23 @@ def test_a_failed_write_leaves_no_parts(run: Storage, monkeypatch: pytest.Monkey
         with pytest.raises(OSError, match="No space left"):
             writer.wait()
         assert run.names("checkpoints") == []
+
+
+def test_failed_writes_that_are_waited_for_are_consecutive(
+    run: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(storage: Storage, name: str, content: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Storage, "write_bytes", full_disk)
+    log = RunLog(CONFIG, Worker(), run)
+    with Checkpointer(CONFIG, run, trained_state(), log) as checkpointer:
+        for _ in range(CONFIG.faults.max_failed_saves):
+            checkpointer.save()
+            assert not checkpointer.wait()
+        checkpointer.save()
+        with pytest.raises(UserError, match="could not be written"):
+            checkpointer.wait()
 
 
 def test_another_architecture_is_refused(run: Storage) -> None:

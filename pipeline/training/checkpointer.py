@@ -93,11 +93,13 @@ class CheckpointWriter:
 
         self._pending = self._thread.submit(work)
 
-    def wait(self) -> None:
-        """Waits for the current write, and raises its exception."""
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending.result()
+    def wait(self) -> bool:
+        """Waits for the current write, and raises its exception. Returns whether there was one."""
+        if self._pending is None:
+            return False
+        pending, self._pending = self._pending, None
+        pending.result()
+        return True
 
     def _remove_incomplete(self) -> None:
         complete = {str(name) for name in listed(self._run)}
@@ -168,8 +170,8 @@ class Checkpointer:
 
     def _wait(self, max_failures: int) -> bool:
         try:
-            self._writer.wait()
-            self._failures = 0
+            if self._writer.wait():
+                self._failures = 0
         except FloatingPointError as error:
             raise Diverged(f"{error}; lower {self._state.stage}.learning_rate") from None
         except OSError as error:
