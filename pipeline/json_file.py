@@ -27,14 +27,14 @@ class JsonFile(Generic[T]):
     """Dataclass, or `list[dataclass]`, of the content."""
     purpose: str
     remedy: str = ""
-    """What the user can do when the file is corrupt; empty: the file is derived, and is rebuilt when it is corrupt."""
+    """What the user can do when the file is corrupt; empty: a corrupt file is ignored."""
 
     def at(self, **names: str) -> "JsonFile[T]":
         """The file at a path with its fields filled in."""
         return dataclasses.replace(self, path=self.path.format(**names))
 
     def read(self, folder: Storage) -> T | None:
-        """The content; None if the file does not exist. A corrupt derived file is logged and treated as missing.
+        """The content; None if the file does not exist. A corrupt file without a remedy is ignored with a warning.
 
         Raises:
             UserError: the file is corrupt, with its path, what is wrong and the remedy.
@@ -47,7 +47,7 @@ class JsonFile(Generic[T]):
             message = f"{folder.path(self.path)}: corrupt ({error})"
             if self.remedy:
                 raise UserError(f"{message}; {self.remedy}") from None
-            logger.warning("%s; it is rebuilt", message)
+            logger.warning("%s; ignored", message)
             return None
 
     def parse(self, content: bytes) -> T:

@@ -231,7 +231,9 @@ JSON_FILES: tuple[JsonFile[Any], ...] = (
 )  # fmt: skip
 OTHER_FILES = {
     "config.yaml": "The whole configuration of the latest submission, without secrets.",
+    ".lock": "Locked by the process that trains the run (not in an object store).",
     "stop": "Present while a graceful stop is requested.",
+    "save": "Present while a checkpoint is requested before an elastic worker group is resized.",
     "checkpoints/{name}/generator.safetensors": "EMA weights with the architecture in the metadata: a model file.",
     "checkpoints/{name}/training.safetensors": "Networks, optimizers, counters.",
     "tracking/{step}.jsonl": "A segment: metrics, images and events up to the checkpoint of this step.",
@@ -248,8 +250,8 @@ def page() -> str:
         "# Files of a run folder and of a sweep folder",
         "",
         "A run is a folder `STORAGE/RUN_NAME/`, a sweep `STORAGE/TUNE_NAME/` with its trials' runs in `trials/`.",
-        "Every file is written atomically. A corrupt file is refused with one line that names the remedy; one marked",
-        "*derived* is rebuilt, with a warning in the log. This page is generated from `pipeline/run_folder.py`.",
+        "Every file is written atomically. A corrupt file is refused with one line that names the remedy, or *ignored*",
+        "with a warning in the log: it counts as missing. This page is generated from `pipeline/run_folder.py`.",
         "",
         "| file | purpose | fields | if corrupt |",
         "|---|---|---|---|",
@@ -260,7 +262,7 @@ def page() -> str:
             [f"`{each.name}`" for each in dataclasses.fields(item)] if dataclasses.is_dataclass(item) else []
         )
         lines.append(
-            f"| `{file.path}` | {file.purpose} | {', '.join(fields) or 'any'} | {file.remedy or '*derived*'} |"
+            f"| `{file.path}` | {file.purpose} | {', '.join(fields) or 'any'} | {file.remedy or '*ignored*'} |"
         )
     lines += [f"| `{path}` | {purpose} | | |" for path, purpose in OTHER_FILES.items()]
     return "\n".join(lines) + "\n"

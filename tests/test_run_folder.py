@@ -27,7 +27,7 @@ def test_a_corrupt_file_is_refused_with_its_path_and_the_remedy(tmp_path: Path, 
         IDENTITY.read(Storage(str(tmp_path)))
 
 
-def test_a_corrupt_derived_file_counts_as_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_corrupt_file_without_a_remedy_is_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "result.json").write_text('{"step": "many"}')
     assert RESULT.read(Storage(str(tmp_path))) is None
     assert "result.json: corrupt" in caplog.text

@@ -11,7 +11,6 @@ A folder without a manifest, or with a file that does not match it, is never use
 """
 
 import hashlib
-import json
 import logging
 import re
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
+from pipeline.run_folder import CHECKPOINT_MANIFEST, CHECKPOINT_STATE, CheckpointManifest, FileDigest
 from pipeline.storage import Storage
 
 FORMAT = 1
@@ -76,45 +76,44 @@ def write(run: Storage, checkpoint: Checkpoint, metadata: dict[str, str]) -> Non
         FloatingPointError: a tensor is not finite; nothing is written.
         OSError: the storage cannot be written (a full disk, for instance).
     """
-    for name, value in [*checkpoint.ema.items(), *checkpoint.tensors.items()]:
+    for tensor, value in [*checkpoint.ema.items(), *checkpoint.tensors.items()]:
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise FloatingPointError(f"{checkpoint.name}: {name} holds a non-finite value; not written")
-    folder = run / checkpoint.name.folder
+            raise FloatingPointError(f"{checkpoint.name}: {tensor} holds a non-finite value; not written")
+    folder, name = run / checkpoint.name.folder, str(checkpoint.name)
     run.remove(checkpoint.name.folder)
     contents = {
         "generator.safetensors": safetensors.torch.save(_compact(checkpoint.ema), metadata),
         "training.safetensors": safetensors.torch.save(_compact(checkpoint.tensors)),
-        "state.json": json.dumps({"format": FORMAT, **checkpoint.scalars}, indent=2).encode(),
+        "state.json": CHECKPOINT_STATE.dump({"format": FORMAT, **checkpoint.scalars}),
     }
     files = {}
-    for name, content in contents.items():
-        folder.write_bytes(name, content)
-        files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    folder.write_bytes("manifest.json", json.dumps({"format": FORMAT, "files": files}, indent=2).encode())
+    for file, content in contents.items():
+        folder.write_bytes(file, content)
+        files[file] = FileDigest(len(content), hashlib.sha256(content).hexdigest())
+    CHECKPOINT_MANIFEST.at(name=name).write(run, CheckpointManifest(FORMAT, files))
 
 
 def read(run: Storage, name: CheckpointName) -> Checkpoint:
     """Reads a checkpoint and verifies every file against its manifest. Raises CorruptCheckpoint."""
     folder = run / name.folder
     try:
-        files = json.loads(folder.read_bytes("manifest.json"))["files"]
+        files = CHECKPOINT_MANIFEST.parse(folder.read_bytes("manifest.json")).files
         contents = {}
         for file in _FILES:
             content = folder.read_bytes(file)
-            if hashlib.sha256(content).hexdigest() != files[file]["sha256"]:
+            if hashlib.sha256(content).hexdigest() != files[file].sha256:
                 raise CorruptCheckpoint(f"{folder.path(file)}: checksum mismatch")
             contents[file] = content
         return Checkpoint(
             name,
             safetensors.torch.load(contents["generator.safetensors"]),
             safetensors.torch.load(contents["training.safetensors"]),
-            json.loads(contents["state.json"]),
+            CHECKPOINT_STATE.parse(contents["state.json"]),
         )
     except (
         OSError,
         ValueError,
         KeyError,
-        TypeError,
         pyarrow.ArrowException,
         safetensors.SafetensorError,
     ) as error:
