@@ -30,13 +30,13 @@ class Validator:
         self, config: TrainConfig, worker: Worker, run: Storage, held_out: Sequence[HeldOutPhoto], log: RunLog
     ) -> None:
         self._config, self._worker, self._run, self._held_out, self._log = config, worker, run, held_out, log
-        self._stage_one: RRDBNet | None = None
-        """Stage 1's result, shown next to stage 2's."""
+        self._stage_one: list[RRDBNet] | None = None
+        """Stage 1's result, shown next to stage 2's; empty if it is unreadable, None if it was not read yet."""
 
     def keep_stage_one(self, state: TrainState) -> None:
         """Keeps stage 1's result, at its end, for the strips of stage 2."""
         if self._worker.is_main and self._config.psnr.steps and self._held_out:
-            self._stage_one = copy.deepcopy(state.ema)
+            self._stage_one = [copy.deepcopy(state.ema)]
 
     def validate(self, state: TrainState) -> None:
         """Measures the EMA weights and updates `state.validation` and `state.best`."""
@@ -66,7 +66,9 @@ class Validator:
                     state.step,
                     f"warning: validation images omit the stage-1 output (checkpoint unreadable): {error}",
                 )
-                return []
-            self._stage_one = copy.deepcopy(state.ema)
-            self._stage_one.load_state_dict(weights)
-        return [self._stage_one]
+                self._stage_one = []
+            else:
+                generator = copy.deepcopy(state.ema)
+                generator.load_state_dict(weights)
+                self._stage_one = [generator]
+        return self._stage_one
