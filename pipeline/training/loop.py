@@ -58,7 +58,6 @@ def train(
     log = RunLog(config, worker, run)
     log.started(state)
     validator = Validator(config, worker, run, held_out, log)
-    meter = Meter(config.batch_size, worker.device)
     # Loaded at the start and not after stage 1, so that a node without the weights is found at once.
     features = perceptual_features(config)
     if features is not None:
@@ -69,6 +68,8 @@ def train(
         batches = stack.enter_context(closing(feed.batches(state.step, last)))
         if state.step == 0:
             validator.validate(state)
+        # Created last: the first interval's rates exclude the time of loading and of the validation at step 0.
+        meter = Meter(config.batch_size, worker.device)
         while state.step < last:
             if state.stage == "psnr" and state.step >= config.psnr.steps:
                 validator.keep_stage_one(state)
