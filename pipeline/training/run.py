@@ -15,6 +15,7 @@ from pipeline.section import flat_fields
 from pipeline.storage import Storage, only_writer
 from pipeline.tracking.run import finish_run, open_run, require_tracking
 from pipeline.tracking.sender import Sender
+from pipeline.tracking.spool import published_step
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training.checks import check_before_start, with_absolute_paths
 from pipeline.training.conclude import conclude, send_later
@@ -169,7 +170,7 @@ def _tracked_training(
     if tracked is not None:
         set_tracking_run(run, identity, tracked.run_id)
     status, reason = "FAILED", ""
-    sender = Sender(run, config.tracking, tracked, published_step=lambda: _published_step(run))
+    sender = Sender(run, config.tracking, tracked, published_step=lambda: published_step(run))
     try:
         with sender:
             with saving_on_sigterm(run):
@@ -214,7 +215,7 @@ def _train(config: TrainConfig, run: Storage, callbacks: Sequence[Any]) -> None:
 def _is_trained(config: TrainConfig, run: Storage) -> bool:
     """Whether the final checkpoint exists and passes verification."""
     last = config.psnr.steps + config.gan.steps
-    if _published_step(run) < last:
+    if published_step(run) < last:
         return False
     newest = checkpoints.newest(run)
     return newest is not None and newest.name.step >= last
@@ -227,12 +228,6 @@ def _require_loadable(config: TrainConfig, run: Storage) -> None:
         stage: Stage = "gan" if newest.name.stage == "gan" else "psnr"
         state = new_state(config, stage, torch.device("cpu"))
         state.load(newest.ema, newest.tensors, newest.scalars)
-
-
-def _published_step(run: Storage) -> int:
-    """The step of the newest published checkpoint; -1 without one."""
-    names = checkpoints.listed(run)
-    return names[-1].step if names else -1
 
 
 def _require_fitting_data(config: TrainConfig, manifest: Manifest) -> None:
