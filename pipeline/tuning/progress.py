@@ -5,6 +5,7 @@ from typing import Any
 import ray
 from ray import tune
 
+from pipeline.errors import without_secrets
 from pipeline.run_folder import IDENTITY, TrialOutcome
 from pipeline.storage import Storage
 from pipeline.tracking.run import TrackedRun, finish_run
@@ -49,7 +50,7 @@ class SweepProgress(tune.Callback):
         """A trial failed."""
         error = trial.get_error() if hasattr(trial, "get_error") else None
         lines = str(error).strip().splitlines()
-        self._record(trial, "failed", lines[-1] if lines else "its process ended")
+        self._record(trial, "failed", without_secrets(lines[-1]) if lines else "its process ended")
 
     def _record(self, trial: Any, status: str, reason: str = "") -> None:
         name = trial_name(trial.config)
