@@ -25,7 +25,8 @@ def main(argv: list[str]) -> None:
     result = run_sweep(config.alone(), config.tune, options.prepare_command)
     command.write_json(options.json, asdict(result))
     metric, fields = config.tune.metric, list(config.tune.space)
-    ranked = sorted(result.trials, key=lambda trial: trial.metrics.get(metric, float("-inf")), reverse=True)
+    sign = 1 if config.tune.mode == "min" else -1
+    ranked = sorted(result.trials, key=lambda trial: sign * trial.metrics.get(metric, sign * float("inf")))
     rows = [
         [trial.run_name, trial.status, str(trial.step), *map(_shown, map(trial.values.get, fields)),
          f"{trial.metrics[metric]:.4f}" if metric in trial.metrics else "-"]

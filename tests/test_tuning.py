@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import tiny
+from evaluation_helpers import job
 from mlflow import MlflowClient
 from PIL import Image
 from tiny import fields, flags, write_sets
@@ -22,7 +23,7 @@ from pipeline.training import checkpoint as checkpoints
 from pipeline.training.config import TrainConfig
 from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.figure import tradeoff_figure
-from pipeline.tuning.sweep import run_sweep
+from pipeline.tuning.sweep import SweepResult, run_sweep
 from pipeline.tuning.sweep_folder import claim, keep_outcome, outcomes, unfinished
 
 SPACE = {
@@ -230,6 +231,21 @@ def test_a_sweep_resumes_only_with_the_same_search_space_and_learning_fields(tmp
     claim(sweep, TrainConfig(workers=2), TuneConfig(name="sweep", trials=99))
     with pytest.raises(UserError, match=r"tune\.name=sweep is in use with other values of seed, tune\.mode;"):
         claim(sweep, TrainConfig(seed=1), TuneConfig(name="sweep", mode="min"))
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("max", ["b", "a", "c"]), ("min", ["a", "b", "c"])])
+def test_trials_are_listed_from_the_best(
+    mode: str, expected: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [("a", {"psnr_y": 20.0}), ("b", {"psnr_y": 21.0}), ("c", {})]
+    trials = [TrialOutcome(f"trial-{name}", None, {}, "finished", 3, metrics) for name, metrics in rows]
+    result = SweepResult("run", trials, trials[0], "tradeoff.png")
+    monkeypatch.setattr("pipeline.tuning.sweep.run_sweep", lambda *arguments: result)
+    job("tune_gan")(["--tune.mode", mode])
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed if line.startswith("trial-")] == [
+        f"trial-{name}" for name in expected
+    ]
 
 
 def test_the_figure_has_a_panel_for_each_field_and_omits_trials_without_the_metric() -> None:
