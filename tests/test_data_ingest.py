@@ -133,8 +133,8 @@ def test_a_resumed_ingest_is_checked_against_its_limits_before_it_cuts(
     with pytest.raises(KeyboardInterrupt):
         prepare_quietly(config(folder, max_rejected_share=0.5))
     monkeypatch.setattr(prepare_module, "cut_image", lambda *arguments: pytest.fail("cuts an image"))
+    data = config(folder, max_rejected_share=limits.get("share", 0.5))
     with pytest.raises(UserError, match=reason):
-        data = config(folder, max_rejected_share=limits.get("share", 0.5))
         prepare_quietly(data, strict=limits.get("strict", False))
 
 
