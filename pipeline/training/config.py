@@ -201,7 +201,7 @@ class TrainConfig(Section):
         return self
 
     def _require_stage_two(self) -> None:
-        """What stage 2 would stumble over, after all of stage 1. Raises ValueError."""
+        """Checks what stage 2 needs, so that it does not fail after all of stage 1. Raises ValueError."""
         name = self.model.discriminator
         network = DISCRIMINATORS[name]
         multiple = network.multiple_of
