@@ -17,6 +17,8 @@ from pipeline.data.feed import fetch as fetching
 from pipeline.data.feed.fetch import flipped
 from pipeline.data.feed.samples import Samples
 from pipeline.data.feed.thread_feed import prefetched
+from pipeline.data.format import reader as reading
+from pipeline.data.format.manifest import load_manifest
 from pipeline.errors import UserError
 
 PATCHES, SIDE, SCALE, CROP, BATCH = 13, 32, 4, 16, 6
@@ -82,6 +84,22 @@ def test_a_codec_changes_no_pixel(root: str, codec: str, tmp_path: Path) -> None
     other = write_patches(tmp_path, PATCHES, SIDE, SCALE, rows=5, codec=codec)
     for one, two in zip(collect(feed_of(root), 0, 4), collect(feed_of(other), 0, 4), strict=True):
         assert equal(one, two)
+
+
+@pytest.mark.parametrize("codec", ["raw", "webp"])
+def test_each_footer_is_read_once(codec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    footers = []
+    real = reading.read_footer
+    monkeypatch.setattr(
+        reading, "read_footer", lambda content, shard: footers.append(shard.name) or real(content, shard)
+    )
+    shards = 20
+    manifest = load_manifest(write_patches(tmp_path, shards, SIDE, SCALE, rows=1, codec=codec))
+    reader = reading.PatchReader(manifest.root, manifest.layout)
+    for patch in 2 * list(range(shards)):
+        reader.patch(patch)
+    reader.close()
+    assert len(footers) == shards
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])

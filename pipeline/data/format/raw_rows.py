@@ -1,4 +1,4 @@
-"""Byte ranges of raw patches: the rows that a crop needs, without the rest of the patch.
+"""Byte ranges of patches: of a raw one the rows that a crop needs, without the rest; of a WebP one the cells.
 
 A shard is a Parquet file with one row group per patch. Each of its columns is one uncompressed page: a header of about
 20 bytes, then the value; a binary value begins with its length (uint32). With P = patch_px and L = P / scale:
@@ -13,7 +13,7 @@ A shard is a Parquet file with one row group per patch. Each of its columns is o
     edges[0] . edges[1] .. .   .   edges[4] ............. edges[5] ............. edges[6] edges[7] ......... edges[8]
 
 The footer gives the edges. The size of a page header varies, but a value ends at its column's end and its size is
-known, so it begins at that edge minus its size.
+known, so it begins at that edge minus its size. A WebP value, whose size is not known, begins with RIFF.
 """
 
 from collections.abc import Callable, Sequence
@@ -91,3 +91,17 @@ def read_rows(
     if not np.array_equal(row_checksums(lr), sums[side + low : side + high]):
         raise ValueError("column lr: row checksum mismatch")
     return hr.reshape(-1, side, 3), lr.reshape(-1, small, 3)
+
+
+def read_cells(
+    read: Callable[[int, int], np.ndarray], edges: Sequence[int], layout: Layout
+) -> tuple[bytes, bytes, np.ndarray]:
+    """The columns hr and lr (WebP files) and row_checksums (uint8) of a patch, unverified: arguments as `read_rows`.
+
+    pyarrow would parse the shard's whole footer, which takes longer than to decode the patch.
+    """
+    first = edges[_HR]
+    data = read(first, edges[_CHECKSUMS + 1] - first)
+    hr, lr = (data[edges[column] - first : edges[column + 1] - first].tobytes() for column in (_HR, _LR))
+    rows = layout.patch_px + layout.patch_px // layout.scale + 1
+    return hr[hr.find(b"RIFF") :], lr[lr.find(b"RIFF") :], data[-WORD * rows :]

@@ -1,8 +1,7 @@
 """Reads patches from shards by patch id: one range read each; every byte that is used is verified.
 
 Offsets come from the footer, which must have the manifest's sha256. Raw patches are read as the rows that a crop needs
-and verified by row checksums (raw_rows.py). WebP patches are read as a row group, verified by Parquet's page checksums
-and, once decoded, by row checksums.
+and verified by row checksums (raw_rows.py). WebP patches are read whole and verified by row checksums once decoded.
 """
 
 import hashlib
@@ -20,13 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.data.format.manifest import Layout, Shard
-from pipeline.data.format.raw_rows import column_edges, read_rows
+from pipeline.data.format.raw_rows import column_edges, read_cells, read_rows
 from pipeline.data.format.row_checksums import patch_checksums, unpack
 from pipeline.data.format.shards import PATCH_SCHEMA, decode_pixels
 from pipeline.storage import Storage, join
 
 _OPEN_SHARDS = 256
-_PARSED_FOOTERS = 16  # 2.4 MB each for 364 rows
 # A failed read from an object store is retried after these seconds, in addition to its client's own retries.
 RETRY_AFTER_S = (1.0, 3.0, 9.0)
 
@@ -112,7 +110,7 @@ class _Window(io.RawIOBase):
 
 
 class PatchReader:
-    """Patches of one data set. Keeps few files open, and 36 bytes per row of every raw shard read so far.
+    """Patches of one data set. Keeps few files open, and 36 bytes per row of every shard read so far.
 
     If the data set is in an object store, threads may share the reader.
     """
@@ -124,7 +122,8 @@ class PatchReader:
         self._files: OrderedDict[int, _LocalFile | _RemoteFile] = OrderedDict()
         self._lock = threading.Lock()
         self.edges = cache(self._read_edges)
-        self._footer = lru_cache(maxsize=_PARSED_FOOTERS)(self._read_footer)
+        # Only `row` needs it, whose callers read one shard after another; it takes 2.4 MB for 364 rows.
+        self._footer = lru_cache(maxsize=1)(self._read_footer)
 
     @property
     def remote(self) -> bool:
@@ -164,16 +163,16 @@ class PatchReader:
         number, row = self.layout.locate(patch)
         scale, side = self.layout.scale, self.layout.patch_px
         try:
+            edges = self.edges(number)[row].tolist()
+            read = partial(self._read, number)
             if self.layout.codec == "raw":
-                edges = self.edges(number)[row].tolist()
-                read = partial(self._read, number)
                 return read_rows(read, edges, self.layout, patch, top, bottom, one_request=self.remote)
-            cells = self._cells(number, row)
+            *cells, sums = read_cells(read, edges, self.layout)
             hr, lr = (
-                decode_pixels(cells[name], self.layout.codec, length)
-                for name, length in (("hr", side), ("lr", side // scale))
+                decode_pixels(cell, self.layout.codec, length)
+                for cell, length in zip(cells, (side, side // scale), strict=True)
             )
-            sums = unpack(patch, np.frombuffer(cells["row_checksums"], np.uint8))
+            sums = unpack(patch, sums)
             if not np.array_equal(patch_checksums(hr, lr), sums):
                 raise ValueError("row checksum mismatch")
             return hr[top:bottom], lr[top // scale : bottom // scale]
