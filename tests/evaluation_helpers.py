@@ -1,6 +1,8 @@
 """Small generators, images and commands for the tests of evaluation and upscaling."""
 
 import importlib.util
+import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,16 @@ def job(name: str) -> Callable[[list[str]], int | None]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.main
+
+
+def exit_code(name: str, *arguments: str | Path) -> Any:
+    """The exit code of jobs/NAME.py, run as a program in this process: importing torch and Ray again takes seconds."""
+    program = str(ROOT / "jobs" / f"{name}.py")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [program, *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(program, run_name="__main__")
+    return ended.value.code
 
 
 def user_error(name: str, *arguments: str | Path) -> str:

@@ -3,16 +3,14 @@
 import contextlib
 import io
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from evaluation_helpers import exit_code
 from pydantic import BaseModel
 
 from pipeline.config import FIRST_FIELDS, Config, fields_page, json_schema, load_config
@@ -230,14 +228,12 @@ def test_a_root_alone_gives_the_command_that_prepares_it(
 
 
 @pytest.mark.parametrize("job", ["train_gan", "tune_gan"])
-def test_a_mistyped_root_is_refused_and_nothing_is_prepared_there(tmp_path: Path, job: str) -> None:
-    typo, runs = tmp_path / "typo", tmp_path / "runs"
-    result = subprocess.run(
-        [sys.executable, f"jobs/{job}.py", "--data.root", str(typo), "--storage", str(runs)],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert result.returncode == 2, result.stderr
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+def test_a_mistyped_root_is_refused_and_nothing_is_prepared_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], job: str
+) -> None:
+    typo = tmp_path / "typo"
+    assert exit_code(job, "--data.root", typo, "--storage", tmp_path / "runs") == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert f"data.root={typo}: no data set" in line
     assert "python jobs/prepare_data.py --config" in line
     assert line.endswith(f"--data.root {typo}")

@@ -1,11 +1,9 @@
 """Bad input of evaluate.py and export_model.py: a one-line error and exit code 2."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from evaluation_helpers import ROOT, job, synthetic_image, user_error, write_generator, write_image
+from evaluation_helpers import exit_code, job, synthetic_image, user_error, write_generator, write_image
 
 
 @pytest.fixture
@@ -117,14 +115,11 @@ def test_every_image_rejected(image_set: Path) -> None:
     )
 
 
-def test_the_program_exits_with_2_after_one_line() -> None:
-    result = subprocess.run(
-        [sys.executable, "jobs/evaluate.py", "--model", "bicubic", "--hr", "/nowhere", "--out", "/tmp"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: --hr /nowhere")
-    assert result.stderr.count("\n") == 1
+def test_the_program_exits_with_2_after_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("evaluate", "--model", "bicubic", "--hr", "/nowhere", "--out", "/tmp") == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: --hr /nowhere")
+    assert printed.count("\n") == 1
 
 
 @pytest.mark.parametrize("output", ["model.ckpt", "no/model.pth"])
