@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 from s3 import s3_bucket
-from tracking_helpers import DATA, client_of, free_port, open_small, small_generator, write_segments
+from tracking_helpers import (
+    DATA,
+    client_of,
+    free_port,
+    new_database,
+    open_small,
+    small_generator,
+    write_segments,
+)
 
 from pipeline.errors import UserError
 from pipeline.run_folder import RESULT, TrainingResult
@@ -73,7 +81,7 @@ def test_a_candidate_is_read_back_as_it_was_without_secrets(tmp_path: Path) -> N
 def test_a_run_on_s3_registers_its_generator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with s3_bucket(monkeypatch) as bucket:
         run = Storage(bucket) / "run"
-        config = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")
+        config = TrackingConfig(uri=new_database(tmp_path))
         tracked = open_small(config, run, "on-s3")
         write_segments(run, 20)
         assert list(images_at(run, 20)) == ["validation/astronaut"]
@@ -97,7 +105,7 @@ def test_a_run_on_s3_registers_its_generator(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize("content", [None, b"corrupt"])
 def test_a_missing_or_corrupt_generator_is_not_registered(tmp_path: Path, content: bytes | None) -> None:
     run = Storage(str(tmp_path)) / "run"
-    tracked = open_small(TrackingConfig(), run, "corrupt")
+    tracked = open_small(TrackingConfig(uri=new_database(tmp_path)), run, "corrupt")
     candidate = candidate_of(run, tmp_path)
     run.remove(candidate.generator.file)
     if content:
@@ -133,7 +141,7 @@ def test_a_server_unreachable_throughout_training_gets_the_model_by_a_command(
     RESULT.write(run, result)
     finish_run(None, "FINISHED", run)
 
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    uri = new_database(tmp_path)
     out = tmp_path / "out.json"
     send_metrics.main(["--run", run.uri, "--tracking.uri", uri, "--json", str(out)])
     sent = json.loads(out.read_text())

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tracking_helpers import DATA, open_small, small_generator, write_segments
+from tracking_helpers import DATA, new_database, open_small, small_generator, write_segments
 
 from pipeline.errors import UserError
 from pipeline.storage import Storage
@@ -23,6 +23,7 @@ import send_metrics
 def tracked(tmp_path_factory: pytest.TempPathFactory) -> TrackedRun:
     """A run with two registered generators, and two segments that are not sent."""
     storage = tmp_path_factory.mktemp("runs")
+    new_database(storage)
     run = Storage(str(storage)) / "run"
     tracked = open_small(TrackingConfig(), run, "commands")
     for seed in (1, 2):

@@ -11,7 +11,7 @@ import mlflow.pyfunc
 import numpy as np
 import pytest
 import torch
-from tracking_helpers import DATA, open_small, small_generator
+from tracking_helpers import DATA, new_database, open_small, small_generator
 
 from pipeline.imaging import upscale
 from pipeline.model import RRDBNet, rrdbnet, save_generator, seeded
@@ -52,6 +52,7 @@ class Registered:
 @pytest.fixture(scope="module")
 def registered(tmp_path_factory: pytest.TempPathFactory) -> Registered:
     folder = tmp_path_factory.mktemp("served")
+    new_database(folder)
     tracked = open_small(TrackingConfig(), Storage(str(folder)) / "run", "served")
     generator = small_generator(folder / "generator.safetensors", 0)
     register_generator(

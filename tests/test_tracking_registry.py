@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
-from tracking_helpers import DATA, champion_version, client_of, curve, open_small, small_generator
+from tracking_helpers import (
+    DATA,
+    champion_version,
+    client_of,
+    curve,
+    new_database,
+    open_small,
+    small_generator,
+)
 
 from pipeline.errors import UserError
 from pipeline.model import generator_sha256, load_generator, save_generator
@@ -26,8 +34,9 @@ from pipeline.tracking.run import TrackedRun
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory: pytest.TempPathFactory) -> TrackedRun:
     """One open run in one database for the whole module."""
-    storage = Storage(str(tmp_path_factory.mktemp("runs")))
-    return open_small(TrackingConfig(), storage / "run", "registry")
+    folder = tmp_path_factory.mktemp("runs")
+    new_database(folder)
+    return open_small(TrackingConfig(), Storage(str(folder)) / "run", "registry")
 
 
 @pytest.fixture

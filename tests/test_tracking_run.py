@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tracking_helpers import DATA, client_of, events_of, free_port, open_small
+from tracking_helpers import DATA, client_of, events_of, free_port, new_database, open_small
 
 from pipeline.errors import UserError
 from pipeline.run_folder import MLFLOW_RUN
@@ -20,8 +20,10 @@ from pipeline.tracking.run import finish_run, open_described, open_parent, open_
 
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
-    """A folder for runs, with one database for the whole module: creating its tables takes seconds."""
-    return Storage(str(tmp_path_factory.mktemp("runs")))
+    """A folder for runs, with one database for the whole module."""
+    folder = tmp_path_factory.mktemp("runs")
+    new_database(folder)
+    return Storage(str(folder))
 
 
 @pytest.fixture

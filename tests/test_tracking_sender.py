@@ -11,6 +11,7 @@ from tracking_helpers import (
     events_of,
     everything,
     files_in,
+    new_database,
     open_small,
     records_between,
     write_segments,
@@ -32,7 +33,9 @@ WAIT_S = 60
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
     """A folder for runs, with one database for the whole module."""
-    return Storage(str(tmp_path_factory.mktemp("runs")))
+    folder = tmp_path_factory.mktemp("runs")
+    new_database(folder)
+    return Storage(str(folder))
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 from mlflow import MlflowClient
 from s3 import s3_bucket
 from tiny import train, write_photos
-from tracking_helpers import Server
+from tracking_helpers import Server, new_database
 
 from pipeline.errors import UserError
 from pipeline.storage import Storage
@@ -25,6 +25,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tracked")
+    new_database(folder / "runs")
     write_photos(folder / "photos", 3, 96, seed=1)
     write_photos(folder / "held_out", 2, 128, seed=2)
     (folder / "photos" / "LICENSE.txt").write_text("CC0, drawn for a test\n")
@@ -80,7 +81,7 @@ def test_a_server_unreachable_until_after_the_end_loses_neither_metrics_nor_the_
 def test_a_run_on_s3_registers_a_model_with_its_card(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    uri = new_database(tmp_path)
     with s3_bucket(monkeypatch) as bucket:
         result = train(
             folder, storage=f"{bucket}/runs", **{"tracking.uri": uri, "data.root": str(tmp_path / "data")}
@@ -119,7 +120,7 @@ def test_a_failed_run_is_marked_with_its_reason(
         raise error
 
     monkeypatch.setattr("pipeline.training.run._train", fail)
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    uri = new_database(tmp_path)
     with pytest.raises(type(error)):
         train(folder, storage=str(tmp_path / "runs"), **{"tracking.uri": uri})
     client = MlflowClient(uri, uri)

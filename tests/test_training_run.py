@@ -12,6 +12,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from tiny import command, fields, flags, run_until, train, write_sets
+from tracking_helpers import new_database
 
 from pipeline.config import load_config
 from pipeline.data import read_held_out
@@ -125,7 +126,7 @@ def test_weights_that_never_improve_are_registered_all_the_same(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changes = {"run_name": "still", "psnr.learning_rate": 1e-30, "psnr.steps": 3, "gan.steps": 0}
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    uri = new_database(tmp_path)
     result = train(folder, **changes, **{"tracking.register_model": True, "tracking.uri": uri})
     assert result.model_version == 1
     assert "cannot be read" not in capsys.readouterr().out

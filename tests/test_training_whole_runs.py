@@ -14,6 +14,7 @@ import torch
 from gloo import run_workers
 from s3 import s3_bucket
 from tiny import write_photos, write_sets
+from tracking_helpers import new_database
 
 from pipeline.data import HeldOutPhoto, read_held_out
 from pipeline.imaging import bicubic_upscale, matlab_bicubic_downscale, psnr
@@ -78,7 +79,7 @@ def test_psnr_rises_and_passes_bicubic(tmp_path: Path) -> None:
 
 
 def test_scale_2_from_images_to_a_registered_model(tmp_path: Path) -> None:
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    uri = new_database(tmp_path)
     result = tiny.train(write_sets(tmp_path), **{"data.scale": 2, "tracking.uri": uri})
     assert result.model_version == 1
     run = Storage(str(tmp_path / "runs" / "tiny"))
@@ -104,7 +105,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 @pytest.mark.ray
 def test_ray_train_with_storage_and_data_on_s3_gives_the_same_bits(tmp_path: Path, bucket: str) -> None:
     folder = write_sets(tmp_path)
-    changes = {"tracking.register_model": False, "tracking.uri": f"sqlite:///{tmp_path}/mlflow.db"}
+    changes = {"tracking.register_model": False, "tracking.uri": new_database(tmp_path)}
     local = tiny.train(folder, **changes)
     # A process with a private Ray, which inherits the address of the S3 server.
     remote = tiny.fields(

@@ -1,10 +1,12 @@
 """Shared by the tests of tracking: records, runs, small generators, and a real MLflow server."""
 
+import functools
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable
@@ -18,10 +20,26 @@ from mlflow import MlflowClient
 from pipeline.model import RRDBNet, save_generator
 from pipeline.storage import Storage
 from pipeline.tracking.config import TrackingConfig
+from pipeline.tracking.connection import connect
 from pipeline.tracking.run import TrackedRun, open_run
 from pipeline.tracking.spool import Event, ImageRecord, Metrics, Record, write_segment
 
 DATA = "0123456789abcdef" * 4
+
+
+@functools.cache
+def _migrated_database() -> bytes:
+    """An MLflow database with its tables and nothing else, created once per process."""
+    with tempfile.TemporaryDirectory() as folder:
+        connect(f"sqlite:///{folder}/mlflow.db")
+        return (Path(folder) / "mlflow.db").read_bytes()
+
+
+def new_database(folder: Path, name: str = "mlflow.db") -> str:
+    """Writes an MLflow database into the folder; returns its URI. Creating its tables would take seconds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(_migrated_database())
+    return f"sqlite:///{folder / name}"
 
 
 def records_between(after: int, last: int) -> list[Record]:
@@ -140,7 +158,7 @@ class Server:
         self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self._log = folder / "server.log"
-        backend = backend or f"sqlite:///{folder}/server.db"
+        backend = backend or new_database(folder, "server.db")
         artifacts = options or ("--artifacts-destination", str(folder / "server-artifacts"))
         self._command = [
             sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port),
