@@ -17,6 +17,7 @@ from tracking_helpers import (
     curve,
     new_database,
     open_small,
+    shorten,
     small_generator,
 )
 
@@ -25,9 +26,16 @@ from pipeline.model import generator_sha256, load_generator, save_generator
 from pipeline.storage import Storage
 from pipeline.tracking import logged_model, registry
 from pipeline.tracking.config import TrackingConfig
+from pipeline.tracking.connection import CONNECT_LIMITS
 from pipeline.tracking.logged_model import ModelCard, input_example, license_note
 from pipeline.tracking.lookup import pull_generator
-from pipeline.tracking.registry import RegisteredVersion, log_generator, promote, register_generator
+from pipeline.tracking.registry import (
+    UPLOAD_LIMITS,
+    RegisteredVersion,
+    log_generator,
+    promote,
+    register_generator,
+)
 from pipeline.tracking.run import TrackedRun
 
 
@@ -360,7 +368,8 @@ def test_the_example_is_the_input_at_the_start_of_a_validation_image() -> None:
     assert np.array_equal(input_example(strip, 4), lr[:24, :32])
 
 
-def test_a_silent_server_fails_in_bounded_time(config, tmp_path) -> None:
+def test_a_silent_server_fails_in_bounded_time(config, tmp_path, monkeypatch) -> None:
+    shorten(CONNECT_LIMITS, monkeypatch, at_most_s=10)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()  # Accepts, and never answers.
@@ -371,8 +380,8 @@ def test_a_silent_server_fails_in_bounded_time(config, tmp_path) -> None:
         assert time.monotonic() - began < 30
 
 
-@pytest.mark.slow
 def test_a_server_that_stops_answering_fails_in_bounded_time(config, tmp_path, monkeypatch) -> None:
+    shorten(UPLOAD_LIMITS, monkeypatch, at_most_s=60)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()

@@ -8,13 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
-from tracking_helpers import DATA, client_of, events_of, free_port, new_database, open_small
+from tracking_helpers import DATA, client_of, events_of, free_port, new_database, open_small, shorten
 
 from pipeline.errors import UserError
 from pipeline.run_folder import MLFLOW_RUN
 from pipeline.storage import Storage
 from pipeline.tracking.config import TrackingConfig
-from pipeline.tracking.connection import bounded_requests
+from pipeline.tracking.connection import CONNECT_LIMITS, bounded_requests
 from pipeline.tracking.run import finish_run, open_described, open_parent, open_run, require_tracking
 
 
@@ -120,7 +120,10 @@ def test_the_experiments_artifact_location_is_absolute(storage: Storage, run: St
 
 
 @pytest.mark.parametrize("kind", ["refused", "silent"])
-def test_an_unreachable_server_is_a_one_line_error_within_seconds(run: Storage, kind: str) -> None:
+def test_an_unreachable_server_is_a_one_line_error_within_seconds(
+    run: Storage, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shorten(CONNECT_LIMITS, monkeypatch, at_most_s=10)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()  # Accepts, and never answers.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from mlflow import MlflowClient
 
@@ -40,6 +41,12 @@ def new_database(folder: Path, name: str = "mlflow.db") -> str:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / name).write_bytes(_migrated_database())
     return f"sqlite:///{folder / name}"
+
+
+def shorten(limits: dict[str, int], patch: pytest.MonkeyPatch, at_most_s: int) -> None:
+    """Checks that requests with these limits end within `at_most_s`, and lowers the timeout to 1 s."""
+    assert limits["timeout_s"] * (1 + limits["retries"]) <= at_most_s
+    patch.setitem(limits, "timeout_s", 1)
 
 
 def records_between(after: int, last: int) -> list[Record]:

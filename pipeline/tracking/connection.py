@@ -27,6 +27,8 @@ _QUIET = {
     # The link that MLflow prints when a run ends contains the URI's password.
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
+# Of the first request: an answer, or an error, within about ten seconds.
+CONNECT_LIMITS = {"timeout_s": 4, "retries": 1}
 _lock = threading.Lock()
 _active: list[dict[str, str]] = []
 _before: dict[str, str | None] = {}
@@ -70,7 +72,7 @@ def connect(uri: str) -> MlflowClient:
     shown = f"tracking.uri={without_secrets(uri)}"
     try:
         _require_reachable(uri)
-        with bounded_requests(timeout_s=4, retries=1), _migration_lock(uri):
+        with bounded_requests(**CONNECT_LIMITS), _migration_lock(uri):
             client = MlflowClient(tracking_uri=uri, registry_uri=uri)
             client.search_experiments(max_results=1)
         return client
