@@ -158,17 +158,24 @@ def test_a_model_with_non_finite_output_is_an_error_without_results(tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
-@pytest.fixture
-def backbone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with AlexNet's weights drawn from a seed, under a name with their sha256."""
-    folder = tmp_path / "alexnet"
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def alexnet_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """AlexNet's weights drawn from a seed (244 MB), under a name with their sha256."""
+    file = tmp_path_factory.mktemp("alexnet") / "weights"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        torch.save(alexnet().state_dict(), folder / "weights")
-    digest = hashlib.sha256((folder / "weights").read_bytes()).hexdigest()
-    monkeypatch.setattr(lpips, "BACKBONE", f"alexnet-owt-{digest[:8]}.pth")
-    (folder / "weights").rename(folder / lpips.BACKBONE)
+        torch.save(alexnet().state_dict(), file)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    return file.rename(file.with_name(f"alexnet-owt-{digest[:8]}.pth"))
+
+
+@pytest.fixture
+def backbone(tmp_path: Path, alexnet_weights: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a link to these weights, the only valid ones for `lpips`."""
+    folder = tmp_path / "alexnet"
+    folder.mkdir()
+    (folder / alexnet_weights.name).symlink_to(alexnet_weights)
+    monkeypatch.setattr(lpips, "BACKBONE", alexnet_weights.name)
     return folder
 
 
