@@ -1,5 +1,6 @@
 """Data sets and images in an object store: the same bytes as in a folder."""
 
+import functools
 import itertools
 import threading
 from collections.abc import Iterator
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pyarrow import fs
 from s3 import s3_bucket
 from tiny import write_photos
 from tiny_patches import write_patches
@@ -162,8 +164,15 @@ def test_requests_to_a_store_are_concurrent(
     assert enough.is_set()
 
 
+def without_client_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Turns off the retries of Arrow's S3 client: an unreachable store costs seconds with them."""
+    once = functools.partial(fs.S3FileSystem, retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=1))
+    monkeypatch.setattr(fs, "S3FileSystem", once)
+
+
 def test_an_unreachable_store_is_not_corruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader, "RETRY_AFTER_S", (0.0, 0.0))
+    without_client_retries(monkeypatch)
     with s3_bucket(monkeypatch) as address:
         upload(Path(write_patches(tmp_path, 5)), f"{address}/set")
         manifest = load_manifest(f"{address}/set")
@@ -186,6 +195,7 @@ def test_the_sample_images_are_prepared_on_s3(bucket: str) -> None:
 
 def test_an_unreachable_store_is_one_line(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    without_client_retries(monkeypatch)
     for ask in (
         lambda: has_manifest(f"{bucket}/x"),
         lambda: list_photos(f"{bucket}/photos", "data.held_out"),
