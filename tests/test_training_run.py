@@ -3,13 +3,13 @@
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from evaluation_helpers import exit_code
 from mlflow import MlflowClient
 from tiny import command, fields, flags, run_until, train, write_sets
 from tracking_helpers import new_database
@@ -382,7 +382,12 @@ def test_a_missing_gpu_is_found_before_the_start(folder: Path) -> None:
     ],
 )
 def test_invalid_input_is_one_line_and_exit_code_2(
-    folder: Path, tmp_path: Path, undisturbed: TrainingResult, changes: dict[str, Any], message: str
+    folder: Path,
+    tmp_path: Path,
+    undisturbed: TrainingResult,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    message: str,
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty.pth").touch()
@@ -392,17 +397,12 @@ def test_invalid_input_is_one_line_and_exit_code_2(
     } | {"run_name": "mistake"}
     if "data.patch_px" in changes:
         changes["crop_px"] = 128
-    result = subprocess.run(
-        command("train_gan", folder, fields(folder, **changes)),
-        capture_output=True,
-        text=True,
-        env=environment(),
-        timeout=120,
-        check=False,
-    )
-    assert result.returncode == 2, result.stderr
-    assert "Traceback" not in result.stderr
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    _, program, *arguments = command("train_gan", folder, fields(folder, **changes))
+    capsys.readouterr()
+    assert exit_code(Path(program).stem, *arguments) == 2
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed
+    lines = [line for line in printed.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert message in lines[0]
 
