@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import ray
 from ray.util import ActorPool
 
+from pipeline.data.ingest.ray_ingest import require_ray_address
 from pipeline.errors import UserError
 
 Item = TypeVar("Item")
@@ -43,10 +44,11 @@ def map_on_ray(
         device: cuda: each actor reserves a GPU; auto: the same if the cluster has enough of them; cpu.
 
     Raises:
-        UserError: the cluster has fewer CPUs or GPUs than that.
+        UserError: no cluster answers at RAY_ADDRESS, or it has fewer CPUs or GPUs than that.
     """
     started = not ray.is_initialized()
     if started:
+        require_ray_address()
         options: dict[str, Any] = (
             {} if os.environ.get("RAY_ADDRESS") else {"address": "local", "include_dashboard": False}
         )

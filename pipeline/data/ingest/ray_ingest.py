@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import chain, groupby
@@ -42,6 +43,7 @@ def join_ray(dashboard: bool = False) -> None:
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS")
+    require_ray_address()
     if not address:
         # Set explicitly: a stale token file in the home directory would change the mode.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -52,6 +54,20 @@ def join_ray(dashboard: bool = False) -> None:
             # Any free port: the default one belongs to a cluster that accepts jobs.
             ray.init(address="local", include_dashboard=dashboard, dashboard_port=0, log_to_driver=True)
     except ConnectionError as error:
+        raise UserError(
+            f"RAY_ADDRESS={address}: no Ray cluster answers ({error}); start it or unset the variable"
+        ) from None
+
+
+def require_ray_address() -> None:
+    """Raises UserError if RAY_ADDRESS is HOST:PORT and nothing listens there: `ray.init` would retry for minutes."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdecimal()):
+        return  # unset, `auto` or `local`
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
         raise UserError(
             f"RAY_ADDRESS={address}: no Ray cluster answers ({error}); start it or unset the variable"
         ) from None
