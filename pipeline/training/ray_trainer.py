@@ -36,6 +36,7 @@ from pipeline.training.worker import Worker
 
 ELASTIC_START_S = 30.0
 RESIZE_S = 10.0
+MIN_HUNG_S = 30.0
 
 
 def fit(config: TrainConfig, run: Storage, callbacks: Sequence[UserCallback] = ()) -> None:
@@ -251,6 +252,9 @@ def _set_timeouts(config: TrainConfig) -> None:
     # A group may be planned on nodes that Ray does not know to be lost; an elastic one is then planned again, smaller.
     start_s = start_s if low == high else min(start_s, ELASTIC_START_S)
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(start_s)
+    # While a rank waits for another one in Ray Train's own barrier (in `report`), no collective times out.
+    hung_s = max(config.faults.collective_timeout_s, MIN_HUNG_S)
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(hung_s)
     # With Ray Train's print patch, every line that a worker prints appears twice.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     # Ray Train takes one report per poll; its default of 2 s would delay runs with short intervals.
