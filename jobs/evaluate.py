@@ -19,7 +19,8 @@ def main(argv: list[str]) -> None:
         f"{len(result.images)} images, x{settings.scale}, border {settings.border}; PSNR in dB; y: BT.601 luma"
     )
     print(command.table(*result.table()))
-    print(f"report: {Storage(config.out).path('report.html')}")
+    out = Storage(config.out)
+    print(f"report: {out.path('report.html' if out.exists('report.html') else 'metrics.json')}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pipeline.data.format.contact_sheet import contact_sheet
 from pipeline.data.format.manifest import NAME
 from pipeline.data.format.verify import verify
 from pipeline.data.ingest.prepare import describe
-from pipeline.errors import UserError
+from pipeline.errors import UserError, require_package
 from pipeline.storage import absolute
 
 
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     if options.verify:
         _verify(data, options.json)
     elif not (options.show and has_manifest(data.root)):
-        _prepare(data, options)
+        _prepare(data, options, config.worker_range[1] > 0)
     else:
         command.write_json(options.json, asdict(describe(load_manifest(data.root))))
     if options.show:
@@ -44,13 +44,15 @@ def main(argv: list[str]) -> None:
         print(f"contact sheet: {options.show}")
 
 
-def _prepare(data: DataConfig, options: argparse.Namespace) -> None:
+def _prepare(data: DataConfig, options: argparse.Namespace, on_ray: bool) -> None:
     check_source(data)
-    # Importing Ray takes seconds; invalid input, --verify and --show do not need it.
-    from pipeline.data.ingest.ray_ingest import join_ray
+    if on_ray:
+        # Importing Ray takes seconds; invalid input, --verify and --show do not need it.
+        require_package("ray", "workers > 0", "set workers=0")
+        from pipeline.data.ingest.ray_ingest import join_ray
 
-    join_ray()
-    result = prepare(data, strict=options.strict)
+        join_ray()
+    result = prepare(data, strict=options.strict, on_ray=on_ray)
     command.write_json(options.json, asdict(result))
     manifest = load_manifest(data.root)
     for entry in manifest.rejected:

@@ -1,6 +1,7 @@
 """The one error that a user causes and can fix, and the removal of secrets from text."""
 
 import re
+from importlib.util import find_spec
 
 MASK = "***"
 # A password may hold / and @, so what has a colon extends to the last @.
@@ -22,3 +23,20 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(without_secrets(message))
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported; it is not imported."""
+    return find_spec(package) is not None
+
+
+def require_package(package: str, needed_for: str, instead: str) -> None:
+    """Raises UserError if a package is not installed; only the parts that use Ray, MLflow and others need these.
+
+    Args:
+        package: its name.
+        needed_for: the field and its value that need it.
+        instead: how to do without it, as a command: "set workers=0".
+    """
+    if not is_installed(package):
+        raise UserError(f"{needed_for}: the package {package} is not installed; install it, or {instead}")

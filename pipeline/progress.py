@@ -1,10 +1,8 @@
 """Progress of long work: a bar on a terminal, one line every ten seconds in a log."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, TextIO
-
-from tqdm import tqdm
 
 LINE_EVERY_S = 10.0
 
@@ -24,8 +22,34 @@ class _Lines:
         """Each line is flushed by itself."""
 
 
-def progress_bar(items: Iterable[Any] | None = None, **options: Any) -> tqdm:
-    """tqdm on stderr, with its options. In a log, work of less than ten seconds prints nothing."""
+class _NoBar:
+    """What the callers use of tqdm, where it is not installed."""
+
+    n = 0.0
+
+    def __init__(self, items: Iterable[Any] | None) -> None:
+        self._items = items or ()
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._items)
+
+    def __enter__(self) -> "_NoBar":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def update(self, count: float = 1) -> None:
+        """Counts."""
+        self.n += count
+
+
+def progress_bar(items: Iterable[Any] | None = None, **options: Any) -> Any:
+    """tqdm (if installed) on stderr, with its options. In a log, work of less than ten seconds prints nothing."""
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:
+        return _NoBar(items)
     if sys.stderr.isatty():
         return tqdm(items, **options)
     if options.get("desc"):  # tqdm adds the colon to its own format only

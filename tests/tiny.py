@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tracking_helpers import new_database
 
 from pipeline.config import load_config
 from pipeline.training.run import TrainingResult, run_training
@@ -74,6 +73,8 @@ def flags(values: dict[str, Any]) -> list[str]:
 
 def write_sets(folder: Path) -> Path:
     """Three training images, two held-out images and an MLflow database below `folder`, which is returned."""
+    from tracking_helpers import new_database  # MLflow: missing in a minimal environment
+
     new_database(folder / "runs")
     write_photos(folder / "photos", 3, 96, seed=1)
     write_photos(folder / "held_out", 2, 64, seed=2)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import uniform_filter
 
 from pipeline.imaging import Image, luma
 
@@ -50,19 +49,21 @@ def most_different(images: Sequence[Image], side_px: int, multiple: int) -> Box:
     details = [_detail(luma(image)) for image in images]
     difference = np.maximum.reduce(details) - np.minimum.reduce(details)
     box = Box(0, 0, side_px, side_px).fitted(difference.shape, multiple)
-    means = uniform_filter(difference, (box.height, box.width))
-    # The window at [y, x] begins half its size before: only those inside the image, by their upper left corner.
-    top, left = box.height // 2, box.width // 2
-    inside = means[
-        top : top + difference.shape[0] - box.height + 1, left : left + difference.shape[1] - box.width + 1
-    ]
-    inside = inside[::multiple, ::multiple]
+    inside = _window_means(difference, box.height, box.width)[::multiple, ::multiple]
     y, x = np.unravel_index(int(np.argmax(inside)), inside.shape)
     return Box(int(x) * multiple, int(y) * multiple, box.width, box.height)
 
 
 def _detail(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    return values - uniform_filter(values, _DETAIL_PX, mode="nearest")
+    padded = np.pad(values, _DETAIL_PX // 2, mode="edge")
+    return values - _window_means(padded, _DETAIL_PX, _DETAIL_PX)
+
+
+def _window_means(values: NDArray[np.float64], height: int, width: int) -> NDArray[np.float64]:
+    """Means of all windows inside `values`, by their upper left corner, from cumulative sums."""
+    sums = np.pad(values.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+    total = sums[height:, width:] - sums[:-height, width:] - sums[height:, :-width] + sums[:-height, :-width]
+    return total / (height * width)
 
 
 def nearest_upscale(image: Image, factor: int) -> Image:

@@ -8,7 +8,7 @@ import pyarrow
 from PIL import Image as PillowImage
 
 from pipeline.data.ingest.decoding import FORMATS
-from pipeline.errors import UserError
+from pipeline.errors import UserError, is_installed, require_package
 from pipeline.evaluation.comparison import Panel, draw_panels
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.crops import nearest_upscale
@@ -23,7 +23,6 @@ from pipeline.evaluation.models import (
     open_model,
     split_label,
 )
-from pipeline.evaluation.report import render_report
 from pipeline.evaluation.result import Evaluation, short_labels
 from pipeline.evaluation.scoring import Failure, ImageScore, Scorer, Settings, size_mismatch
 from pipeline.imaging import Image
@@ -133,6 +132,7 @@ def evaluate(
 def _outcomes(scorer: Scorer, pairs: Sequence[Pair], workers: int) -> Iterable[ImageScore | Failure]:
     if workers == 0:
         return map(scorer, pairs)
+    require_package("ray", f"--workers {workers}", "use --workers 0")
     from pipeline.evaluation.ray_workers import map_on_ray
 
     devices = [model.device for model in scorer.models if model.generator is not None]
@@ -141,7 +141,13 @@ def _outcomes(scorer: Scorer, pairs: Sequence[Pair], workers: int) -> Iterable[I
 
 def _write_results(evaluation: Evaluation, out: Storage) -> None:
     """Writes metrics.json (last), report.html and comparison.png."""
-    out.write_bytes("report.html", render_report(evaluation).encode())
+    missing = [name for name in ("jinja2", "matplotlib") if not is_installed(name)]
+    if missing:
+        print(f"note: report.html is not written; it needs the package {' and '.join(missing)}")
+    else:
+        from pipeline.evaluation.report import render_report
+
+        out.write_bytes("report.html", render_report(evaluation).encode())
     buffer = io.BytesIO()
     draw_panels(list(_comparison(evaluation)), zoom=2).save(buffer, format="PNG", optimize=True)
     out.write_bytes("comparison.png", buffer.getvalue())

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow
 
 from pipeline.data.ingest.decoding import PhotoRejected
-from pipeline.errors import UserError
+from pipeline.errors import UserError, require_package
 from pipeline.evaluation.config import UpscaleConfig
 from pipeline.evaluation.image_files import SUFFIXES, encode_output, read_source
 from pipeline.evaluation.layout import images_in
@@ -199,6 +199,7 @@ def upscale_all(
 def _outcomes(upscaler: Upscaler, tasks: Sequence[Task], workers: int) -> Iterable[Outcome]:
     if workers == 0 or not tasks:
         return map(upscaler, tasks)
+    require_package("ray", f"--workers {workers}", "use --workers 0")
     from pipeline.evaluation.ray_workers import map_on_ray
 
     model = upscaler.model

@@ -9,9 +9,7 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mlflow.exceptions import MlflowException
-
-from pipeline.errors import UserError, without_secrets
+from pipeline.errors import UserError, require_package, without_secrets
 from pipeline.run_folder import CANDIDATE, RESULT, CandidateDescription, TrainedGenerator
 from pipeline.storage import Storage
 from pipeline.tracking.config import TrackingConfig
@@ -147,7 +145,11 @@ def upload_pending(run: Storage, tracking_uri: str | None) -> UploadResult:
         UserError: not a run's folder, the server is unreachable, or its URI is masked and must be set.
     """
     description = require_description(run)
-    config = TrackingConfig(uri=absolute_uri(tracking_uri or description.uri))
+    uri = absolute_uri(tracking_uri or description.uri)
+    require_package("mlflow", f"tracking.uri={uri}", "run this where it is")
+    from mlflow.exceptions import MlflowException
+
+    config = TrackingConfig(uri=uri)
     sender = Sender(run, config, None, published_step=lambda: published_step(run))
     try:
         sent = sender.send_pending()

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_serializer
 
-from pipeline.errors import without_secrets
+from pipeline.errors import is_installed, without_secrets
 from pipeline.section import Section
 
 
@@ -22,7 +22,8 @@ class TrackingConfig(Section):
         None,
         repr=False,
         description="MLflow tracking server: sqlite:////absolute/path.db or http(s)://host:port. "
-        "Without one: mlflow.db next to the runs, in `storage`.",
+        "Without one: mlflow.db next to the runs, in `storage`. `none`: no tracking server; the run's folder keeps the "
+        "metrics, which send_metrics.py can send later. This is the default where MLflow is not installed.",
     )
     experiment: str = Field("esrgan", min_length=1, max_length=500, description="MLflow experiment.")
     model_name: Annotated[str, AfterValidator(_registrable)] = Field(
@@ -37,6 +38,11 @@ class TrackingConfig(Section):
     metric: str = Field(
         "psnr_y", description="Validation metric by which the best generator and `champion` are chosen."
     )
+
+    @property
+    def enabled(self) -> bool:
+        """Whether metrics are sent to MLflow while training."""
+        return self.uri != "none" and (self.uri is not None or is_installed("mlflow"))
 
     @field_serializer("uri", when_used="json")
     def _without_password(self, uri: str | None) -> str | None:

@@ -1,5 +1,7 @@
 """Connects to the MLflow tracking server (or database) with bounded timeouts and one-line errors."""
 
+from __future__ import annotations
+
 import fcntl
 import logging
 import os
@@ -9,13 +11,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
-
-from pipeline.errors import UserError, without_secrets
+from pipeline.errors import UserError, require_package, without_secrets
 from pipeline.tracking.uri import DATABASES
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +73,10 @@ def connect(uri: str) -> MlflowClient:
         UserError: it answers, but cannot be used: an older schema, a missing driver, access denied.
     """
     shown = f"tracking.uri={without_secrets(uri)}"
+    require_package("mlflow", shown, "set tracking.uri=none")
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
     try:
         _require_reachable(uri)
         with bounded_requests(**CONNECT_LIMITS), _migration_lock(uri):
@@ -117,6 +124,8 @@ def cause(error: BaseException) -> str:
 
 def has_code(error: BaseException, code: str) -> bool:
     """Whether an exception is MLflow's with this error code, such as RESOURCE_DOES_NOT_EXIST."""
+    from mlflow.exceptions import MlflowException
+
     return isinstance(error, MlflowException) and error.error_code == code
 
 

@@ -1,18 +1,16 @@
 """Logs a generator as an MLflow model: the files that MLflow needs to serve it, a model card, and its metrics."""
 
+from __future__ import annotations
+
 import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import mlflow.pyfunc
 import numpy as np
-from mlflow import MlflowClient
-from mlflow.entities import LoggedModel, LoggedModelOutput, Metric
-from mlflow.models import Model, ModelSignature
-from mlflow.types import DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 from PIL import Image
 
 from pipeline.errors import without_secrets
@@ -20,6 +18,11 @@ from pipeline.model import RRDBNet, generator_sha256, load_generator, rrdbnet
 from pipeline.model.export import export_onnx
 from pipeline.tracking.run import TrackedRun
 from pipeline.tracking.upload import DIGEST_CHARACTERS
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
+    from mlflow.models import Model, ModelSignature
 
 SERVING_CODE = Path(__file__).with_name("serving_model.py")
 WEIGHTS = "generator.safetensors"
@@ -81,6 +84,9 @@ def log_model(
         evaluation_set: digest of the images that the metrics were measured on.
         card: its origin.
     """
+    from mlflow.entities import LoggedModelOutput, Metric
+    from mlflow.models import Model
+
     generator, _ = load_generator(path)
     sha256 = generator_sha256(generator.state_dict())
     origin = {
@@ -152,6 +158,8 @@ def write_model(
         origin: small values for MLflow's metadata.
         identity: MLflow's ids of the logged model.
     """
+    import mlflow.pyfunc
+
     generator, _ = load_generator(path)
     with tempfile.TemporaryDirectory(prefix="esrgan-model-") as name:
         parts = Path(name)
@@ -275,6 +283,9 @@ def architecture(generator: RRDBNet) -> dict[str, object]:
 
 
 def _signature() -> ModelSignature:
+    from mlflow.models import ModelSignature
+    from mlflow.types import DataType, ParamSchema, ParamSpec, Schema, TensorSpec
+
     images = Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3))])
     return ModelSignature(images, images, ParamSchema([ParamSpec("tile", DataType.long, 0)]))
 

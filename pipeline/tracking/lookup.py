@@ -1,5 +1,7 @@
 """Finds and downloads registered generators."""
 
+from __future__ import annotations
+
 import atexit
 import re
 import shutil
@@ -7,17 +9,17 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import mlflow.artifacts
-from mlflow import MlflowClient
-from mlflow.entities.model_registry import ModelVersion
-from mlflow.exceptions import MlflowException
-
-from pipeline.errors import UserError, without_secrets
+from pipeline.errors import UserError, require_package, without_secrets
 from pipeline.model import decode_generator, generator_sha256
 from pipeline.tracking.connection import TrackingUnreachable, bounded_requests, cause, connect, has_code
 from pipeline.tracking.logged_model import SHA_TAG, WEIGHTS
 from pipeline.tracking.uri import known_uri
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
 
 CHAMPION = "champion"
 _URI = re.compile(
@@ -45,6 +47,8 @@ def pull_generator(uri: str, tracking_uri: str | None = None, folder: Path | Non
         raise UserError(f"{uri}: not a registered model; write models:/NAME@{CHAMPION} or models:/NAME/3")
     server = known_uri(tracking_uri)
     with one_line_errors(uri, server), bounded_requests(timeout_s=60, retries=2):
+        import mlflow.artifacts
+
         client = connect_existing(server)
         if parts["model_id"]:
             model = client.get_logged_model(parts["model_id"])
@@ -75,6 +79,8 @@ def pull_generator(uri: str, tracking_uri: str | None = None, folder: Path | Non
 
 def by_alias(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
     """The version with this alias; None without one."""
+    from mlflow.exceptions import MlflowException
+
     try:
         return client.get_model_version_by_alias(name, alias)
     except MlflowException as error:
@@ -98,6 +104,8 @@ def versions(client: MlflowClient, name: str) -> list[ModelVersion]:
 
 def resolve(client: MlflowClient, name: str, alias: str | None, version: str | None) -> ModelVersion:
     """The version of an alias or number. Raises UserError that lists the existing ones."""
+    from mlflow.exceptions import MlflowException
+
     try:
         model = client.get_registered_model(name)
     except MlflowException as error:
@@ -131,6 +139,9 @@ def connect_existing(uri: str) -> MlflowClient:
 @contextmanager
 def one_line_errors(what: str, uri: str) -> Iterator[None]:
     """Turns MLflow's exceptions into UserErrors of one line."""
+    require_package("mlflow", what, "give the path of a file or folder")
+    from mlflow.exceptions import MlflowException
+
     try:
         yield
     except TrackingUnreachable as error:

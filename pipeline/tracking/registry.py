@@ -1,14 +1,13 @@
 """The model registry: registers generators and promotes the best one to `champion`."""
 
+from __future__ import annotations
+
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-from mlflow import MlflowClient
-from mlflow.entities.model_registry import ModelVersion
-from mlflow.exceptions import MlflowException
+from typing import TYPE_CHECKING
 
 from pipeline.tracking.config import TrackingConfig
 from pipeline.tracking.connection import bounded_requests, connect, has_code
@@ -16,6 +15,10 @@ from pipeline.tracking.logged_model import SET_TAG, SHA_TAG, LoggedGenerator, Mo
 from pipeline.tracking.lookup import CHAMPION, by_alias, connect_existing, one_line_errors, resolve, versions
 from pipeline.tracking.run import TrackedRun
 from pipeline.tracking.uri import known_uri
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
 
 CHALLENGER = "challenger"
 METRIC_TAG = "esrgan.metric."
@@ -120,6 +123,8 @@ def _version(
     evaluation_set: str,
 ) -> tuple[ModelVersion, bool]:
     """The version of this logged model, and whether it is new."""
+    from mlflow.exceptions import MlflowException
+
     try:
         client.create_registered_model(name)
     except MlflowException as error:

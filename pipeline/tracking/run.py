@@ -1,16 +1,14 @@
 """Opens, resumes and ends the MLflow run of a training run."""
 
+from __future__ import annotations
+
 import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mlflow import MlflowClient
-from mlflow.entities import ViewType
-from mlflow.exceptions import MlflowException
-
-from pipeline.errors import UserError, without_secrets
+from pipeline.errors import UserError, require_package, without_secrets
 from pipeline.run_folder import MLFLOW_RUN, TrackingDescription
 from pipeline.storage import Storage
 from pipeline.tracking.config import TrackingConfig
@@ -19,6 +17,9 @@ from pipeline.tracking.provenance import provenance_tags
 from pipeline.tracking.spool import FOLDER, published_step
 from pipeline.tracking.upload import PARAM_CHARACTERS, TAG_CHARACTERS, log_description, log_end
 from pipeline.tracking.uri import artifact_root, resolve_uri
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 KEY_TAG = "esrgan.key"
 
@@ -44,6 +45,8 @@ def require_tracking(config: TrackingConfig, storage: str) -> None:
         UserError: the URI is invalid, or the server is unreachable and `tracking.if_unreachable` is `refuse`.
     """
     uri = resolve_uri(config, storage)
+    if not config.enabled:
+        return
     try:
         connect(uri)
     except TrackingUnreachable as error:
@@ -74,7 +77,8 @@ def open_run(
         run_id: MLflow's id from an earlier attempt, if known.
 
     Returns:
-        The open run; None if the server is unreachable and `tracking.if_unreachable` is `spool`.
+        The open run; None if tracking is disabled, or the server is unreachable and `tracking.if_unreachable` is
+        `spool`.
 
     Raises:
         UserError: the server is unreachable and `tracking.if_unreachable` is `refuse`, or it rejects the run.
@@ -94,6 +98,8 @@ def open_run(
         started_ms=(earlier.started_ms if earlier else None) or _now_ms(),
     )
     MLFLOW_RUN.write(run, description)
+    if not config.enabled:
+        return None
     try:
         return open_described(run, uri)
     except TrackingUnreachable as error:
@@ -110,6 +116,8 @@ def open_described(run: Storage, uri: str) -> TrackedRun:
     """
     description = require_description(run)
     client = connect(uri)
+    from mlflow.exceptions import MlflowException
+
     try:
         with bounded_requests(timeout_s=10, retries=1):
             experiment_id = _experiment(client, description.experiment, artifact_root(uri, _storage_of(run)))
@@ -146,6 +154,9 @@ def open_parent(
     Raises:
         UserError: the server is unreachable, or rejects the run.
     """
+    if not config.enabled:
+        require_package("mlflow", f"tune.name={name}", "train without a sweep")
+        raise UserError("tracking.uri=none: a sweep needs a tracking server; set tracking.uri")
     opened = open_run(
         config.model_copy(update={"if_unreachable": "refuse"}),
         Storage(storage) / name,
@@ -188,6 +199,8 @@ def finish_run(
         logger.warning("status %s not written to %s: %s", status, folder.uri, cause(error))
     if tracked is None:
         return False
+    from mlflow import MlflowClient
+
     try:
         with bounded_requests(timeout_s=5, retries=1):
             client = MlflowClient(tracked.uri, tracked.uri)
@@ -200,6 +213,8 @@ def finish_run(
 
 def _experiment(client: MlflowClient, name: str, root: str | None) -> str:
     """The experiment's id; a new one gets `root` as its artifact location. Raises UserError."""
+    from mlflow.exceptions import MlflowException
+
     for _ in range(2):
         experiment = client.get_experiment_by_name(name)
         if experiment is not None:
@@ -219,6 +234,9 @@ def _experiment(client: MlflowClient, name: str, root: str | None) -> str:
 
 def _find(client: MlflowClient, description: TrackingDescription, experiment_id: str) -> str | None:
     """The run of an earlier attempt, by MLflow's id or by our key tag; a run deleted in MLflow is restored."""
+    from mlflow.entities import ViewType
+    from mlflow.exceptions import MlflowException
+
     existing = None
     if description.run_id:
         try:

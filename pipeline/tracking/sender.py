@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
-from mlflow import MlflowClient
-
 from pipeline.run_folder import SENT, SentMark
 from pipeline.storage import Storage
 from pipeline.tracking.config import TrackingConfig
@@ -48,6 +46,7 @@ class Sender:
     ) -> None:
         self.run = run
         self.tracked = tracked
+        self._enabled = config.enabled
         self._uri = tracked.uri if tracked else resolve_uri(config, run.uri.rpartition("/")[0])
         self._published_step = published_step
         self._poll_s = poll_s
@@ -59,7 +58,8 @@ class Sender:
         self._thread = threading.Thread(target=self._work, name="metrics-sender", daemon=True)
 
     def __enter__(self) -> "Sender":
-        self._thread.start()
+        if self._enabled:
+            self._thread.start()
         return self
 
     def __exit__(
@@ -69,13 +69,14 @@ class Sender:
             self._stop = True
             self._changed.notify_all()
         # A request in progress ends by its own timeout. The thread is a daemon: it does not keep the process alive.
-        self._thread.join(timeout=20)
+        if self._enabled:
+            self._thread.join(timeout=20)
 
     def flush(self, timeout_s: float) -> int:
         """Sends all segments with a published checkpoint, retrying until they are sent or the time is over.
 
         Returns:
-            Segments not sent; 0 if all are sent.
+            Segments not sent; 0 if all are sent, or tracking is disabled.
         """
         deadline = time.monotonic() + timeout_s
         with self._changed:
@@ -86,7 +87,7 @@ class Sender:
                 self._now = True
                 self._changed.notify_all()
                 self._changed.wait(timeout=min(1.0, remaining_s))
-        return len(self.pending())
+        return len(self.pending()) if self._enabled else 0
 
     def pending(self) -> list[int]:
         """Steps of the segments with a published checkpoint that are not sent yet."""
@@ -102,6 +103,8 @@ class Sender:
         Raises:
             TrackingUnreachable, MlflowException, OSError: the remaining segments are sent by the next call.
         """
+        from mlflow import MlflowClient
+
         if self.tracked is None:
             self.tracked = open_described(self.run, self._uri)
         client = MlflowClient(self.tracked.uri, self.tracked.uri)

@@ -7,8 +7,9 @@ spool, as all other records are.
 from contextlib import suppress
 from functools import cache
 
-import psutil
 import torch
+
+from pipeline.errors import is_installed
 
 MEGABYTE = 1e6
 
@@ -17,7 +18,7 @@ def system_metrics(folder: str = "/") -> dict[str, float]:
     """Load of CPU, memory, disk and network of this machine, and of this process's GPU once CUDA is initialized.
 
     CPU load is the mean since the previous call (0 at the first), network traffic the sum since the first call in
-    this process. A call takes about a millisecond. GPU load and power need the package nvidia-ml-py.
+    this process. A call takes about a millisecond. GPU load and power need the package nvidia-ml-py, the others psutil.
 
     Args:
         folder: a local folder on the disk to be measured.
@@ -25,6 +26,16 @@ def system_metrics(folder: str = "/") -> dict[str, float]:
     Returns:
         `system/...` to value.
     """
+    values = _machine_metrics(folder) if is_installed("psutil") else {}
+    # A query must not initialize CUDA, which takes memory, on a GPU that this process does not use.
+    if torch.cuda.is_initialized():
+        values |= _gpu_metrics(torch.cuda.current_device())
+    return {f"system/{name}": float(value) for name, value in values.items()}
+
+
+def _machine_metrics(folder: str) -> dict[str, float]:
+    import psutil
+
     memory, disk = psutil.virtual_memory(), psutil.disk_usage(folder)
     values = {
         "cpu_utilization_percentage": psutil.cpu_percent(),
@@ -38,10 +49,7 @@ def system_metrics(folder: str = "/") -> dict[str, float]:
         network = psutil.net_io_counters()
         values["network_receive_megabytes"] = (network.bytes_recv - received) / MEGABYTE
         values["network_transmit_megabytes"] = (network.bytes_sent - sent) / MEGABYTE
-    # A query must not initialize CUDA, which takes memory, on a GPU that this process does not use.
-    if torch.cuda.is_initialized():
-        values |= _gpu_metrics(torch.cuda.current_device())
-    return {f"system/{name}": float(value) for name, value in values.items()}
+    return values
 
 
 def _gpu_metrics(device: int) -> dict[str, float]:
@@ -60,5 +68,7 @@ def _gpu_metrics(device: int) -> dict[str, float]:
 @cache
 def _first_traffic() -> tuple[int, int]:
     """Bytes received and sent up to the first call; the counters start at zero when the machine boots."""
+    import psutil
+
     network = psutil.net_io_counters()
     return network.bytes_recv, network.bytes_sent

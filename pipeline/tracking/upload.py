@@ -1,5 +1,7 @@
 """Logs a run's description, its segments and its end in MLflow; every call can be repeated without duplicates."""
 
+from __future__ import annotations
+
 import json
 import logging
 import re
@@ -9,16 +11,17 @@ from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
-from mlflow.exceptions import MlflowException
-from mlflow.tracking.multimedia import compress_image_size
 from PIL import Image
 
 from pipeline.run_folder import TrackingDescription
 from pipeline.tracking.connection import bounded_requests, cause, has_code
 from pipeline.tracking.spool import Event, ImageRecord, Metrics, Segment
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric
 
 DATA_TAG = "esrgan.data"
 FAILURE_TAG, CHANGED_TAG = "esrgan.failure", "esrgan.changed_on_resume"
@@ -42,6 +45,8 @@ def log_description(
         description: what to log.
         last_step: step of the event for a run that failed while the server was unreachable.
     """
+    from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
+
     logged = client.get_run(run_id).data
     new = [Param(key, value) for key, value in description.parameters.items() if key not in logged.params]
     # MLflow rejects another value of a logged parameter: changes on resume are logged as a tag.
@@ -105,12 +110,16 @@ def send_segment(client: MlflowClient, run_id: str, segment: Segment, sent: int)
 
 
 def _points(records: Iterable[Metrics]) -> Iterator[Metric]:
+    from mlflow.entities import Metric
+
     for record in records:
         for key, value in record.values.items():
             yield Metric(re.sub(r"[^\w\-. /]", "_", key)[:250], value, record.time_ms, record.step)
 
 
 def _log_points(client: MlflowClient, run_id: str, points: list[Metric]) -> None:
+    from mlflow.exceptions import MlflowException
+
     try:
         client.log_batch(run_id, metrics=points)
     except MlflowException as error:
@@ -127,6 +136,8 @@ def _log_images(client: MlflowClient, run_id: str, images: list[ImageRecord]) ->
     `log_image` gives them random names, so that a repeated image is shown twice; here the name is derived from the
     image's key, step and time. The layout is that of MLflow 3.17's `log_image`.
     """
+    from mlflow.tracking.multimedia import compress_image_size
+
     with tempfile.TemporaryDirectory(prefix="esrgan-images-") as folder:
         for record in images:
             key = re.sub(r"[^\w\-. ]", "~", record.key)

@@ -16,8 +16,8 @@ def resolve_uri(config: TrackingConfig, storage: str) -> str:
     """The absolute tracking URI; the same in every process and from every folder.
 
     Args:
-        config: `tracking.uri`, or None for mlflow.db in `storage`. A masked URI, as it is written to files, is
-            replaced by the environment's.
+        config: `tracking.uri`; `none` is returned unchanged, and None is mlflow.db in `storage`. A masked URI, as it is
+            written to files, is replaced by the environment's.
         storage: the folder (or s3:// prefix) of the run folders.
 
     Raises:
@@ -25,11 +25,13 @@ def resolve_uri(config: TrackingConfig, storage: str) -> str:
     """
     if config.uri is not None and MASK in config.uri:
         return known_uri(None)
+    if config.uri == "none":
+        return config.uri
     if config.uri is None:
         if is_remote(storage):
             raise UserError(
                 f"tracking.uri is not set, and storage={storage} cannot hold a database; "
-                "set the URI of an MLflow server, such as http://host:5000"
+                "set the URI of an MLflow server, such as http://host:5000, or none"
             )
         return f"sqlite:///{absolute(storage)}/mlflow.db"
     return absolute_uri(config.uri, None if is_remote(storage) else absolute(storage))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, require_package
 from pipeline.model import VGGFeatures
 from pipeline.storage import Storage, absolute, is_remote
 from pipeline.training.config import TrainConfig
@@ -56,6 +56,8 @@ def check_before_start(config: TrainConfig, run: Storage) -> None:
             "use_gpu=true: this machine has no GPU that torch can use (torch's CUDA 13 wheels need driver 580 or "
             "newer); use_gpu=false trains on the CPU"
         )
+    if config.worker_range[1] > 0:
+        require_package("ray", f"workers={config.workers}", "set workers=0")
     require_metric("tracking.metric", config.tracking.metric)
     perceptual_features(config)
     run.require_writable("storage")

@@ -40,7 +40,14 @@ def conclude(
             version = registered.version
             print(f"registered {registered.name} version {version}: {registered.reason}", flush=True)
         except UserError as error:
-            print(f"{error}; no data was lost; {send_later(run)}", flush=True)
+            if config.tracking.enabled:
+                print(f"{error}; no data was lost; {send_later(run)}", flush=True)
+            else:
+                print(
+                    "tracking is disabled: to send the metrics and register the generator later, run: python "
+                    f"jobs/send_metrics.py --run {run.uri} --tracking.uri URI",
+                    flush=True,
+                )
     result = TrainingResult(
         run_name=config.run_name,
         run_id=tracked.run_id if tracked else None,

@@ -25,8 +25,15 @@ LEARNING_FIELDS = (
 
 def identity_of(config: TrainConfig, manifest_sha256: str) -> RunIdentity:
     """The identity of a new run."""
-    versions = {name: metadata.version(name) for name in PACKAGES}
+    versions = {name: _version(name) for name in PACKAGES}
     return RunIdentity(uuid.uuid4().hex, learning_fields(config), manifest_sha256, versions=versions)
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # this project, run from its folder
+        return "not installed"
 
 
 def learning_fields(config: TrainConfig) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """Means and rates of a logging interval: losses, throughput, memory, time left."""
 
+import resource
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -79,9 +79,13 @@ class Meter:
 
 
 def memory_gib(device: torch.device) -> float:
-    """Peak GPU memory so far, or the current resident memory of this process, in GiB."""
+    """Peak GPU memory so far, or the current resident memory of this process (its peak without psutil), in GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import psutil
+    except ModuleNotFoundError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return psutil.Process().memory_info().rss / 2**30
 
 

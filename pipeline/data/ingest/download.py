@@ -9,9 +9,7 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
-
-from tqdm import tqdm
+from typing import Any, BinaryIO
 
 from pipeline.errors import UserError
 from pipeline.progress import progress_bar
@@ -128,7 +126,7 @@ class _BadResponse(Exception):
     """The response is not the requested range."""
 
 
-def _append(url: str, file: BinaryIO, size: int, bar: tqdm) -> None:
+def _append(url: str, file: BinaryIO, size: int, bar: Any) -> None:
     """Appends the bytes of one request, up to `size` bytes in total."""
     have = file.tell()
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
