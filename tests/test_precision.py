@@ -14,7 +14,15 @@ from torch import Tensor
 from pipeline.config import load_config
 from pipeline.errors import UserError
 from pipeline.evaluation.models import choose_device, open_model
-from pipeline.model import RRDBNet, UNetDiscriminator, VGGStyleDiscriminator, save_generator, set_precision
+from pipeline.model import (
+    RRDBNet,
+    UNetDiscriminator,
+    VGGStyleDiscriminator,
+    save_generator,
+    set_deterministic,
+    set_precision,
+)
+from pipeline.model.device import require_gpu
 from pipeline.storage import Storage
 from pipeline.training.loop import train
 from pipeline.training.worker import Worker
@@ -39,6 +47,40 @@ def test_a_precision_sets_torchs_switches(precision: str, mode: str) -> None:
     # These raise where torch's newer and older switches contradict each other; torch.compile asks them.
     assert not torch.backends.cuda.matmul.allow_tf32
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_deterministic_algorithms_are_set_before_cublas_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        set_deterministic(True)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert CUDNN.deterministic
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        set_deterministic(False)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RuntimeError("The NVIDIA driver on your system is too old (found version 12040). Please"), "12040"),
+        (AssertionError("Torch not compiled with CUDA enabled"), "not compiled with CUDA"),
+    ],
+)
+def test_a_gpu_that_torch_cannot_use_is_explained(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
+) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "init", fail)
+    with pytest.raises(UserError, match=words) as raised:
+        require_gpu("use_gpu=true", "set use_gpu=false")
+    line = str(raised.value)
+    assert line.startswith("use_gpu=true: torch cannot use a GPU here (")
+    assert line.endswith("or set use_gpu=false")
+    assert torch.version.cuda is None or "driver 580 or newer" in line
 
 
 @pytest.mark.parametrize(("precision", "mode"), [("fp32", "ieee"), ("tf32", "tf32")])

@@ -11,7 +11,7 @@ from pipeline.model.discriminators import (
 )
 from pipeline.model.features import LAYERS, VGGFeatures
 from pipeline.model.losses import perceptual_loss, pixel_loss, relativistic_losses
-from pipeline.model.precision import PRECISIONS, set_precision
+from pipeline.model.precision import PRECISIONS, set_deterministic, set_precision
 from pipeline.model.rrdbnet import RRDBNet
 from pipeline.model.seeding import seeded
 from pipeline.model.weights import (
@@ -38,5 +38,6 @@ __all__ = [
     "relativistic_losses",
     "save_generator",
     "seeded",
+    "set_deterministic",
     "set_precision",
 ]

@@ -1,5 +1,6 @@
-"""How float32 is computed on a GPU, and what stays in float32 under autocast."""
+"""How a GPU computes float32, what stays in float32 under autocast, and deterministic algorithms."""
 
+import os
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -22,6 +23,22 @@ def set_precision(precision: str) -> None:
     cudnn: Any = torch.backends.cudnn  # mypy does not see its operators
     cudnn.conv.fp32_precision = mode
     torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+
+def set_deterministic(enabled: bool) -> None:
+    """Sets whether every operation of this process computes the same bits each time; called before its first product.
+
+    Without it, cuDNN and some CUDA kernels add in any order. torch raises RuntimeError for an operation without a
+    deterministic kernel.
+    """
+    if enabled:
+        # cuBLAS reads it when it starts; torch requires one of two values.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = enabled
+    torch.use_deterministic_algorithms(enabled)
+    # Otherwise every new tensor would be filled with NaN first.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:

@@ -3,10 +3,9 @@
 import shutil
 from pathlib import Path
 
-import torch
-
 from pipeline.errors import UserError, require_package
 from pipeline.model import VGGFeatures
+from pipeline.model.device import require_gpu
 from pipeline.storage import Storage, absolute, is_remote
 from pipeline.training.config import TrainConfig
 from pipeline.training.validation import METRICS
@@ -51,11 +50,8 @@ def check_before_start(config: TrainConfig, run: Storage) -> None:
     """Checks everything that needs neither Ray nor the data. Raises UserError."""
     if config.data.scale == 3:
         raise UserError("data.scale=3: the generator supports scale 2 and 4; use one of these")
-    if config.use_gpu and config.workers == 0 and not torch.cuda.is_available():
-        raise UserError(
-            "use_gpu=true: this machine has no GPU that torch can use (torch's CUDA 13 wheels need driver 580 or "
-            "newer); use_gpu=false trains on the CPU"
-        )
+    if config.use_gpu and config.workers == 0:
+        require_gpu("use_gpu=true", "set use_gpu=false")
     if config.worker_range[1] > 0:
         require_package("ray", f"workers={config.workers}", "set workers=0")
     require_metric("tracking.metric", config.tracking.metric)

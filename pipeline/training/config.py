@@ -160,6 +160,11 @@ class TrainConfig(Section):
         description="fp32: IEEE float32. tf32: GPUs (Ampere or newer) round the inputs of convolutions to 10 bits, "
         "which is faster. bf16: convolutions in bfloat16; losses, logits and the last convolution stay in float32.",
     )
+    deterministic: bool = Field(
+        False,
+        description="Use deterministic algorithms: a GPU computes the same bits on every run and after a resume, but "
+        "is slower. A CPU always does.",
+    )
     channels_last: bool = Field(
         True, description="Keep activations channels-last: faster, same result up to rounding."
     )

@@ -16,10 +16,11 @@ from pipeline.training.config import TrainConfig
 # Packages of which another version may compute different bits.
 PACKAGES = ("esrgan-ray", "torch")
 
-# Fields that decide what is learned. The others (paths, number of workers, logging) may change between attempts.
+# Fields that decide what is learned; a GPU adds in another order than a CPU. The others (paths, number of workers,
+# logging) may change between attempts.
 LEARNING_FIELDS = (
     "seed", "batch_size", "crop_px", "shuffle_channels", "psnr", "gan", "perceptual", "adam", "model", "ema_decay",
-    "precision", "channels_last",
+    "precision", "deterministic", "channels_last", "use_gpu",
 )  # fmt: skip
 
 

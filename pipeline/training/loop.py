@@ -10,7 +10,7 @@ import torch.distributed as dist
 from pipeline.data import HeldOutPhoto
 from pipeline.data.feed import Feed
 from pipeline.errors import UserError
-from pipeline.model import set_precision
+from pipeline.model import set_deterministic, set_precision
 from pipeline.storage import Storage
 from pipeline.tracking.spool import discard_after
 from pipeline.training import checkpoint as checkpoints
@@ -51,6 +51,7 @@ def train(
         Diverged: gradients stay non-finite.
     """
     set_precision(config.precision)
+    set_deterministic(config.deterministic)
     state = _resume_or_begin(config, worker, run)
     if worker.is_main:
         discard_after(run, state.step)
