@@ -24,6 +24,7 @@ LAYERS = {
     # Core: torch, numpy and Pillow only.
     "imaging": "",
     "model": "errors section",
+    "metrics": "errors imaging model",
     # Data: the data set on disk, its ingest, its batches; `pipeline.data` itself re-exports.
     "data.config": "section",
     "data.format": "errors progress storage imaging",
@@ -31,11 +32,11 @@ LAYERS = {
     "data.feed": "errors data.format",
     "data": "data.config data.format data.ingest",
     # Tracking and training.
-    "tracking": "errors section storage json_file run_folder model",
-    "training": "errors section storage json_file run_folder imaging model tracking " + DATA,
+    "tracking": "errors section storage json_file run_folder model metrics",
+    "training": "errors section storage json_file run_folder imaging model metrics tracking " + DATA,
     # On top of training.
-    "tuning": "errors section storage json_file run_folder data tracking training",
-    "evaluation": "errors section progress storage json_file run_folder imaging model tracking training "
+    "tuning": "errors section storage json_file run_folder data metrics tracking training",
+    "evaluation": "errors section progress storage json_file run_folder imaging model metrics tracking training "
     + DATA,
     # Used by jobs/ only.
     "command": "errors section json_file",
@@ -169,7 +170,7 @@ def test_core_imports_without_ray_mlflow_or_pydantic() -> None:
         "import sys\n"
         "for name in ('ray', 'mlflow', 'pydantic', 'pyarrow'):\n"
         "    sys.modules[name] = None\n"
-        "import pipeline.model, pipeline.imaging\n"
+        "import pipeline.model, pipeline.imaging, pipeline.metrics\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
