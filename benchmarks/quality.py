@@ -25,6 +25,7 @@ from turns import machine
 from pipeline.config import load_config
 from pipeline.data import prepare, read_held_out
 from pipeline.data.feed import Feed
+from pipeline.metrics import FIDELITY, MetricSet
 from pipeline.model import RRDBNet
 from pipeline.training.batches import on_device
 from pipeline.training.config import TrainConfig
@@ -102,7 +103,7 @@ def main() -> None:
                 network = way()
                 assert isinstance(network, RRDBNet)
                 seconds = time.perf_counter() - began
-                metrics = validate(network, held_out, config.data.scale, CPU)
+                metrics = validate(network, held_out, MetricSet(FIDELITY, CPU, config.data.scale))
                 results.setdefault(name, []).append({"seed": seed, "seconds": seconds, **metrics})
                 found = f"{metrics['psnr_y']:.3f} dB (Y), {metrics['psnr_rgb']:.3f} dB (RGB)"
                 print(f"seed {seed}, {name}: {found}, {seconds:.0f} s", flush=True)

@@ -1,16 +1,18 @@
 """The table of metrics: what is better, how values are shown, and that it cannot be changed."""
 
 import math
+from typing import get_args
 
 import pytest
 
-from pipeline.metrics.names import FIDELITY, METRICS, PERCEPTUAL, better
+from pipeline.metrics.names import FIDELITY, METRICS, PERCEPTUAL, MetricName, better
 
 HIGHER = ("psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb")
 
 
 def test_the_table_has_all_metrics_in_their_order() -> None:
     assert tuple(METRICS) == (*HIGHER, "lpips", "dists", "feature_distance", "color_drift")
+    assert get_args(MetricName) == tuple(METRICS)
     assert FIDELITY == HIGHER
     assert PERCEPTUAL == ("lpips", "dists", "feature_distance")
 

@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from tiny import fields, flags
 
 from pipeline.config import load_config
+from pipeline.data import HeldOutPhoto
 from pipeline.errors import UserError
 from pipeline.model import LAYERS, VGGFeatures
 from pipeline.storage import Storage
@@ -103,3 +105,37 @@ def test_every_layer_of_vgg19_survives_the_smallest_crop() -> None:
     with torch.no_grad():
         outputs = features(torch.rand(1, 3, smallest, smallest))
     assert all(min(output.shape) > 0 for output in outputs.values())
+
+
+def test_missing_weights_of_a_validation_metric_are_found_before_the_start(tmp_path: Path) -> None:
+    changes = {"validation.metrics": ["psnr_y", "lpips"], "validation.weights_folder": str(tmp_path)}
+    config = load(tmp_path, **changes)
+    with pytest.raises(
+        UserError, match=rf"LPIPS: {tmp_path}/alexnet-owt-7be5be79\.pth does not exist; download"
+    ):
+        check_before_start(config, Storage(config.storage) / "tiny")
+
+
+def test_the_metric_of_the_best_checkpoint_must_be_measured(tmp_path: Path) -> None:
+    config = load(tmp_path, **{"validation.metrics": ["psnr_rgb", "ssim_y"]})
+    with pytest.raises(UserError, match=r"tracking\.metric=psnr_y: not one of psnr_rgb, ssim_y"):
+        check_before_start(config, Storage(config.storage) / "tiny")
+
+
+def test_an_unknown_validation_metric_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"validation\.metrics.*niqe.*'psnr_y'"):
+        load(tmp_path, **{"validation.metrics": ["niqe"]})
+
+
+def test_held_out_images_too_small_for_a_metric_are_found_before_the_first_step(tmp_path: Path) -> None:
+    config = load(tmp_path, **{"perceptual.weights": "random"})
+    run = Storage(str(tmp_path / "runs")) / "tiny"
+    hr = np.zeros((16, 40, 3), np.uint8)
+
+    class NoFeed:
+        def batches(self, *_: object) -> None:
+            pytest.fail("training began")
+
+    photos = [HeldOutPhoto("small.png", hr, hr[::4, ::4])]
+    with pytest.raises(UserError, match=r"small\.png: 40 x 16 pixels are too few for psnr_y"):
+        train(config, Worker(device=torch.device("cpu")), run, NoFeed(), photos)  # type: ignore[arg-type]

@@ -17,7 +17,8 @@ from tiny import write_photos, write_sets
 from tracking_helpers import new_database
 
 from pipeline.data import HeldOutPhoto, read_held_out
-from pipeline.imaging import bicubic_upscale, matlab_bicubic_downscale, psnr
+from pipeline.imaging import bicubic_upscale, matlab_bicubic_downscale, psnr, ssim, upscale
+from pipeline.metrics import FIDELITY, MetricSet
 from pipeline.model import RRDBNet, load_generator, seeded
 from pipeline.storage import Storage
 from pipeline.tracking.spool import Metrics, read_segment, segment_steps
@@ -39,14 +40,38 @@ def held_out_images(count: int) -> list[HeldOutPhoto]:
 def validation(rank: int, world_size: int) -> dict[str, float]:
     """Metrics of a small network on five images of different sizes."""
     network = seeded(3, lambda: RRDBNet(8, 1, 4)).eval()
-    return validate(network, held_out_images(5), 4, torch.device("cpu"))
+    return validate(network, held_out_images(5), MetricSet([*FIDELITY, "color_drift"]))
 
 
 def test_validation_is_equal_for_one_and_two_workers() -> None:
     (alone,) = run_workers(1, validation)
     first, second = run_workers(2, validation)
     assert first == second == alone
-    assert set(alone) == {"psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb"}
+    drifts = {f"color_drift{suffix}" for suffix in ("", "_r", "_g", "_b")}
+    assert set(alone) == {"psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb"} | drifts
+
+
+def test_validation_is_the_mean_over_images_of_each_metric() -> None:
+    network, images = seeded(3, lambda: RRDBNet(8, 1, 4)).eval(), held_out_images(3)
+    means = validate(network, images, MetricSet(["ssim_y", "psnr_rgb"]))
+    results = [upscale(network, image.lr) for image in images]
+    pairs = [(sr, image.hr) for sr, image in zip(results, images, strict=True)]
+    assert means["psnr_rgb"] == pytest.approx(np.mean([psnr(*pair, 4, "rgb") for pair in pairs]), abs=1e-10)
+    assert means["ssim_y"] == pytest.approx(np.mean([ssim(*pair, 4, "y") for pair in pairs]), abs=1e-12)
+
+
+def test_a_perfect_image_counts_as_100_db() -> None:
+    class Copy(RRDBNet):
+        """Upscales a flat image without a difference."""
+
+        def forward(self, lr: torch.Tensor) -> torch.Tensor:
+            return lr.repeat_interleave(4, 2).repeat_interleave(4, 3)
+
+    flat = np.full((32, 32, 3), 90, np.uint8)
+    images = [HeldOutPhoto("flat.png", flat, matlab_bicubic_downscale(flat))]
+    means = validate(Copy(8, 1, 4), images, MetricSet(["psnr_y", "color_drift"]))
+    assert means["psnr_y"] == 100.0
+    assert means["color_drift"] == 0.0
 
 
 def validated_psnr(run: Storage) -> list[float]:

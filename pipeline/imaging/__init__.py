@@ -7,6 +7,7 @@ from pipeline.imaging.bicubic import (
     float_bicubic_downscale,
     matlab_bicubic_downscale,
 )
+from pipeline.imaging.bicubic_batch import downscale_batch
 from pipeline.imaging.metrics import Channel, luma, psnr, ssim
 from pipeline.imaging.tiling import upscale
 
@@ -15,6 +16,7 @@ __all__ = [
     "Edge",
     "Image",
     "bicubic_upscale",
+    "downscale_batch",
     "float_bicubic_downscale",
     "luma",
     "matlab_bicubic_downscale",

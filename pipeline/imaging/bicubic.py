@@ -89,6 +89,12 @@ def _downscaling(scale: int) -> _Taps:
     return _Taps((weights / weights.sum())[None], scale, before)
 
 
+def downscaling_taps(scale: int) -> tuple[list[float], int]:
+    """The filter's weights, and the number of input rows that it reads before the first of `scale` rows."""
+    taps = _downscaling(scale)
+    return taps.weights[0].tolist(), taps.before
+
+
 @cache
 def _upscaling(scale: int) -> _Taps:
     # Output row scale * i + p is centered on input row i + (p + 0.5) / scale - 0.5: the five rows around i.

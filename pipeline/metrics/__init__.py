@@ -1,5 +1,18 @@
 """Image metrics on the device: PSNR and SSIM, perceptual distances, color drift. Requires torch, not Ray or MLflow."""
 
-from pipeline.metrics.names import FIDELITY, METRICS, PERCEPTUAL, Metric, better
+from pipeline.metrics.metric_set import MetricSet
+from pipeline.metrics.names import FIDELITY, METRICS, PERCEPTUAL, Metric, MetricName, better
+from pipeline.metrics.weights import available, require, unavailable
 
-__all__ = ["FIDELITY", "METRICS", "PERCEPTUAL", "Metric", "better"]
+__all__ = [
+    "FIDELITY",
+    "METRICS",
+    "PERCEPTUAL",
+    "Metric",
+    "MetricName",
+    "MetricSet",
+    "available",
+    "better",
+    "require",
+    "unavailable",
+]

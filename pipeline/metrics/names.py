@@ -4,6 +4,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Literal
+
+MetricName = Literal[
+    "psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb", "lpips", "dists", "feature_distance", "color_drift"
+]
 
 
 @dataclass(frozen=True)

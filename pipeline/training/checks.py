@@ -4,11 +4,11 @@ import shutil
 from pathlib import Path
 
 from pipeline.errors import UserError, require_package
+from pipeline.metrics import FIDELITY, require
 from pipeline.model import VGGFeatures
 from pipeline.model.device import require_gpu
 from pipeline.storage import Storage, absolute, is_remote
 from pipeline.training.config import TrainConfig
-from pipeline.training.validation import METRICS
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
@@ -30,15 +30,23 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     if weights not in ("imagenet", "random"):
         weights = absolute(weights)
     perceptual = config.perceptual.model_copy(update={"weights": weights})
+    folder = config.validation.weights_folder
+    validation = config.validation.model_copy(update={"weights_folder": folder and absolute(folder)})
     return config.model_copy(
-        update={"storage": absolute(config.storage), "data": data, "perceptual": perceptual}
+        update={
+            "storage": absolute(config.storage),
+            "data": data,
+            "perceptual": perceptual,
+            "validation": validation,
+        }
     )
 
 
-def require_metric(field: str, name: str) -> None:
-    """Raises UserError, naming `field`, if `name` is not a validation metric."""
-    if name not in METRICS:
-        raise UserError(f"{field}={name}: not one of {', '.join(METRICS)}")
+def require_metric(field: str, name: str, config: TrainConfig) -> None:
+    """Raises UserError, naming `field`, unless the run's validations measure PSNR or SSIM under this name."""
+    measured = [metric for metric in config.validation.metrics if metric in FIDELITY]
+    if name not in measured:
+        raise UserError(f"{field}={name}: not one of {', '.join(measured)} (validation.metrics)")
 
 
 def in_copied_folder() -> bool:
@@ -54,7 +62,8 @@ def check_before_start(config: TrainConfig, run: Storage) -> None:
         require_gpu("use_gpu=true", "set use_gpu=false")
     if config.worker_range[1] > 0:
         require_package("ray", f"workers={config.workers}", "set workers=0")
-    require_metric("tracking.metric", config.tracking.metric)
+    require_metric("tracking.metric", config.tracking.metric, config)
+    require(config.validation.metrics, config.validation.weights_folder)
     perceptual_features(config)
     run.require_writable("storage")
     _require_space(config, run)

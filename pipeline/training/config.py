@@ -9,6 +9,7 @@ from pipeline.model import DISCRIMINATORS
 from pipeline.model.config import ModelConfig
 from pipeline.section import Section
 from pipeline.tracking.config import TrackingConfig
+from pipeline.training.validation_config import ValidationConfig
 
 
 class Schedule(Section):
@@ -171,6 +172,7 @@ class TrainConfig(Section):
     log_every_steps: int = Field(100, ge=1, description="Logging interval, in steps.")
     checkpoint_every_steps: int = Field(5000, ge=1, description="Checkpoint interval, in steps.")
     validate_every_steps: int = Field(5000, ge=1, description="Validation interval, in steps.")
+    validation: ValidationConfig = Field(ValidationConfig(), description="Validation.")
     keep_checkpoints: int = Field(
         2, ge=1, description="Number of newest checkpoints to keep, in addition to the best."
     )

@@ -7,46 +7,54 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.data import HeldOutPhoto
-from pipeline.imaging import bicubic_upscale, psnr, ssim, upscale
+from pipeline.imaging import bicubic_upscale, upscale
+from pipeline.metrics import MetricSet
 from pipeline.model import RRDBNet
 from pipeline.training.distributed import rank, sum_in_place, world_size
 
-METRICS = ("psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb")
 TILE_PX = 512  # LR pixels; larger images are upscaled in tiles
+BATCH_PX = 2**22  # HR pixels that a GPU measures at once
 STRIPS = 4  # comparison strips per validation
 _CROP_PX = 48  # side of the crop in a strip, in LR pixels
 
 Image = NDArray[np.uint8]
 
 
-def validate(
-    generator: RRDBNet, photos: Sequence[HeldOutPhoto], scale: int, device: torch.device
-) -> dict[str, float]:
-    """Means over images of PSNR (dB) and SSIM, on Y and RGB, with a border of `scale` pixels.
+def validate(generator: RRDBNet, photos: Sequence[HeldOutPhoto], metrics: MetricSet) -> dict[str, float]:
+    """Means over images of the metrics.
 
-    Images are assigned to ranks by size, the largest first, to balance the load. The result is the same on all ranks
-    and does not depend on their number: each image is measured by one rank, and means are taken in the images' order.
+    Batches of images are assigned to ranks by size, the largest first, to balance the load. The result is the same on
+    all ranks and does not depend on their number: each batch is measured by one rank, and means are taken in the
+    images' order.
     """
-    by_size = sorted(range(len(photos)), key=lambda index: -photos[index].hr.size)
-    values = torch.zeros(len(photos), len(METRICS), dtype=torch.float64)
-    for index in by_size[rank() :: world_size()]:
-        values[index] = torch.tensor(
-            _image_metrics(generator, photos[index], scale, device), dtype=torch.float64
-        )
-    values = values.to(device)
-    sum_in_place([values])
-    return dict(zip(METRICS, values.mean(0).tolist(), strict=True))
-
-
-def _image_metrics(generator: RRDBNet, photo: HeldOutPhoto, scale: int, device: torch.device) -> list[float]:
-    sr = upscale(generator, photo.lr, tile_px=TILE_PX, device=device)
+    values = torch.zeros(len(photos), len(metrics.columns), dtype=torch.float64)
+    for batch in _batches(photos, metrics.device)[rank() :: world_size()]:
+        chosen = [photos[index] for index in batch]
+        sr = [upscale(generator, photo.lr, tile_px=TILE_PX, device=metrics.device) for photo in chosen]
+        hr, lr = [photo.hr for photo in chosen], [photo.lr for photo in chosen]
+        for index, measured in zip(batch, metrics.measure(*map(np.stack, (sr, hr, lr))), strict=True):
+            row = [measured[name] for name in metrics.columns]
+            values[index] = torch.tensor(row, dtype=torch.float64)
     # Identical images have infinite PSNR; 100 dB keeps the mean finite.
-    return [
-        min(psnr(sr, photo.hr, border=scale, channel="y"), 100.0),
-        ssim(sr, photo.hr, border=scale, channel="y"),
-        min(psnr(sr, photo.hr, border=scale, channel="rgb"), 100.0),
-        ssim(sr, photo.hr, border=scale, channel="rgb"),
-    ]
+    values = values.to(metrics.device).nan_to_num(nan=float("nan"), posinf=100.0)
+    sum_in_place([values])
+    return dict(zip(metrics.columns, values.mean(0).tolist(), strict=True))
+
+
+def _batches(photos: Sequence[HeldOutPhoto], device: torch.device) -> list[list[int]]:
+    """Indices of images of one size that are measured together, the largest batch first.
+
+    On the CPU every image is a batch, which balances the ranks best.
+    """
+    limit = BATCH_PX if device.type == "cuda" else 0
+    sizes: dict[tuple[int, ...], list[int]] = {}
+    for index, photo in enumerate(photos):
+        sizes.setdefault(photo.hr.shape, []).append(index)
+    batches = []
+    for (height, width, _), indices in sizes.items():
+        count = max(1, limit // (height * width))
+        batches += [indices[start : start + count] for start in range(0, len(indices), count)]
+    return sorted(batches, key=lambda batch: -len(batch) * photos[batch[0]].hr.size)
 
 
 def comparison_strips(

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Sequence
 
 from pipeline.data import HeldOutPhoto
+from pipeline.metrics import MetricSet
 from pipeline.model import RRDBNet
 from pipeline.storage import Storage
 from pipeline.training import checkpoint as checkpoints
@@ -24,12 +25,20 @@ class Validator:
         run: the run's folder.
         held_out: the images; empty: `validate` does nothing.
         log: gets metrics and comparison strips.
+
+    Raises:
+        UserError: a metric's weights are missing or corrupt, or an image is too small for a metric.
     """
 
     def __init__(
         self, config: TrainConfig, worker: Worker, run: Storage, held_out: Sequence[HeldOutPhoto], log: RunLog
     ) -> None:
         self._config, self._worker, self._run, self._held_out, self._log = config, worker, run, held_out, log
+        chosen = config.validation
+        names = chosen.metrics if held_out else ()
+        self._metrics = MetricSet(names, worker.device, config.data.scale, chosen.weights_folder)
+        for photo in held_out:
+            self._metrics.require_size(photo.name, *photo.hr.shape[:2])
         self._stage_one: list[RRDBNet] | None = None
         """Stage 1's result, shown next to stage 2's; empty if it is unreadable, None if it was not read yet."""
 
@@ -43,7 +52,7 @@ class Validator:
         if not self._held_out:
             return
         scale, device = self._config.data.scale, self._worker.device
-        metrics = validate(state.ema, self._held_out, scale, device)
+        metrics = validate(state.ema, self._held_out, self._metrics)
         state.validation = Validation(state.step, metrics)
         if state.step:  # Step 0 has no checkpoint that could be the best.
             metric = self._config.tracking.metric

@@ -61,7 +61,7 @@ def run_sweep(config: TrainConfig, settings: TuneConfig, prepare_command: str | 
         UserError: invalid values, a sweep of the same name with another search space, or no trial that finished.
     """
     base = _trial_base(config)
-    require_metric("tune.metric", settings.metric)
+    require_metric("tune.metric", settings.metric, base)
     if base.worker_range[1] == 0:
         raise UserError("workers=0: a sweep's trials run on Ray Train; give at least 1")
     sweep = Storage(base.storage) / settings.name

@@ -1,0 +1,125 @@
+"""Measures super-resolved images with a choice of metrics, in batches on a device."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.errors import UserError
+from pipeline.metrics import fidelity
+from pipeline.metrics.distances import load_distance
+from pipeline.metrics.names import METRICS
+
+Images = NDArray[np.uint8] | Tensor
+COLORS = ("r", "g", "b")
+
+
+class MetricSet:
+    """A choice of metrics, with their networks.
+
+    Args:
+        names: keys of `METRICS`.
+        device: where they are computed.
+        border: pixels excluded at each edge, except for color_drift; papers exclude `scale` pixels.
+        folder: contains the weights files of the perceptual metrics; default: see `weights_file`.
+
+    Raises:
+        UserError: a weights file is missing, corrupt, or another network's.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        device: torch.device | str = "cpu",
+        border: int = 4,
+        folder: str | None = None,
+    ) -> None:
+        self.names = tuple(dict.fromkeys(names))
+        self.device, self.border = torch.device(device), border
+        self._distances = {
+            name: load_distance(name, folder).to(self.device)
+            for name in self.names
+            if METRICS[name].perceptual
+        }
+
+    @property
+    def least_px(self) -> int:
+        """The smallest side of an image that all of the metrics can measure, with the border."""
+        sides = [distance.least_px for distance in self._distances.values()]
+        if any(name.startswith("ssim") for name in self.names):
+            sides.append(fidelity.SSIM_WINDOW_PX)
+        return max(sides, default=1) + 2 * self.border
+
+    def require_size(self, name: str, height: int, width: int) -> None:
+        """Raises UserError, with the image's name, if it is too small."""
+        if min(height, width) < self.least_px:
+            raise UserError(
+                f"{name}: {width} x {height} pixels are too few for {', '.join(self.names)} with a border of "
+                f"{self.border} (at least {self.least_px})"
+            )
+
+    @torch.inference_mode()
+    def measure(self, sr: Images, hr: Images, lr: Images) -> list[dict[str, float]]:
+        """The metrics of each image of a batch.
+
+        Args:
+            sr: uint8 RGB (N, H, W, 3).
+            hr: ground truth, of the same shape.
+            lr: uint8 RGB (N, H / scale, W / scale, 3).
+
+        Returns:
+            For each image its metrics by name. PSNR of equal images is infinite. color_drift is followed by that of
+            each channel: color_drift_r, color_drift_g and color_drift_b.
+
+        Raises:
+            ValueError: dtype or shape is not supported.
+            UserError: the images are too small; see `least_px`.
+        """
+        sr, hr, lr = (self._on_device(images) for images in (sr, hr, lr))
+        if sr.shape != hr.shape or sr.shape[1] % lr.shape[1] or sr.shape[2] % lr.shape[2]:
+            raise ValueError(
+                f"sr {tuple(sr.shape)}, hr {tuple(hr.shape)} and lr {tuple(lr.shape)} do not fit"
+            )
+        self.require_size("image", *sr.shape[1:3])
+        border = self.border
+        inside = [
+            images[:, border : images.shape[1] - border, border : images.shape[2] - border].permute(
+                0, 3, 1, 2
+            )
+            for images in (sr, hr)
+        ]
+        values: dict[str, Tensor] = {}
+        for channel in ("y", "rgb"):
+            if not {f"psnr_{channel}", f"ssim_{channel}"} & set(self.names):
+                continue
+            pair = [images.double() for images in inside]
+            if channel == "y":
+                pair = [fidelity.luma(images) for images in pair]
+            if f"psnr_{channel}" in self.names:
+                values[f"psnr_{channel}"] = fidelity.psnr(*pair)
+            if f"ssim_{channel}" in self.names:
+                values[f"ssim_{channel}"] = fidelity.ssim(*pair)
+        for name, distance in self._distances.items():
+            values[name] = distance(*(images.float().div_(255) for images in inside)).double()
+        if "color_drift" in self.names:
+            drift = fidelity.color_drift(sr, lr)
+            values["color_drift"] = drift.mean(1)
+            values |= {f"color_drift_{color}": drift[:, index] for index, color in enumerate(COLORS)}
+        rows = torch.stack([values[name] for name in self.columns], dim=1).tolist()
+        return [dict(zip(self.columns, row, strict=True)) for row in rows]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names in a result of `measure`, in their order."""
+        drifts = [f"color_drift_{color}" for color in COLORS] if "color_drift" in self.names else []
+        return (*self.names, *drifts)
+
+    def _on_device(self, images: Images) -> Tensor:
+        if isinstance(images, np.ndarray):
+            # A copy: torch requires writable memory.
+            images = torch.from_numpy(images.copy())
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
+            raise ValueError(f"expected uint8 (N, H, W, 3), got {images.dtype} {tuple(images.shape)}")
+        return images.to(self.device)

@@ -1,0 +1,137 @@
+"""PSNR, SSIM and color drift on the device: equal to scikit-image and to MATLAB's bicubic, for any batch."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.errors import UserError
+from pipeline.imaging import (
+    Image,
+    bicubic_upscale,
+    downscale_batch,
+    matlab_bicubic_downscale,
+    psnr,
+    ssim,
+)
+from pipeline.metrics import FIDELITY, METRICS, MetricSet
+
+SIZES = [(32, 36), (60, 44), (400, 360)]  # the last one takes several strips
+
+
+def pair(height: int, width: int, seed: int = 0) -> tuple[Image, Image]:
+    """An image with noise, and the image."""
+    draws = np.random.default_rng(seed)
+    hr = draws.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    noise = draws.integers(-20, 21, hr.shape)
+    return np.clip(hr + noise, 0, 255).astype(np.uint8), hr
+
+
+def low(hr: Image) -> Image:
+    return matlab_bicubic_downscale(hr)
+
+
+def measured(metrics: MetricSet, sr: Image, hr: Image) -> dict[str, float]:
+    (values,) = metrics.measure(sr[None], hr[None], low(hr)[None])
+    return values
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+@pytest.mark.parametrize("border", [0, 4])
+def test_psnr_and_ssim_equal_the_reference(height: int, width: int, border: int) -> None:
+    sr, hr = pair(height, width)
+    values = measured(MetricSet(FIDELITY, border=border), sr, hr)
+    assert values["psnr_y"] == pytest.approx(psnr(sr, hr, border, "y"), abs=1e-10)
+    assert values["psnr_rgb"] == pytest.approx(psnr(sr, hr, border, "rgb"), abs=1e-10)
+    assert values["ssim_y"] == pytest.approx(ssim(sr, hr, border, "y"), abs=1e-12)
+    assert values["ssim_rgb"] == pytest.approx(ssim(sr, hr, border, "rgb"), abs=1e-12)
+
+
+def test_equal_images_have_infinite_psnr_and_no_drift() -> None:
+    _, hr = pair(64, 64)
+    values = measured(MetricSet(METRICS.keys() - {"lpips", "dists", "feature_distance"}), hr, hr)
+    assert values["psnr_y"] == values["psnr_rgb"] == math.inf
+    assert values["ssim_y"] == pytest.approx(1, abs=1e-12)
+    assert values["color_drift"] == values["color_drift_g"] == 0.0
+
+
+def test_a_batch_gives_the_values_of_its_images() -> None:
+    pairs = [pair(48, 40, seed) for seed in range(3)]
+    metrics = MetricSet([*FIDELITY, "color_drift"])
+    sr, hr = (np.stack(images) for images in zip(*pairs, strict=True))
+    lr = np.stack([low(image) for image in hr])
+    assert metrics.measure(sr, hr, lr) == [measured(metrics, *each) for each in pairs]
+    tensors = [torch.from_numpy(images) for images in (sr, hr, lr)]
+    assert metrics.measure(*tensors) == metrics.measure(sr, hr, lr)
+
+
+def test_the_result_does_not_depend_on_the_number_of_threads() -> None:
+    sr, hr = pair(400, 360)
+    metrics, threads, results = MetricSet([*FIDELITY, "color_drift"]), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(measured(metrics, sr, hr))
+    finally:
+        torch.set_num_threads(threads)
+    assert results[0] == results[1] == results[2]
+
+
+def test_color_drift_is_the_change_of_each_channel_in_levels() -> None:
+    flat = np.full((48, 48, 3), 100, np.uint8)
+    tinted = flat + np.array([3, 0, 6], np.uint8)
+    values = measured(MetricSet(["color_drift"]), tinted, flat)
+    assert values == {"color_drift": 3.0, "color_drift_r": 3.0, "color_drift_g": 0.0, "color_drift_b": 6.0}
+
+
+def test_color_drift_ignores_detail_that_the_lr_image_does_not_show() -> None:
+    flat = np.full((64, 64, 3), 100, np.uint8)
+    detailed = flat.copy()
+    detailed[::2, ::2] += 40
+    detailed[::2, 1::2] -= 40
+    detailed[1::2, ::2] -= 40
+    detailed[1::2, 1::2] += 40
+    assert measured(MetricSet(["color_drift"]), detailed, flat)["color_drift"] < 1.0
+    assert measured(MetricSet(["psnr_y"]), detailed, flat)["psnr_y"] < 18
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 7), (5, 3), (30, 41)])
+def test_batches_are_downscaled_as_single_images_are(scale: int, height: int, width: int) -> None:
+    draws = np.random.default_rng(7)
+    images = draws.integers(0, 256, (2, height * scale, width * scale, 3), dtype=np.uint8)
+    images[1] = 255 * (images[1] > 127)
+    expected = np.stack([matlab_bicubic_downscale(image, scale) for image in images])
+    assert np.array_equal(downscale_batch(torch.from_numpy(images), scale).numpy(), expected)
+
+
+def test_sizes_that_are_too_small_are_refused_with_the_least_size() -> None:
+    sr, hr = pair(16, 32)
+    metrics = MetricSet(FIDELITY)
+    assert metrics.least_px == 19
+    with pytest.raises(
+        UserError, match=r"32 x 16 pixels are too few for psnr_y, .* border of 4 .at least 19"
+    ):
+        measured(metrics, sr, hr)
+    assert MetricSet(["psnr_y"]).least_px == 9
+
+
+def test_images_that_do_not_fit_are_refused() -> None:
+    sr, hr = pair(32, 32)
+    metrics = MetricSet(["psnr_y"])
+    with pytest.raises(ValueError, match="do not fit"):
+        metrics.measure(sr[None], hr[None, :28], low(hr)[None])
+    with pytest.raises(ValueError, match="expected uint8"):
+        metrics.measure(sr[None] / 255.0, hr[None], low(hr)[None])
+    with pytest.raises(ValueError, match="expected uint8"):
+        metrics.measure(sr, hr, low(hr))
+
+
+def test_bicubic_is_measured_as_before(reference: dict[str, np.ndarray]) -> None:
+    hr, lr = reference["photo_hr"], reference["photo_lr_replicate"]
+    sr = bicubic_upscale(lr)
+    (values,) = MetricSet(["psnr_y", "color_drift"]).measure(sr[None], hr[None], lr[None])
+    assert values["psnr_y"] == pytest.approx(psnr(sr, hr), abs=1e-10)
+    expected = np.abs(matlab_bicubic_downscale(sr).astype(float) - lr).mean()
+    assert values["color_drift"] == pytest.approx(expected, abs=1e-12)
