@@ -3,6 +3,8 @@
 A registered model carries this file and runs without the project, so it imports torch and the standard library only.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -122,6 +124,8 @@ class RRDBNet(nn.Module):
         self.residual_scale = residual_scale
         self.scale = scale
         self.unshuffle = UNSHUFFLE[scale]
+        # Computes `body` by other means, such as the kernels in trunk_kernels.py; returns None where it cannot.
+        self.trunk: Callable[[Tensor, nn.Sequential, float], Tensor | None] | None = None
         self.conv_first = nn.Conv2d(3 * self.unshuffle**2, num_feat, 3, padding=1)
         self.body = nn.Sequential(*(RRDB(num_feat, num_grow_ch, residual_scale) for _ in range(num_block)))
         self.conv_body = nn.Conv2d(num_feat, num_feat, 3, padding=1)
@@ -142,9 +146,13 @@ class RRDBNet(nn.Module):
         if self.unshuffle > 1:
             x = functional.pixel_unshuffle(x, self.unshuffle)
         features = self.conv_first(x)
-        features = features + self.conv_body(self.body(features))
+        trunk = None if self.trunk is None else self.trunk(features, self.body, self.residual_scale)
+        features = features + self.conv_body(self.body(features) if trunk is None else trunk)
         for conv in (self.conv_up1, self.conv_up2):
-            features = conv(functional.interpolate(features, scale_factor=2, mode="nearest"))
+            # Autocast would copy pixels in float32.
+            with torch.autocast(features.device.type, enabled=False):
+                features = functional.interpolate(features, scale_factor=2, mode="nearest")
+            features = conv(features)
             features = functional.leaky_relu(features, NEGATIVE_SLOPE, inplace=True)
         features = functional.leaky_relu(self.conv_hr(features), NEGATIVE_SLOPE, inplace=True)
         if not torch.is_autocast_enabled(x.device.type):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pipeline.errors import UserError
 from pipeline.model import RRDBNet, UNetDiscriminator, VGGStyleDiscriminator
 from pipeline.model.seeding import seeded
+from pipeline.model.trunk import use_kernels
 from pipeline.training.config import AdamConfig, TrainConfig
 from pipeline.training.distributed import distribute, unwrap, with_global_batch_norm
 
@@ -149,6 +150,7 @@ def new_state(config: TrainConfig, stage: Stage, device: torch.device) -> TrainS
         )
 
     generator = _placed(seeded(config.seed, build), config, device)
+    use_kernels(generator)
     ema = _placed(build(), config, device)
     ema.load_state_dict(generator.state_dict())
     ema.requires_grad_(False)
@@ -200,7 +202,11 @@ def _placed(network: Any, config: TrainConfig, device: torch.device) -> Any:
 
 
 def _adam(network: nn.Module, config: AdamConfig) -> torch.optim.Adam:
-    return torch.optim.Adam(network.parameters(), betas=(config.beta1, config.beta2), fused=True)
+    parameters = list(network.parameters())
+    # Capturable: the step count stays on the device, so that the optimizer can be part of a CUDA graph.
+    return torch.optim.Adam(
+        parameters, betas=(config.beta1, config.beta2), fused=True, capturable=parameters[0].is_cuda
+    )
 
 
 def _optimizer_tensors(prefix: str, network: nn.Module, optimizer: torch.optim.Adam) -> dict[str, Tensor]:
