@@ -14,7 +14,6 @@ from pipeline.model import set_deterministic, set_precision
 from pipeline.storage import Storage
 from pipeline.tracking.spool import discard_after
 from pipeline.training import checkpoint as checkpoints
-from pipeline.training.batches import on_device
 from pipeline.training.checkpoint import CheckpointName
 from pipeline.training.checkpointer import Checkpointer
 from pipeline.training.checks import perceptual_features
@@ -24,9 +23,8 @@ from pipeline.training.faults import Diverged
 from pipeline.training.intervals import due
 from pipeline.training.meter import Meter
 from pipeline.training.run_log import RunLog
-from pipeline.training.schedule import learning_rate
 from pipeline.training.state import Stage, TrainState, begin_gan, new_state, of_metric
-from pipeline.training.step import GanWeights, StepSettings, gan_step, psnr_step
+from pipeline.training.stepper import Stepper
 from pipeline.training.validator import Validator
 from pipeline.training.worker import Worker
 
@@ -63,6 +61,9 @@ def train(
     features = perceptual_features(config)
     if features is not None:
         features.to(worker.device)
+        if config.channels_last:
+            features.to(memory_format=torch.channels_last)
+    stepper = Stepper(config, worker, features)
 
     with ExitStack() as stack:
         checkpointer = stack.enter_context(Checkpointer(config, run, state, log)) if worker.is_main else None
@@ -78,16 +79,9 @@ def train(
 
             fetch_began = time.perf_counter()
             raw = next(batches)
-            batch = on_device(raw, config, worker, state.step)
             wait_s = time.perf_counter() - fetch_began
 
-            settings = _settings(config, state)
-            if state.stage == "psnr":
-                losses = psnr_step(state, batch, settings)
-            else:
-                losses = gan_step(
-                    state, batch, features, config.perceptual.layers, _weights(config), settings
-                )
+            losses, rate = stepper(state, raw)
             state.step += 1
             meter.add(losses, wait_s, raw.corrupt)
 
@@ -96,7 +90,7 @@ def train(
             if now.log:
                 values, stop = meter.finish(worker.stopping())
                 _require_healthy(config, state, values)
-                log.interval(state, {**values, "learning_rate": settings.learning_rate})
+                log.interval(state, {**values, "learning_rate": rate})
                 save = save or stop or worker.preempted()
                 # Only rank 0 writes, so only rank 0 is asked.
                 resize = worker.is_main and not stop and worker.resizing()
@@ -140,19 +134,6 @@ def _resume_or_begin(config: TrainConfig, worker: Worker, run: Storage) -> Train
         state.load(checkpoint.ema, checkpoint.tensors, checkpoint.scalars)
         state.best = of_metric(state.best, config.tracking.metric)
     return state
-
-
-def _settings(config: TrainConfig, state: TrainState) -> StepSettings:
-    if state.stage == "psnr":
-        rate = learning_rate(config.psnr.schedule, config.psnr.learning_rate, state.step, config.psnr.steps)
-    else:
-        step = state.step - config.psnr.steps
-        rate = learning_rate(config.gan.schedule, config.gan.learning_rate, step, config.gan.steps)
-    return StepSettings(rate, config.ema_decay, config.precision, config.adam.clip_norm)
-
-
-def _weights(config: TrainConfig) -> GanWeights:
-    return GanWeights(config.gan.pixel_weight, config.gan.perceptual_weight, config.gan.adversarial_weight)
 
 
 def _require_healthy(config: TrainConfig, state: TrainState, values: dict[str, float]) -> None:

@@ -16,11 +16,13 @@ from pipeline.training.distributed import sum_in_place, world_size
 
 @dataclass
 class Meter:
-    """Collects scalars on the device and fetches them once per interval."""
+    """Sums scalars on the device and fetches them once per interval."""
 
     global_batch: int
     device: torch.device
-    _losses: list[dict[str, Tensor]] = field(default_factory=list)
+    _names: list[str] = field(default_factory=list)
+    _sums: Tensor | None = None
+    _steps: int = 0
     _wait_s: float = 0.0
     _corrupt: int = 0
     _start_s: float = field(default_factory=time.perf_counter)
@@ -34,7 +36,12 @@ class Meter:
             wait_s: seconds spent waiting for data.
             corrupt: corrupt patches that this worker replaced.
         """
-        self._losses.append(losses)
+        if self._sums is None:
+            self._names = list(losses)
+        # A CUDA graph overwrites its losses in every step.
+        row = torch.stack([losses[name] for name in self._names]).double()
+        self._sums = row if self._sums is None else self._sums.add_(row)
+        self._steps += 1
         self._wait_s += wait_s
         self._corrupt += corrupt
 
@@ -55,17 +62,15 @@ class Meter:
             Means and rates of the interval, equal on all ranks except `memory_gib`; and whether any rank was asked to
             stop.
         """
-        names = list(self._losses[0])
-        means = torch.stack(
-            [torch.stack([losses[name] for losses in self._losses]).double().mean() for name in names]
-        )
+        assert self._sums is not None
+        names, steps = self._names, self._steps
+        means = self._sums / steps
         extra = torch.tensor(
             [self._wait_s, self._corrupt, stopping], dtype=torch.float64, device=means.device
         )
         both = torch.cat([means, extra])
         sum_in_place([both])
         fetched = both.tolist()
-        steps = len(self._losses)
         elapsed_s = max(time.perf_counter() - self._start_s - self._pause_s, 1e-9)
         values = {name: value / world_size() for name, value in zip(names, fetched, strict=False)}
         values["steps_per_s"] = steps / elapsed_s
@@ -73,7 +78,7 @@ class Meter:
         values["data_wait_share"] = min(1.0, fetched[-3] / world_size() / elapsed_s)
         values["memory_gib"] = memory_gib(self.device)
         values["corrupt_patches"] = fetched[-2]
-        self._losses, self._wait_s, self._corrupt, self._pause_s = [], 0.0, 0, 0.0
+        self._sums, self._steps, self._wait_s, self._corrupt, self._pause_s = None, 0, 0.0, 0, 0.0
         self._start_s = time.perf_counter()
         return values, fetched[-1] > 0
 

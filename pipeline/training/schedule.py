@@ -2,7 +2,7 @@
 
 import math
 
-from pipeline.training.config import Schedule
+from pipeline.training.config import Schedule, TrainConfig
 
 
 def learning_rate(schedule: Schedule, peak: float, step: int, stage_steps: int) -> float:
@@ -24,3 +24,12 @@ def learning_rate(schedule: Schedule, peak: float, step: int, stage_steps: int) 
             schedule.final_share + (1 - schedule.final_share) * 0.5 * (1 + math.cos(math.pi * share))
         )
     return peak
+
+
+def stage_rate(config: TrainConfig, stage: str, step: int) -> float:
+    """The learning rate of step `step` (from 0, over both stages) of stage `psnr` or `gan`."""
+    if stage == "psnr":
+        return learning_rate(config.psnr.schedule, config.psnr.learning_rate, step, config.psnr.steps)
+    return learning_rate(
+        config.gan.schedule, config.gan.learning_rate, step - config.psnr.steps, config.gan.steps
+    )

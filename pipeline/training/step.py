@@ -32,7 +32,8 @@ class Batch:
 class StepSettings:
     """Settings of both stages' steps."""
 
-    learning_rate: float
+    learning_rate: float | Tensor
+    """A tensor on the device if the step is captured as a CUDA graph, which would keep a number forever."""
     ema_decay: float
     precision: str = "fp32"
     """`fp32` or `tf32` (set in the process by `set_precision`), or `bf16`: convolutions in bfloat16; losses, logits and
@@ -178,7 +179,7 @@ def _gradient_norm(network: nn.Module, limit: float | None) -> tuple[Tensor, Ten
     return norm, torch.isfinite(norm)
 
 
-def _update(optimizer: torch.optim.Optimizer, learning_rate: float, finite: Tensor) -> None:
+def _update(optimizer: torch.optim.Optimizer, learning_rate: float | Tensor, finite: Tensor) -> None:
     """One optimizer step, skipped on the device if `finite` is false; clears the gradients."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
