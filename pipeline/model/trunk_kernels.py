@@ -2,7 +2,7 @@
 
 cuDNN reaches a tenth to a third of an H100's peak on the dense block's convolutions, because few output channels are
 computed from inputs that must be concatenated first. Here the block's input and the outputs of its first four
-convolutions lie side by side in one NHWC buffer, of which every convolution reads a prefix and writes the next
+convolutions lie next to each other in one NHWC buffer, of which every convolution reads a prefix and writes the next
 channels. The backward pass has the same form: with a buffer of gradients [d5 | d4 | d3 | d2 | d1] of the convolutions'
 outputs, each gradient is a convolution of a prefix of that buffer.
 
@@ -31,7 +31,7 @@ def _conv3x3(  # type: ignore[no-untyped-def]
     CIN: tl.constexpr, COUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, EPILOGUE: tl.constexpr,
     HAS_EXTRA: tl.constexpr, HAS_SECOND: tl.constexpr, HALO: tl.constexpr, SLOPE: tl.constexpr,
 ):  # fmt: skip
-    """A 3x3 convolution with zero padding of channels [0, CIN) of `x`; one program computes BLOCK_M pixels in a row.
+    """A 3x3 convolution with zero padding of channels [0, CIN) of `x`; one program computes BLOCK_M consecutive pixels.
 
     The products of a row of pixels with the three horizontal taps are summed over vertical taps and channels
     separately, and shifted by a pixel at the end: the input is read three times instead of nine.
@@ -222,7 +222,7 @@ class _Trunk(torch.autograd.Function):
         like = weight_gradients[0]
         of_input, outer_top = top, top
         deltas[-1][:, :feat] = top * (scale * scale)
-        # Weight gradients depend on nothing but the block's buffers, and run beside the chain of input gradients.
+        # Weight gradients depend on nothing but the block's buffers, and run in parallel to the chain of input gradients.
         side = torch.cuda.Stream(top.device) if top.is_cuda else None
         for block in reversed(range(blocks)):
             delta, buffer = deltas[block], buffers[block]
@@ -243,7 +243,7 @@ class _Trunk(torch.autograd.Function):
             )  # fmt: skip
             of_input = gradient
             pixels = (images, height, width, pitch)
-            with _beside(side):
+            with _in_parallel(side):
                 weight_gradients[block] = torch.ops.aten.convolution_backward(
                     delta.view(pixels).permute(0, 3, 1, 2), buffer.view(pixels).permute(0, 3, 1, 2), like, None,
                     [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False],
@@ -264,7 +264,7 @@ class _Trunk(torch.autograd.Function):
 
 
 @contextmanager
-def _beside(side: torch.cuda.Stream | None) -> Iterator[None]:
+def _in_parallel(side: torch.cuda.Stream | None) -> Iterator[None]:
     """Runs on `side` what depends only on the work queued so far; without a stream (in Triton's interpreter), here."""
     if side is None:
         yield
