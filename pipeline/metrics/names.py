@@ -44,7 +44,7 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
         "color_drift": Metric("color drift", "levels", False, 2, False),
     }
 )
-FIDELITY = ("psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb")
+FIDELITY: tuple[MetricName, ...] = ("psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb")
 """PSNR and SSIM: they compare pixels and need no weights."""
 PERCEPTUAL = tuple(name for name, metric in METRICS.items() if metric.perceptual)
 """The best known first: the order in which a default is chosen."""

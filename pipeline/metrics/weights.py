@@ -8,10 +8,11 @@ import torch
 from pipeline.errors import UserError
 from pipeline.metrics.names import METRICS
 from pipeline.model.features import require_sha256, sha256_start
+from pipeline.model.lite0 import lite0_file
 
 # torchvision's weights for ImageNet; each name ends with the first digits of the file's sha256.
 BACKBONES = {"lpips": "alexnet-owt-7be5be79.pth", "dists": "vgg16-397923af.pth"}
-_ADDRESS = "https://download.pytorch.org/models/"
+ADDRESS = "https://download.pytorch.org/models/"
 
 
 def weights_file(name: str, folder: str | None = None) -> Path:
@@ -19,16 +20,18 @@ def weights_file(name: str, folder: str | None = None) -> Path:
 
     Args:
         name: the metric.
-        folder: contains the file; default: torch hub's cache.
+        folder: contains the file; default: torch hub's cache. That of feature_distance is in an installed package.
 
     Raises:
         UserError: the file does not exist or is corrupt; the message explains how to get it.
     """
+    if name == "feature_distance":
+        return lite0_file()
     file = BACKBONES[name]
     path = (Path(folder).expanduser() if folder else Path(torch.hub.get_dir()) / "checkpoints") / file
     label = METRICS[name].label
     if not path.is_file():
-        raise UserError(f"{label}: {path} does not exist; download {_ADDRESS}{file} and put it there")
+        raise UserError(f"{label}: {path} does not exist; download {ADDRESS}{file} and put it there")
     require_sha256(path, sha256_start(file), f"{label}: {path}")
     return path
 

@@ -10,6 +10,7 @@ from pipeline.model.discriminators import (
     VGGStyleDiscriminator,
 )
 from pipeline.model.features import LAYERS, VGGFeatures
+from pipeline.model.lite0 import LITE0_LAYERS, Lite0Features
 from pipeline.model.losses import perceptual_loss, pixel_loss, relativistic_losses
 from pipeline.model.precision import PRECISIONS, set_deterministic, set_precision
 from pipeline.model.rrdbnet import RRDBNet
@@ -24,8 +25,10 @@ from pipeline.model.weights import (
 __all__ = [
     "DISCRIMINATORS",
     "LAYERS",
+    "LITE0_LAYERS",
     "PRECISIONS",
     "Discriminator",
+    "Lite0Features",
     "RRDBNet",
     "UNetDiscriminator",
     "VGGFeatures",
