@@ -18,6 +18,7 @@ from torchmetrics.functional.image import deep_image_structure_and_texture_simil
 from torchmetrics.functional.image.lpips import learned_perceptual_image_patch_similarity
 from torchvision.models import AlexNet_Weights, VGG16_Weights, alexnet, vgg16
 
+from pipeline import errors
 from pipeline.data.ingest.sample_images import write_sample_photos
 from pipeline.errors import UserError
 from pipeline.imaging import Image, matlab_bicubic_downscale
@@ -127,6 +128,16 @@ def test_a_missing_file_is_named_with_its_address(name: str, tmp_path: Path) -> 
     with pytest.raises(UserError, match=message):
         require(["psnr_y", name], str(tmp_path))
     assert list(unavailable(["psnr_y", name], str(tmp_path))) == [name]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_torchmetrics_is_needed_only_for_lpips_and_dists(
+    name: str, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(errors, "is_installed", lambda package: package != "torchmetrics")
+    with pytest.raises(UserError, match=f"{name}: the package torchmetrics is not installed"):
+        require([name], folder)
+    require(["psnr_y", "feature_distance", "color_drift"], folder)
 
 
 def test_files_are_read_from_torch_hubs_cache(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, require_package
 from pipeline.metrics.names import METRICS
 from pipeline.model.features import require_sha256, sha256_start
 from pipeline.model.lite0 import lite0_file
@@ -30,6 +30,7 @@ def weights_file(name: str, folder: str | None = None) -> Path:
     file = BACKBONES[name]
     path = (Path(folder).expanduser() if folder else Path(torch.hub.get_dir()) / "checkpoints") / file
     label = METRICS[name].label
+    require_package("torchmetrics", name, "choose other metrics")
     if not path.is_file():
         raise UserError(f"{label}: {path} does not exist; download {ADDRESS}{file} and put it there")
     require_sha256(path, sha256_start(file), f"{label}: {path}")

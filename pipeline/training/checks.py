@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pipeline.errors import UserError, require_package
 from pipeline.metrics import FIDELITY, require
-from pipeline.model import VGGFeatures
+from pipeline.model import Lite0Features, VGGFeatures
 from pipeline.model.device import require_gpu
 from pipeline.storage import Storage, absolute, is_remote
 from pipeline.training.config import TrainConfig
@@ -27,7 +27,7 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
             )
     data = config.data.model_copy(update={"root": absolute(config.data.root)})
     weights = config.perceptual.weights
-    if weights not in ("imagenet", "random"):
+    if weights not in ("imagenet", "efficientnet_lite0", "random"):
         weights = absolute(weights)
     perceptual = config.perceptual.model_copy(update={"weights": weights})
     folder = config.validation.weights_folder
@@ -69,15 +69,17 @@ def check_before_start(config: TrainConfig, run: Storage) -> None:
     _require_space(config, run)
 
 
-def perceptual_features(config: TrainConfig) -> VGGFeatures | None:
+def perceptual_features(config: TrainConfig) -> VGGFeatures | Lite0Features | None:
     """The network of stage 2's perceptual loss, on the CPU; None if the run does not use it.
 
     Raises:
-        UserError: unknown layers, or a file that is missing or is not VGG19's weights.
+        UserError: a file that is missing, corrupt, or does not hold the network's weights.
     """
     if not (config.gan.steps and config.gan.perceptual_weight):
         return None
     perceptual = config.perceptual
+    if perceptual.weights == "efficientnet_lite0":
+        return Lite0Features(perceptual.layers)
     return VGGFeatures(perceptual.layers, perceptual.weights, perceptual.sha256, seed=config.seed)
 
 

@@ -1,11 +1,12 @@
 """Configuration schema of a training run."""
 
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.data.config import DataConfig
-from pipeline.model import DISCRIMINATORS
+from pipeline.model import DISCRIMINATORS, LAYERS, LITE0_LAYERS
 from pipeline.model.config import ModelConfig
 from pipeline.section import Section
 from pipeline.tracking.config import TrackingConfig
@@ -61,12 +62,12 @@ class GanStage(Section):
 
 
 class PerceptualConfig(Section):
-    """VGG19 features before activation (ESRGAN, sec. 3.3)."""
+    """Features of the perceptual loss: VGG19's before activation (ESRGAN, sec. 3.3), or EfficientNet-Lite0's."""
 
     weights: str = Field(
         "imagenet",
-        description="`imagenet` (torchvision's VGG19), `random` (seeded, for tests and the demo), or the path of "
-        "a VGG19 state dict.",
+        description="`imagenet` (torchvision's VGG19), `efficientnet_lite0` (of the extra `features`), `random` (a "
+        "seeded VGG19, for tests and the demo), or the path of a VGG19 state dict.",
     )
     sha256: str | None = Field(
         None, pattern="^[0-9a-f]{64}$", description="Expected sha256 of the file in perceptual.weights."
@@ -74,8 +75,19 @@ class PerceptualConfig(Section):
     layers: dict[str, Annotated[float, Field(ge=0)]] = Field(
         {"conv5_4": 1.0},
         min_length=1,
-        description="VGG19 convolutions whose output is compared, with their weights.",
+        description="Layers whose output is compared, with their weights: VGG19's convolutions, or "
+        "EfficientNet-Lite0's `stem` and `block1` to `block7`.",
     )
+
+    @model_validator(mode="after")
+    def _layers_fit(self) -> "PerceptualConfig":
+        layers: Iterable[str] = LITE0_LAYERS if self.weights == "efficientnet_lite0" else LAYERS
+        unknown = [name for name in self.layers if name not in layers]
+        if unknown:
+            raise ValueError(
+                f"layers has {', '.join(unknown)}, which weights={self.weights} lacks; it has {', '.join(layers)}"
+            )
+        return self
 
 
 class AdamConfig(Section):
