@@ -22,9 +22,9 @@ from pipeline import errors
 from pipeline.data.ingest.sample_images import write_sample_photos
 from pipeline.errors import UserError
 from pipeline.imaging import Image, matlab_bicubic_downscale
-from pipeline.metrics import MetricSet, available, require, unavailable, weights
-from pipeline.metrics.distances import load_distance
-from pipeline.model import lite0
+from pipeline.metrics import MetricSet, available, metric_set, require, unavailable, weights
+from pipeline.metrics.distances import Distance, load_distance
+from pipeline.model import lite0, set_precision
 
 DOCS = Path(__file__).parent.parent / "docs" / "evaluation.md"
 NETWORKS: dict[str, Callable[..., nn.Module]] = {"lpips": alexnet, "dists": vgg16}
@@ -110,6 +110,26 @@ def test_the_networks_are_not_trained(name: str, folder: str) -> None:
     distance = load_distance(name, folder)
     assert not any(module.training for module in distance.modules())
     assert not any(parameter.requires_grad for parameter in distance.parameters())
+
+
+def test_networks_compute_in_ieee_float32_whatever_the_precision_of_the_process_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = []
+
+    class Probe(nn.Module):
+        def forward(self, sr: Tensor, hr: Tensor) -> Tensor:
+            seen.append(torch.backends.cudnn.conv.fp32_precision)
+            return (sr - hr).mean((1, 2, 3))
+
+    monkeypatch.setattr(metric_set, "load_distance", lambda name, folder: Distance(Probe()))
+    try:
+        set_precision("tf32")
+        MetricSet(["lpips"]).measure(images(), images(), low(images()))
+        assert torch.backends.cudnn.conv.fp32_precision == "tf32"
+    finally:
+        set_precision("fp32")
+    assert seen == ["ieee"]
 
 
 def test_the_weights_files_are_torchvisions() -> None:

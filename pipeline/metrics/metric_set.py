@@ -11,6 +11,7 @@ from pipeline.errors import UserError
 from pipeline.metrics import fidelity
 from pipeline.metrics.distances import load_distance
 from pipeline.metrics.names import METRICS
+from pipeline.model.precision import ieee_float32
 
 Images = NDArray[np.uint8] | Tensor
 COLORS = ("r", "g", "b")
@@ -61,8 +62,9 @@ class MetricSet:
             )
 
     @torch.inference_mode()
+    @ieee_float32()
     def measure(self, sr: Images, hr: Images, lr: Images) -> list[dict[str, float]]:
-        """The metrics of each image of a batch.
+        """The metrics of each image of a batch; networks compute in IEEE float32, whatever the run's precision is.
 
         Args:
             sr: uint8 RGB (N, H, W, 3).

@@ -1,7 +1,8 @@
 """How a GPU computes float32, what stays in float32 under autocast, and deterministic algorithms."""
 
 import os
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +24,18 @@ def set_precision(precision: str) -> None:
     cudnn: Any = torch.backends.cudnn  # mypy does not see its operators
     cudnn.conv.fp32_precision = mode
     torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+
+@contextmanager
+def ieee_float32() -> Iterator[None]:
+    """A context in which float32 convolutions are IEEE float32 whatever `set_precision` chose."""
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision
+    cudnn.conv.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        cudnn.conv.fp32_precision = before
 
 
 def set_deterministic(enabled: bool) -> None:
