@@ -87,9 +87,9 @@ def load_config(
     ]
     values: dict[str, Any] = {}
     for _, overrides in reversed(sources):
-        values = merged(values, overrides)
+        values = merged(Config, values, overrides)
     config = validated(Config, values, sources)
-    given = flat_fields(merged(sources[1][1], sources[0][1]))
+    given = flat_fields(merged(Config, sources[1][1], sources[0][1]))
     options.prepare_command = _prepare_command(config, given, chosen)
     return config, options
 

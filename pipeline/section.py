@@ -37,13 +37,24 @@ def flat_fields(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def merged(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested values of `base`, replaced by those of `overrides`."""
+def merged(
+    section: type[BaseModel] | None, base: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Nested values of `base`, replaced by those of `overrides`.
+
+    Sections are merged field by field. A field whose value is a mapping (`perceptual.layers`, `tune.space`) is replaced
+    as a whole: its keys are part of the value.
+
+    Args:
+        section: the class that the values are for; None: no class, so that every mapping is a value.
+        base: nested values.
+        overrides: nested values that take precedence.
+    """
     result = dict(base)
     for name, value in overrides.items():
-        old = result.get(name)
-        nested = isinstance(old, Mapping) and isinstance(value, Mapping)
-        result[name] = merged(old, value) if nested else value  # type: ignore[arg-type]
+        old, inner = result.get(name), _section_at(section, name)
+        nested = inner is not None and isinstance(old, Mapping) and isinstance(value, Mapping)
+        result[name] = merged(inner, old, value) if nested else value  # type: ignore[arg-type]
     return result
 
 
@@ -54,7 +65,7 @@ def with_fields(config: AnySection, changes: Mapping[str, Any]) -> AnySection:
         nested: Any = value
         for part in reversed(name.split(".")):
             nested = {part: nested}
-        values = merged(values, nested)
+        values = merged(type(config), values, nested)
     return validated(type(config), values)
 
 
@@ -123,9 +134,16 @@ def _field_path(section: type[BaseModel], path: Sequence[str]) -> tuple[list[str
         if model is None or part not in model.model_fields:
             break
         field.append(part)
-        annotation = model.model_fields[part].annotation
-        model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+        model = _section_at(model, part)
     return field, model
+
+
+def _section_at(section: type[BaseModel] | None, name: str) -> type[BaseModel] | None:
+    """The class of the section's field `name`, if that is a section itself."""
+    if section is None or name not in section.model_fields:
+        return None
+    annotation = section.model_fields[name].annotation
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
 def _holds(values: Any, field: Sequence[str]) -> bool:

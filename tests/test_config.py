@@ -43,6 +43,21 @@ def test_flag_beats_environment_beats_file_beats_default(file: Path) -> None:
     assert (config.gan.steps, config.gan.pixel_weight, config.precision, config.seed) == (9, 0.5, "bf16", 0)
 
 
+def test_a_mapping_from_a_flag_or_the_environment_replaces_that_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "perceptual: {weights: random, layers: {conv5_4: 1.0, conv4_4: 0.5}}\n"
+        "tune: {trials: 3, space: {gan.pixel_weight: {low: 0.1, high: 1.0}, model.residual_scale: {choice: [0.1]}}}\n"
+    )
+    argv = ["--config", str(path)]
+    space = '{"gan.adversarial_weight": {"low": 0.001, "high": 0.1}}'
+    config = load([*argv, "--perceptual.layers", '{"conv1_2": 2.0}'], {"ESRGAN_TUNE__SPACE": space})
+    assert (config.perceptual.weights, config.perceptual.layers) == ("random", {"conv1_2": 2.0})
+    assert (config.tune.trials, list(config.tune.space)) == (3, ["gan.adversarial_weight"])
+    changed = with_fields(config, {"perceptual.layers": {"conv2_2": 1.0}})
+    assert changed.perceptual.layers == {"conv2_2": 1.0}
+
+
 def every_field(section: BaseModel, prefix: str = "") -> dict[str, Any]:
     """Dotted names of all fields that have a value, with their defaults."""
     values: dict[str, Any] = {}
