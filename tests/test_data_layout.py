@@ -7,10 +7,10 @@ from evaluation_helpers import write_image
 
 from pipeline.data import load_manifest, prepare
 from pipeline.data.config import DataConfig
+from pipeline.data.ingest.image_set import find_pairs
 from pipeline.data.ingest.layout import lr_candidates, lr_next_to_hr, split_folders
 from pipeline.data.ingest.plan import Plan, make_plan
 from pipeline.errors import UserError
-from pipeline.evaluation.layout import find_pairs
 
 DIV2K = [
     f"DIV2K_{part}_HR/{name}.png" for part, name in (("train", "0001"), ("train", "0002"), ("valid", "0801"))

@@ -20,10 +20,10 @@ from PIL import Image
 from torchmetrics.functional.image.lpips import learned_perceptual_image_patch_similarity
 from torchvision.models import AlexNet_Weights, alexnet
 
+from pipeline.data.ingest.image_set import find_pairs
 from pipeline.errors import UserError
 from pipeline.evaluation import lpips
 from pipeline.evaluation.evaluate import evaluate
-from pipeline.evaluation.layout import find_pairs
 from pipeline.evaluation.models import interpolated, open_model
 from pipeline.evaluation.scoring import METRICS, Scorer, Settings
 from pipeline.imaging import bicubic_upscale, matlab_bicubic_downscale, psnr, ssim, upscale

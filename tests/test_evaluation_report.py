@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from evaluation_helpers import job, synthetic_image, write_generator, write_image
 
+from pipeline.data.ingest.image_set import find_pairs
 from pipeline.evaluation.comparison import Panel, draw_panels
 from pipeline.evaluation.crops import Box, most_different
-from pipeline.evaluation.layout import find_pairs
 from pipeline.evaluation.models import open_model
 from pipeline.evaluation.report import render_report, tradeoff_figure
 from pipeline.evaluation.result import Evaluation

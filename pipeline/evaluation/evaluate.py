@@ -8,11 +8,11 @@ import pyarrow
 from PIL import Image as PillowImage
 
 from pipeline.data.ingest.decoding import FORMATS
+from pipeline.data.ingest.image_set import Pair, Rejected, find_pairs, size_mismatch
 from pipeline.errors import UserError, is_installed, require_package
 from pipeline.evaluation.comparison import Panel, draw_panels
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.crops import nearest_upscale
-from pipeline.evaluation.layout import Pair, Rejected, find_pairs
 from pipeline.evaluation.lpips import Lpips, load_lpips
 from pipeline.evaluation.models import (
     BICUBIC,
@@ -24,7 +24,7 @@ from pipeline.evaluation.models import (
     split_label,
 )
 from pipeline.evaluation.result import Evaluation, short_labels
-from pipeline.evaluation.scoring import Failure, ImageScore, Scorer, Settings, size_mismatch
+from pipeline.evaluation.scoring import Failure, ImageScore, Scorer, Settings
 from pipeline.imaging import Image
 from pipeline.json_file import json_text
 from pipeline.progress import progress_bar

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from pipeline.evaluation.layout import Rejected
+from pipeline.data.ingest.image_set import Rejected
 from pipeline.evaluation.models import SUFFIXES, WEIGHTS, Model
 from pipeline.evaluation.scoring import ImageScore, Settings
 

@@ -6,20 +6,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import pyarrow
 from PIL import Image as PillowImage
 
-from pipeline.data.ingest.decoding import PhotoRejected, read_photo
+from pipeline.data.ingest.decoding import PhotoRejected
+from pipeline.data.ingest.image_set import Pair, read_pair
 from pipeline.errors import UserError
 from pipeline.evaluation.crops import Box, most_different
-from pipeline.evaluation.layout import Pair
 from pipeline.evaluation.lpips import Lpips
 from pipeline.evaluation.models import Model
-from pipeline.imaging import Image, bicubic_upscale, matlab_bicubic_downscale, psnr, ssim
-from pipeline.storage import Storage
+from pipeline.imaging import Image, bicubic_upscale, psnr, ssim
 
 METRICS = ("psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb")
-_SSIM_WINDOW_PX = 11
 _OVERVIEW_PX = 480
 
 
@@ -87,7 +84,7 @@ class Scorer:
         """The score, or the reason why there is none."""
         scale = self.settings.scale
         try:
-            hr, lr = read_pair(pair, self.settings)
+            hr, lr = read_pair(pair, scale, self.settings.border, self.settings.max_megapixels)
         except PhotoRejected as error:
             return Failure(pair.name, str(error))
         try:
@@ -135,38 +132,6 @@ class Scorer:
         return most_different(compared, self.settings.crop_px, self.settings.scale)
 
 
-def read_pair(pair: Pair, settings: Settings) -> tuple[Image, Image]:
-    """An HR image, cut to a multiple of the scale, and its LR image.
-
-    Without an LR file the HR image is downscaled by MATLAB's bicubic. With one, the HR image may exceed `scale` times
-    its size by up to `scale` - 1 pixels; it is cut.
-
-    Raises:
-        PhotoRejected: with the reason.
-    """
-    scale = settings.scale
-    hr = _read(pair.hr, settings)
-    if pair.lr is None:
-        height, width = (size // scale * scale for size in hr.shape[:2])
-        _require_size(height, width, settings)
-        hr = np.ascontiguousarray(hr[:height, :width])
-        return hr, matlab_bicubic_downscale(hr, scale)
-    lr = _read(pair.lr, settings)
-    height, width = (size * scale for size in lr.shape[:2])
-    if not (0 <= hr.shape[0] - height < scale and 0 <= hr.shape[1] - width < scale):
-        raise PhotoRejected(size_mismatch((hr.shape[1], hr.shape[0]), (lr.shape[1], lr.shape[0]), scale))
-    _require_size(height, width, settings)
-    return np.ascontiguousarray(hr[:height, :width]), lr
-
-
-def size_mismatch(hr: tuple[int, int], lr: tuple[int, int], scale: int) -> str:
-    """The reason why two sizes (width, height) do not match."""
-    return (
-        f"its {hr[0]} x {hr[1]} pixels are not {scale} times the low-resolution file's {lr[0]} x {lr[1]} "
-        f"({lr[0] * scale} x {lr[1] * scale} expected)"
-    )
-
-
 def _webp(pixels: Image) -> bytes:
     return _encoded(PillowImage.fromarray(np.ascontiguousarray(pixels)), "WEBP", lossless=True, method=4)
 
@@ -175,21 +140,3 @@ def _encoded(image: PillowImage.Image, form: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format=form, **options)
     return buffer.getvalue()
-
-
-def _read(path: str, settings: Settings) -> Image:
-    folder, _, name = path.rpartition("/")
-    try:
-        return read_photo(Storage(folder or "/").read_bytes(name), settings.max_megapixels).pixels
-    except PhotoRejected as error:
-        raise PhotoRejected(f"{name}: {error}") from None
-    except (OSError, pyarrow.ArrowException) as error:
-        raise PhotoRejected(f"{name}: cannot be read ({str(error).splitlines()[0]})") from None
-
-
-def _require_size(height: int, width: int, settings: Settings) -> None:
-    minimum = 2 * settings.border + _SSIM_WINDOW_PX
-    if min(height, width) < minimum:
-        raise PhotoRejected(
-            f"{width} x {height} pixels are too few for border={settings.border} (at least {minimum})"
-        )

@@ -9,10 +9,10 @@ from typing import Any
 import pyarrow
 
 from pipeline.data.ingest.decoding import PhotoRejected
+from pipeline.data.ingest.image_set import images_in
 from pipeline.errors import UserError, require_package
 from pipeline.evaluation.config import UpscaleConfig
 from pipeline.evaluation.image_files import SUFFIXES, encode_output, read_source
-from pipeline.evaluation.layout import images_in
 from pipeline.evaluation.models import Model, choose_device, notes, open_model
 from pipeline.evaluation.output_record import OutputRecord, claim
 from pipeline.imaging import bicubic_upscale

@@ -222,7 +222,7 @@ class _Trunk(torch.autograd.Function):
         like = weight_gradients[0]
         of_input, outer_top = top, top
         deltas[-1][:, :feat] = top * (scale * scale)
-        # Weight gradients depend on nothing but the block's buffers, and run in parallel to the chain of input gradients.
+        # Weight gradients depend on the block's buffers only, and run in parallel to the chain of input gradients.
         side = torch.cuda.Stream(top.device) if top.is_cuda else None
         for block in reversed(range(blocks)):
             delta, buffer = deltas[block], buffers[block]

@@ -1,9 +1,12 @@
-"""Finds the images of an evaluation: HR images alone, or HR images with their LR files."""
+"""A set of images to measure on: finds and reads HR images alone, or HR images with their LR files."""
 
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from pipeline.data.ingest.decoding import EXTENSIONS
+import numpy as np
+import pyarrow
+
+from pipeline.data.ingest.decoding import EXTENSIONS, PhotoRejected, read_photo
 from pipeline.data.ingest.layout import (
     Folders,
     hr_folders,
@@ -14,6 +17,8 @@ from pipeline.data.ingest.layout import (
     split_folders,
 )
 from pipeline.errors import UserError
+from pipeline.imaging import Image, matlab_bicubic_downscale
+from pipeline.imaging.metrics import SSIM_WINDOW_PX
 from pipeline.storage import Storage, is_remote
 
 
@@ -28,7 +33,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A file that is not evaluated, and the reason."""
+    """A file that is not used, and the reason."""
 
     path: str
     reason: str
@@ -37,8 +42,12 @@ class Rejected:
 def images_in(uri: str, flag: str) -> tuple[Storage, list[str]]:
     """The folder and the relative names of the images below it, sorted; for a file, its folder and its name.
 
+    Args:
+        uri: a folder, a file, or a prefix in an object store.
+        flag: what errors call it: a flag such as `--hr`, or a field with `=`.
+
     Raises:
-        UserError: naming `flag`, if the folder or file does not exist, or has no images.
+        UserError: the folder or file does not exist, or has no images.
     """
     if not is_remote(uri) and Path(uri).expanduser().is_file():
         file = Path(uri).expanduser().resolve()
@@ -48,41 +57,49 @@ def images_in(uri: str, flag: str) -> tuple[Storage, list[str]]:
         folder, _, name = storage.uri.rpartition("/")
         return Storage(folder), [name]
     if not storage.exists():
-        raise UserError(f"{flag} {uri}: no such folder or file")
+        raise UserError(f"{_named(flag, uri)}: no such folder or file")
     names = [name for name in storage.files() if _is_image(PurePosixPath(name))]
     if not names:
         known = ", ".join(sorted(suffix.lstrip(".") for suffix in EXTENSIONS))
-        raise UserError(f"{flag} {uri}: no images (suffixes: {known})")
+        raise UserError(f"{_named(flag, uri)}: no images (suffixes: {known})")
     return storage, names
 
 
-def find_pairs(hr: str, lr: str | None, scale: int) -> tuple[list[Pair], list[Rejected]]:
-    """The images to evaluate, sorted by name.
+def find_pairs(
+    hr: str, lr: str | None, scale: int, flags: tuple[str, str] = ("--hr", "--lr")
+) -> tuple[list[Pair], list[Rejected]]:
+    """The images of a set, sorted by name.
 
     Folder and file names are matched by `pipeline.data.ingest.layout`, as in ingest. If only some subfolders of `hr`
-    are HR folders, the others are not evaluated; without `lr`, the LR folder next to them is used. The choice is
-    printed.
+    are HR folders, the others are not used; without `lr`, the LR folder next to them is used. The choice is printed.
+
+    Args:
+        hr: HR images: a folder, a file, or a prefix in an object store.
+        lr: LR images of the same names; None: those in `hr`, or none.
+        scale: of the LR images.
+        flags: what messages call `hr` and `lr`; see `images_in`.
 
     Raises:
         UserError: a folder is missing or empty, no HR file has an LR file, or the LR files are ambiguous.
     """
-    storage, names = images_in(hr, "--hr")
+    hr_flag, lr_flag = flags
+    storage, names = images_in(hr, hr_flag)
     folders = split_folders(names, scale)
     if folders is not None:
         names = folders.hr
     hr_paths = _below(storage, names, hr_folders(names) if folders is not None else [])
     if lr is not None:
-        lr_storage, lr_names = images_in(lr, "--lr")
+        lr_storage, lr_names = images_in(lr, lr_flag)
         lr_paths = _below(lr_storage, lr_files(lr_names, scale), [])
         if len(hr_paths) == len(lr_paths) == 1:
             (name, path), (lr_path,) = *hr_paths.items(), lr_paths.values()
             return [Pair(name, path, lr_path)], []
         return _match(hr_paths, lr_paths, scale, lr)
     if folders is not None:
-        chosen = _lr_folders(folders, hr)
+        chosen = _lr_folders(folders, hr, flags)
         skipped = sorted({*folders.other_lr, *folders.versions}) + (["other files"] if folders.rest else [])
         print(
-            f"note: --hr {hr}: HR images from {', '.join(hr_folders(names))}; "
+            f"note: {_named(hr_flag, hr)}: HR images from {', '.join(hr_folders(names))}; "
             + (f"LR images from {', '.join(chosen)}" if chosen else "LR images made by bicubic")
             + (f"; skipped: {', '.join(skipped)}" if skipped else ""),
             flush=True,
@@ -94,8 +111,9 @@ def find_pairs(hr: str, lr: str | None, scale: int) -> tuple[list[Pair], list[Re
     unmarked = [name for name, other in adjacent.items() if not is_marked_hr(other)]
     if unmarked:
         raise UserError(
-            f"--hr {hr}: {unmarked[0]} is next to {adjacent[unmarked[0]]} and by its name the same image at another "
-            f"size ({len(unmarked)} such files); move LR files to a separate folder and pass it as --lr, or rename them"
+            f"{_named(hr_flag, hr)}: {unmarked[0]} is next to {adjacent[unmarked[0]]} and by its name the same image "
+            f"at another size ({len(unmarked)} such files); move LR files to a separate folder and pass it as "
+            f"{lr_flag.removesuffix('=')}, or rename them"
         )
     if adjacent:
         marked = {name: path for name, path in hr_paths.items() if is_marked_hr(name)}
@@ -106,17 +124,76 @@ def find_pairs(hr: str, lr: str | None, scale: int) -> tuple[list[Pair], list[Re
     return [Pair(name, path, None) for name, path in hr_paths.items()], []
 
 
+def read_pair(pair: Pair, scale: int, border: int, max_megapixels: float = 200.0) -> tuple[Image, Image]:
+    """An HR image, cut to a multiple of the scale, and its LR image; both uint8 (H, W, 3).
+
+    Without an LR file the HR image is downscaled by MATLAB's bicubic. With one, the HR image may exceed `scale` times
+    its size by up to `scale` - 1 pixels; it is cut.
+
+    Args:
+        pair: the files.
+        scale: of the LR image.
+        border: pixels that metrics exclude at each edge; the image must be large enough for SSIM without them.
+        max_megapixels: larger images are rejected.
+
+    Raises:
+        PhotoRejected: with the reason.
+    """
+    hr = _read(pair.hr, max_megapixels)
+    if pair.lr is None:
+        height, width = (size // scale * scale for size in hr.shape[:2])
+        _require_size(height, width, border)
+        hr = np.ascontiguousarray(hr[:height, :width])
+        return hr, matlab_bicubic_downscale(hr, scale)
+    lr = _read(pair.lr, max_megapixels)
+    height, width = (size * scale for size in lr.shape[:2])
+    if not (0 <= hr.shape[0] - height < scale and 0 <= hr.shape[1] - width < scale):
+        raise PhotoRejected(size_mismatch((hr.shape[1], hr.shape[0]), (lr.shape[1], lr.shape[0]), scale))
+    _require_size(height, width, border)
+    return np.ascontiguousarray(hr[:height, :width]), lr
+
+
+def size_mismatch(hr: tuple[int, int], lr: tuple[int, int], scale: int) -> str:
+    """The reason why two sizes (width, height) do not match."""
+    return (
+        f"its {hr[0]} x {hr[1]} pixels are not {scale} times the low-resolution file's {lr[0]} x {lr[1]} "
+        f"({lr[0] * scale} x {lr[1] * scale} expected)"
+    )
+
+
+def _read(path: str, max_megapixels: float) -> Image:
+    folder, _, name = path.rpartition("/")
+    try:
+        return read_photo(Storage(folder or "/").read_bytes(name), max_megapixels).pixels
+    except PhotoRejected as error:
+        raise PhotoRejected(f"{name}: {error}") from None
+    except (OSError, pyarrow.ArrowException) as error:
+        raise PhotoRejected(f"{name}: cannot be read ({str(error).splitlines()[0]})") from None
+
+
+def _require_size(height: int, width: int, border: int) -> None:
+    minimum = 2 * border + SSIM_WINDOW_PX
+    if min(height, width) < minimum:
+        raise PhotoRejected(f"{width} x {height} pixels are too few for border={border} (at least {minimum})")
+
+
+def _named(flag: str, uri: str) -> str:
+    """`--hr DIR`, or `field=DIR`."""
+    return f"{flag}{'' if flag.endswith('=') else ' '}{uri}"
+
+
 def _is_image(path: PurePosixPath) -> bool:
     return path.suffix.lower() in EXTENSIONS and not any(part.startswith(".") for part in path.parts[-8:])
 
 
-def _lr_folders(folders: Folders, hr: str) -> list[str]:
+def _lr_folders(folders: Folders, hr: str, flags: tuple[str, str]) -> list[str]:
     """The LR folders of the HR images. Raises UserError where several belong to one HR folder."""
     rivals = folders.rivals()
     if rivals:
         raise UserError(
-            f"--hr {hr}: {' and '.join(rivals)} both hold LR files of {', '.join(hr_folders(folders.hr))}; choose: "
-            f"--hr {hr}/{hr_folders(folders.hr)[0]} --lr {hr}/{rivals[0]}"
+            f"{_named(flags[0], hr)}: {' and '.join(rivals)} both hold LR files of "
+            f"{', '.join(hr_folders(folders.hr))}; choose: {_named(flags[0], hr)}/{hr_folders(folders.hr)[0]} "
+            f"{_named(flags[1], hr)}/{rivals[0]}"
         )
     return folders.lr_folders_of(folders.hr)
 

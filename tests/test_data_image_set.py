@@ -1,12 +1,12 @@
-"""Folder layouts of evaluation sets."""
+"""Folder layouts of sets of images, in evaluation and validation."""
 
 from pathlib import Path
 
 import pytest
 from evaluation_helpers import write_image
 
+from pipeline.data.ingest.image_set import find_pairs
 from pipeline.errors import UserError
-from pipeline.evaluation.layout import find_pairs
 
 
 def tree(folder: Path, *names: str) -> Path:
@@ -72,3 +72,14 @@ def test_no_match_at_all_is_an_error_with_an_expected_name(tmp_path: Path) -> No
     hr, lr = tree(tmp_path / "hr", "a.png", "b.png"), tree(tmp_path / "lr", "c.png", "d.png")
     with pytest.raises(UserError, match=r"ax4\.png"):
         find_pairs(str(hr), str(lr), 4)
+
+
+def test_messages_name_the_field_that_the_folder_comes_from(tmp_path: Path) -> None:
+    flags = ("validation.sets.Set5.hr=", "validation.sets.Set5.lr=")
+    with pytest.raises(UserError, match=rf"^validation\.sets\.Set5\.hr={tmp_path}/none: no such folder"):
+        find_pairs(f"{tmp_path}/none", None, 4, flags)
+    tree(tmp_path, "HR/a.png", "LR/a.png", "LRbic/a.png")
+    with pytest.raises(
+        UserError, match=rf"choose: validation\.sets\.Set5\.hr={tmp_path}/HR validation\.sets"
+    ):
+        find_pairs(str(tmp_path), None, 4, flags)
