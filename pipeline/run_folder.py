@@ -140,7 +140,7 @@ class CandidateDescription:
 
     model_name: str
     metric: str
-    """Compared with the champion's."""
+    """The metric that chose it; compared with the champion's."""
     generator: TrainedGenerator
     earlier: list[TrainedGenerator]
     """Results of earlier stages: logged with their metrics, not registered."""

@@ -14,6 +14,7 @@ RENAMED = {
     "data.max_damaged_share": "data.max_corrupt_share",
     "data.patch_step_px": "data.patch_stride_px",
     "tracking.if_away": "tracking.if_unreachable",
+    "tracking.metric": "gan.select_by (psnr.select_by for stage 1)",
 }
 
 

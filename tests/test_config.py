@@ -148,6 +148,7 @@ def test_workers_in_the_environment_are_a_number_or_a_range(text: str, range_: t
             {"ESRGAN_TRACKING__IF_AWAY": "spool"},
             "tracking.if_away: no such field; renamed to tracking.if_unreachable",
         ),
+        (["--tracking.metric", "lpips"], {}, "renamed to --gan.select_by (psnr.select_by for stage 1)"),
         (["--data.patch_step_px", "96"], {}, "renamed to --data.patch_stride_px"),
         (
             [],

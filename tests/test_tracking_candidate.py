@@ -51,7 +51,7 @@ def candidate_of(run: Storage, folder: Path) -> Candidate:
     card = ModelCard(
         "uri: http://me:geheim@host\n", DATA, license="CC0", images={"flower": noise[:8]}, example=noise
     )
-    return Candidate("candidate-x4", "psnr_y", generators[1], (generators[0],), DATA, card)
+    return Candidate("candidate-x4", generators[1], (generators[0],), DATA, card)
 
 
 def test_a_candidate_is_read_back_as_it_was_without_secrets(tmp_path: Path) -> None:

@@ -61,12 +61,13 @@ def register(
     *,
     seed: int = 0,
     images: str = DATA,
+    metric: str = "psnr_y",
 ) -> RegisteredVersion:
     """Registers a generator; another seed is another generator."""
     path = folder / f"{seed}.safetensors"
     small_generator(path, seed)
-    metrics = {config.metric: value}
-    card = ModelCard("seed: 0\n", DATA)
+    metrics = {metric: value}
+    card = ModelCard("seed: 0\n", DATA, selected_by=metric)
     return register_generator(
         tracked, config, path, step=10 + seed, metrics=metrics, evaluation_set=images, card=card
     )
@@ -100,10 +101,19 @@ def test_an_equal_value_is_not_better(tracked, config, tmp_path) -> None:
 
 
 def test_distances_are_better_when_smaller(tracked, config, tmp_path) -> None:
-    config = config.model_copy(update={"metric": "lpips"})
-    register(tracked, config, tmp_path, 0.2, seed=1)
-    assert not register(tracked, config, tmp_path, 0.3, seed=2).champion
-    assert register(tracked, config, tmp_path, 0.1, seed=3).champion
+    register(tracked, config, tmp_path, 0.2, seed=1, metric="feature_distance")
+    assert not register(tracked, config, tmp_path, 0.3, seed=2, metric="feature_distance").champion
+    assert register(tracked, config, tmp_path, 0.1, seed=3, metric="feature_distance").champion
+
+
+def test_a_champion_chosen_by_another_metric_is_not_compared(tracked, config, tmp_path) -> None:
+    register(tracked, config, tmp_path, 0.2, seed=1, metric="lpips")
+    other = register(tracked, config, tmp_path, 40.0, seed=2)
+    assert not other.champion
+    assert other.reason == (
+        "champion version 1 was chosen by lpips and this version by psnr_y; to promote it: python jobs/promote.py "
+        "--model-version 2"
+    )
 
 
 def test_values_on_other_images_are_not_compared(tracked, config, tmp_path) -> None:
@@ -286,7 +296,7 @@ def test_non_finite_weights_are_neither_registered_nor_downloaded(tracked, confi
             config,
             path,
             step=9,
-            metrics={config.metric: 31.0},
+            metrics={"psnr_y": 31.0},
             evaluation_set=DATA,
             card=ModelCard("", DATA),
         )

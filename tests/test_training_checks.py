@@ -116,12 +116,6 @@ def test_missing_weights_of_a_validation_metric_are_found_before_the_start(tmp_p
         check_before_start(config, Storage(config.storage) / "tiny")
 
 
-def test_the_metric_of_the_best_checkpoint_must_be_measured(tmp_path: Path) -> None:
-    config = load(tmp_path, **{"validation.metrics": ["psnr_rgb", "ssim_y"]})
-    with pytest.raises(UserError, match=r"tracking\.metric=psnr_y: not one of psnr_rgb, ssim_y"):
-        check_before_start(config, Storage(config.storage) / "tiny")
-
-
 def test_an_unknown_validation_metric_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"validation\.metrics.*niqe.*'psnr_y'"):
         load(tmp_path, **{"validation.metrics": ["niqe"]})

@@ -242,7 +242,7 @@ def test_a_corrupt_final_checkpoint_is_trained_again(folder: Path, undisturbed: 
 
 def test_the_best_by_another_metric_does_not_count(folder: Path, undisturbed: TrainingResult) -> None:
     run = unfinished(folder, "metric", "gan-00000012")
-    train(folder, run_name="metric", **{"tracking.metric": "ssim_y"})
+    train(folder, run_name="metric", **{"gan.select_by": "ssim_y"})
     final = checkpoints.newest(run)
     assert final is not None
     assert [best["metric"] for best in final.scalars["best"]] == ["ssim_y"]
@@ -377,7 +377,7 @@ def test_a_missing_gpu_is_found_before_the_start(folder: Path) -> None:
         ({"perceptual.layers": {"conv9_9": 1.0}}, "conv9_9"),
         ({"workers": 4096, "batch_size": 4096}, "workers=4096: they need 4096 CPUs"),
         ({"tracking.uri": "http://127.0.0.1:9"}, "tracking.uri=http://127.0.0.1:9"),
-        ({"tracking.metric": "beauty"}, "tracking.metric=beauty"),
+        ({"gan.select_by": "beauty"}, "gan.select_by='beauty': should be 'psnr_y', 'ssim_y'"),
         ({"data.patch_px": 128}, "64"),
     ],
 )

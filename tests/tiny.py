@@ -51,6 +51,8 @@ def fields(folder: Path, **changes: Any) -> dict[str, Any]:
         "shuffle_channels": True,
         "psnr.steps": 6,
         "gan.steps": 6,
+        # Independent of the weights that this machine has.
+        "gan.select_by": "psnr_y",
         "perceptual.weights": "random",
         "perceptual.layers": {"conv1_2": 1.0},
         "ema_decay": 0.8,

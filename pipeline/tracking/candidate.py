@@ -30,8 +30,6 @@ class Candidate:
     """Everything that is needed to register a run's generator at any later time."""
 
     model_name: str
-    metric: str
-    """Compared with the champion's."""
     generator: TrainedGenerator
     earlier: tuple[TrainedGenerator, ...]
     """Results of earlier stages: logged with their metrics for comparison, not registered."""
@@ -48,7 +46,7 @@ class Candidate:
             run.write_bytes(EXAMPLE, to_png(self.card.example))
         description = CandidateDescription(
             model_name=self.model_name,
-            metric=self.metric,
+            metric=self.card.selected_by,
             generator=self.generator,
             earlier=list(self.earlier),
             evaluation_set=self.evaluation_set,
@@ -75,10 +73,10 @@ class Candidate:
             example = from_png(run.read_bytes(EXAMPLE)) if saved.example else None
         except (FileNotFoundError, ValueError) as error:
             raise UserError(f"{run.path(CANDIDATE_FOLDER)}: corrupt ({error}); {CANDIDATE.remedy}") from None
-        card = ModelCard(saved.config_text, saved.data_sha256, saved.data, saved.license, images, example)
-        return Candidate(
-            saved.model_name, saved.metric, saved.generator, tuple(saved.earlier), saved.evaluation_set, card
+        card = ModelCard(
+            saved.config_text, saved.data_sha256, saved.data, saved.license, images, example, saved.metric
         )
+        return Candidate(saved.model_name, saved.generator, tuple(saved.earlier), saved.evaluation_set, card)
 
     @staticmethod
     def discard(run: Storage) -> None:
@@ -114,7 +112,7 @@ def register_candidate(run: Storage, tracked: TrackedRun, candidate: Candidate) 
     Raises:
         UserError: the server is unreachable or rejects it, or a file is corrupt; run the same command again.
     """
-    config = TrackingConfig(model_name=candidate.model_name, metric=candidate.metric)
+    config = TrackingConfig(model_name=candidate.model_name)
     data, best = candidate.evaluation_set, candidate.generator
     without_images = replace(candidate.card, images={})
     with tempfile.TemporaryDirectory(prefix="esrgan-generator-") as folder:

@@ -35,9 +35,6 @@ class TrackingConfig(Section):
         "metrics later.",
     )
     register_model: bool = Field(True, description="Register the best generator when the run ends.")
-    metric: str = Field(
-        "psnr_y", description="Validation metric by which the best generator and `champion` are chosen."
-    )
 
     @property
     def enabled(self) -> bool:

@@ -49,6 +49,8 @@ class ModelCard:
     """Title to (H, W, 3) uint8 image, shown in the card."""
     example: np.ndarray | None = None
     """A small low-resolution image, (H, W, 3) uint8, that becomes the input example."""
+    selected_by: str = "psnr_y"
+    """The metric that chose the generator among the run's checkpoints; compared with the champion's."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.metrics import better
 from pipeline.tracking.config import TrackingConfig
 from pipeline.tracking.connection import bounded_requests, connect, has_code
 from pipeline.tracking.logged_model import SET_TAG, SHA_TAG, LoggedGenerator, ModelCard, log_model
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 CHALLENGER = "challenger"
 METRIC_TAG = "esrgan.metric."
+SELECTED_TAG = "esrgan.selected_by"
 # Set on the registered model after its first promotion: if the alias is missing later, a person removed it.
 PROMOTED_TAG = "esrgan.promoted"
 DESCRIPTION_CHARACTERS = 5000
@@ -51,8 +53,8 @@ def register_generator(
 ) -> RegisteredVersion:
     """Registers the generator as a version of `config.model_name`; repeating it for a run returns the same version.
 
-    It becomes `challenger`, and `champion` only if `config.metric` on the same evaluation set is better than the
-    current champion's.
+    It becomes `challenger`, and `champion` only if it is better than the current champion, which must have been chosen
+    by the same metric and measured on the same evaluation set.
 
     Args:
         tracked: the open run.
@@ -71,10 +73,10 @@ def register_generator(
     with one_line_errors(f"registering {name}", tracked.uri), bounded_requests(**UPLOAD_LIMITS):
         client = connect(tracked.uri)
         logged = log_model(client, tracked, name, generator_path, step, metrics, evaluation_set, card)
-        version, is_new = _version(client, tracked, name, logged, metrics, evaluation_set)
+        version, is_new = _version(client, tracked, name, logged, metrics, evaluation_set, card.selected_by)
         if is_new or by_alias(client, name, CHALLENGER) is None:
             client.set_registered_model_alias(name, CHALLENGER, str(version.version))
-        champion, reason = _promote_if_better(client, version, config.metric)
+        champion, reason = _promote_if_better(client, version)
     return RegisteredVersion(name, int(version.version), champion, reason)
 
 
@@ -121,6 +123,7 @@ def _version(
     logged: LoggedGenerator,
     metrics: Mapping[str, float],
     evaluation_set: str,
+    selected_by: str,
 ) -> tuple[ModelVersion, bool]:
     """The version of this logged model, and whether it is new."""
     from mlflow.exceptions import MlflowException
@@ -134,7 +137,7 @@ def _version(
         if version.tags.get(SHA_TAG) == logged.sha256 and version.run_id == tracked.run_id:
             return version, False
     model, text = logged.model, logged.description
-    tags = {SHA_TAG: logged.sha256, SET_TAG: evaluation_set}
+    tags = {SHA_TAG: logged.sha256, SET_TAG: evaluation_set, SELECTED_TAG: selected_by}
     tags |= {f"{METRIC_TAG}{key}": repr(float(value)) for key, value in metrics.items()}
     # MLflow's client would look up models:/ in its global tracking URI, not in this database; a server uses its own.
     by_server = tracked.uri.startswith("http")
@@ -150,7 +153,7 @@ def _version(
     return version, True
 
 
-def _promote_if_better(client: MlflowClient, version: ModelVersion, metric: str) -> tuple[bool, str]:
+def _promote_if_better(client: MlflowClient, version: ModelVersion) -> tuple[bool, str]:
     """Makes this version the champion if it is better; returns whether it is, and why (not).
 
     MLflow cannot set an alias conditionally. So the alias is read back after it was set: if another job has moved it in
@@ -166,7 +169,7 @@ def _promote_if_better(client: MlflowClient, version: ModelVersion, metric: str)
         if current is not None and int(current) == int(version.version):
             return True, reason
         champion = None if current is None else client.get_model_version(name, str(current))
-        better, reason = _is_better(version, champion, metric)
+        better, reason = _is_better(version, champion)
         if not better:
             return False, reason
         _set_champion(client, version)
@@ -177,27 +180,32 @@ def _set_champion(client: MlflowClient, version: ModelVersion) -> None:
     client.set_registered_model_tag(version.name, PROMOTED_TAG, "true")
 
 
-def _is_better(version: ModelVersion, champion: ModelVersion | None, metric: str) -> tuple[bool, str]:
+def _is_better(version: ModelVersion, champion: ModelVersion | None) -> tuple[bool, str]:
     """Whether this version should replace the champion, and why (not)."""
+    metric = _selected_by(version)
     value = _value(version, metric)
     if value is None:
-        return False, f"it has no finite {metric} (tracking.metric) to compare"
+        return False, f"it has no finite {metric} to compare"
     if champion is None:
         return True, f"there was no champion; {metric} {value:.4f}"
-    if champion.tags.get(SET_TAG) != version.tags.get(SET_TAG):
+    named = f"champion version {champion.version}"
+    if _selected_by(champion) != metric:
         return False, (
-            f"champion version {champion.version} was measured on other images; {_promote_hint(version)}"
+            f"{named} was chosen by {_selected_by(champion)} and this version by {metric}; {_promote_hint(version)}"
         )
+    if champion.tags.get(SET_TAG) != version.tags.get(SET_TAG):
+        return False, f"{named} was measured on other images; {_promote_hint(version)}"
     other = _value(champion, metric)
     if other is None:
-        return (
-            False,
-            f"champion version {champion.version} has no {metric} to compare; {_promote_hint(version)}",
-        )
-    # Distances are better when smaller.
-    better = value < other if metric.startswith(("lpips", "dists", "niqe", "fid")) else value > other
+        return False, f"{named} has no {metric} to compare; {_promote_hint(version)}"
+    is_better = better(metric, value, other)
     compared = f"{metric} {value:.4f} against {other:.4f} of version {champion.version}"
-    return better, f"{'better' if better else 'not better'}: {compared}"
+    return is_better, f"{'better' if is_better else 'not better'}: {compared}"
+
+
+def _selected_by(version: ModelVersion) -> str:
+    """The metric that chose a version."""
+    return str(version.tags.get(SELECTED_TAG, "psnr_y"))
 
 
 def _promote_hint(version: ModelVersion) -> str:

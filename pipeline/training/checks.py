@@ -9,6 +9,7 @@ from pipeline.model import Lite0Features, VGGFeatures
 from pipeline.model.device import require_gpu
 from pipeline.storage import Storage, absolute, is_remote
 from pipeline.training.config import TrainConfig
+from pipeline.training.selection import measured_metrics
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
@@ -44,7 +45,7 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
 
 def require_metric(field: str, name: str, config: TrainConfig) -> None:
     """Raises UserError, naming `field`, unless the run's validations measure PSNR or SSIM under this name."""
-    measured = [metric for metric in config.validation.metrics if metric in FIDELITY]
+    measured = [metric for metric in measured_metrics(config) if metric in FIDELITY]
     if name not in measured:
         raise UserError(f"{field}={name}: not one of {', '.join(measured)} (validation.metrics)")
 
@@ -62,8 +63,7 @@ def check_before_start(config: TrainConfig, run: Storage) -> None:
         require_gpu("use_gpu=true", "set use_gpu=false")
     if config.worker_range[1] > 0:
         require_package("ray", f"workers={config.workers}", "set workers=0")
-    require_metric("tracking.metric", config.tracking.metric, config)
-    require(config.validation.metrics, config.validation.weights_folder)
+    require(measured_metrics(config), config.validation.weights_folder)
     perceptual_features(config)
     run.require_writable("storage")
     _require_space(config, run)

@@ -15,6 +15,7 @@ from pipeline.tracking.run import TrackedRun
 from pipeline.tracking.spool import images_at
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training.config import TrainConfig
+from pipeline.training.selection import select_by
 from pipeline.training.state import best_of, of_metric
 
 
@@ -72,7 +73,7 @@ def send_later(run: Storage) -> str:
 
 def _best(config: TrainConfig, run: Storage, final: checkpoints.Checkpoint) -> checkpoints.Checkpoint:
     """The best readable checkpoint of the last stage; the last one if there was no validation."""
-    for best in of_metric(best_of(final.scalars), config.tracking.metric):
+    for best in of_metric(best_of(final.scalars), select_by(config, final.name.stage)):
         if best.step == final.name.step:
             return final
         try:
@@ -104,7 +105,6 @@ def _candidate(
     licenses = json.loads(manifest.content).get("licenses", {})
     return Candidate(
         model_name=config.tracking.model_name,
-        metric=config.tracking.metric,
         generator=best,
         earlier=tuple(earlier),
         evaluation_set=hashlib.sha256(
@@ -117,5 +117,6 @@ def _candidate(
             license=license_note(licenses),
             images=images,
             example=next((input_example(strip, config.data.scale) for strip in images.values()), None),
+            selected_by=select_by(config, chosen.name.stage),
         ),
     )

@@ -10,7 +10,7 @@ from pipeline.model import DISCRIMINATORS, LAYERS, LITE0_LAYERS
 from pipeline.model.config import ModelConfig
 from pipeline.section import Section
 from pipeline.tracking.config import TrackingConfig
-from pipeline.training.validation_config import ValidationConfig
+from pipeline.training.validation_config import MetricName, ValidationConfig
 
 
 class Schedule(Section):
@@ -42,6 +42,9 @@ class PsnrStage(Section):
         Schedule(shape="cosine", period_steps=250_000, final_share=5e-4),
         description="Learning rate over stage 1.",
     )
+    select_by: MetricName = Field(
+        "psnr_y", description="Validation metric that chooses the best checkpoint of stage 1."
+    )
 
 
 class GanStage(Section):
@@ -55,6 +58,11 @@ class GanStage(Section):
     schedule: Schedule = Field(
         Schedule(shape="halving", milestones=(50_000, 100_000, 200_000, 300_000)),
         description="Learning rate over stage 2.",
+    )
+    select_by: MetricName | None = Field(
+        None,
+        description="Validation metric that chooses the best checkpoint of stage 2, which is registered. Default: the "
+        "first of lpips, dists and feature_distance whose weights are available, else psnr_y.",
     )
     pixel_weight: float = Field(1e-2, ge=0, description="Weight of the L1 pixel loss.")
     perceptual_weight: float = Field(1.0, ge=0, description="Weight of the VGG19 feature loss.")
@@ -194,7 +202,7 @@ class TrainConfig(Section):
         2, ge=1, description="Number of newest checkpoints to keep, in addition to the best."
     )
     keep_best_checkpoints: int = Field(
-        1, ge=1, description="Number of best checkpoints of a stage to keep, by tracking.metric."
+        1, ge=1, description="Number of best checkpoints of a stage to keep, by its select_by."
     )
     tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow.")
     faults: FaultConfig = Field(FaultConfig(), description="Timeouts, retries and limits.")

@@ -41,6 +41,8 @@ def learning_fields(config: TrainConfig) -> dict[str, Any]:
     """The fields that decide what is learned, as JSON values."""
     fields = config.model_dump(mode="json", include=set(LEARNING_FIELDS))
     del fields["gan"]["allow_random_start"]  # a permission; psnr.steps decides
+    for stage in ("psnr", "gan"):
+        del fields[stage]["select_by"]
     return fields
 
 

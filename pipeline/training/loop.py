@@ -23,6 +23,7 @@ from pipeline.training.faults import Diverged
 from pipeline.training.intervals import due
 from pipeline.training.meter import Meter
 from pipeline.training.run_log import RunLog
+from pipeline.training.selection import select_by
 from pipeline.training.state import Stage, TrainState, begin_gan, new_state, of_metric
 from pipeline.training.stepper import Stepper
 from pipeline.training.validator import Validator
@@ -132,7 +133,7 @@ def _resume_or_begin(config: TrainConfig, worker: Worker, run: Storage) -> Train
                     f"({error}); storage must be shared by all nodes"
                 ) from None
         state.load(checkpoint.ema, checkpoint.tensors, checkpoint.scalars)
-        state.best = of_metric(state.best, config.tracking.metric)
+        state.best = of_metric(state.best, select_by(config, stage))
     return state
 
 

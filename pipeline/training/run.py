@@ -23,6 +23,7 @@ from pipeline.training.config import TrainConfig
 from pipeline.training.faults import Diverged
 from pipeline.training.identity import check_resume, claim, diff, identity_of, set_tracking_run
 from pipeline.training.loop import train
+from pipeline.training.selection import select_by, with_selection
 from pipeline.training.state import Stage, new_state
 from pipeline.training.stopping import saving_on_sigterm, stop_requested
 from pipeline.training.worker import Worker
@@ -83,6 +84,7 @@ def run_training(
             flush=True,
         )
         return result
+    config = with_selection(config)
     check_before_start(config, run)
     if manifest is None:
         check_source(config.data, prepare_command)
@@ -113,7 +115,7 @@ def run_training(
 
 
 def summary(config: TrainConfig, manifest: Manifest) -> str:
-    """What is about to be trained, in four lines: data (from the manifest), model, steps, devices."""
+    """What is about to be trained, in five lines: data (from the manifest), model, steps, selection, devices."""
     facts, model = manifest.facts(), config.model
     held_out = f"validation on {facts['held_out']}" if facts["held_out"] else "no validation images"
     networks = (
@@ -122,6 +124,8 @@ def summary(config: TrainConfig, manifest: Manifest) -> str:
     )
     if config.gan.steps:
         networks += f"; discriminator {model.discriminator}, {model.discriminator_num_feat} features"
+    steps = {"psnr": config.psnr.steps, "gan": config.gan.steps}
+    chosen = [f"{select_by(config, stage)} ({stage})" for stage, count in steps.items() if count]
     low, high = config.worker_range
     count = f"{low} to {high}" if low != high else str(high)
     workers = f"{count} Ray Train worker{'s' * (high != 1)}" if high else "this process, without Ray Train"
@@ -132,6 +136,7 @@ def summary(config: TrainConfig, manifest: Manifest) -> str:
             f"model:   {networks}",
             f"steps:   {config.psnr.steps} (psnr), then {config.gan.steps} (gan), of {config.batch_size} crops of "
             f"{config.crop_px} px",
+            f"best:    the checkpoint by {', '.join(chosen)}",
             f"devices: {workers}; {'one GPU for each worker' if config.use_gpu else 'CPU'}",
         ]
     )

@@ -1,5 +1,6 @@
 """Training state: everything needed to resume, saved and loaded together."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
+from pipeline.metrics import METRICS
 from pipeline.model import RRDBNet, UNetDiscriminator, VGGStyleDiscriminator
 from pipeline.model.seeding import seeded
 from pipeline.model.trunk import use_kernels
@@ -24,7 +26,7 @@ class Best:
     step: int
     value: float
     metric: str
-    """The metric that `value` is of."""
+    """The metric that `value` is of, a key of `Validation.metrics`."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,10 @@ class TrainState:
         self.skipped[1] += bad
 
     def insert_best(self, result: Best, keep: int) -> None:
-        """Inserts a result into the top-`keep` list (ties: the earlier step wins)."""
-        self.best = tuple(sorted([*self.best, result], key=lambda best: -best.value)[:keep])
+        """Inserts a result into the top-`keep` list (ties: the earlier step wins), unless it is NaN."""
+        sign = -1 if METRICS[result.metric].higher_is_better else 1
+        if not math.isnan(result.value):
+            self.best = tuple(sorted([*self.best, result], key=lambda best: sign * best.value)[:keep])
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors but the EMA weights, by name; not copies."""

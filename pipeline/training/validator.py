@@ -11,6 +11,7 @@ from pipeline.training import checkpoint as checkpoints
 from pipeline.training.checkpoint import CheckpointName
 from pipeline.training.config import TrainConfig
 from pipeline.training.run_log import RunLog
+from pipeline.training.selection import measured_metrics, select_by
 from pipeline.training.state import Best, TrainState, Validation
 from pipeline.training.validation import comparison_strips, validate
 from pipeline.training.worker import Worker
@@ -35,7 +36,7 @@ class Validator:
     ) -> None:
         self._config, self._worker, self._run, self._held_out, self._log = config, worker, run, held_out, log
         chosen = config.validation
-        names = chosen.metrics if held_out else ()
+        names = measured_metrics(config) if held_out else ()
         self._metrics = MetricSet(names, worker.device, config.data.scale, chosen.weights_folder)
         for photo in held_out:
             self._metrics.require_size(photo.name, *photo.hr.shape[:2])
@@ -55,7 +56,7 @@ class Validator:
         metrics = validate(state.ema, self._held_out, self._metrics)
         state.validation = Validation(state.step, metrics)
         if state.step:  # Step 0 has no checkpoint that could be the best.
-            metric = self._config.tracking.metric
+            metric = select_by(self._config, state.stage)
             state.insert_best(Best(state.step, metrics[metric], metric), self._config.keep_best_checkpoints)
         self._log.validation(state, len(self._held_out), metrics)
         if self._worker.is_main:

@@ -30,6 +30,7 @@ from pipeline.training.checks import (
 )
 from pipeline.training.config import TrainConfig
 from pipeline.training.run import run_training, summary
+from pipeline.training.selection import with_selection
 from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.figure import tradeoff_figure
 from pipeline.tuning.progress import SweepProgress
@@ -108,7 +109,7 @@ def _trial_base(config: TrainConfig) -> TrainConfig:
     absolute = with_absolute_paths(config)
     uri = resolve_uri(absolute.tracking, absolute.storage)
     tracking = absolute.tracking.model_copy(update={"uri": uri, "register_model": False})
-    return absolute.model_copy(update={"tracking": tracking})
+    return with_selection(absolute.model_copy(update={"tracking": tracking}))
 
 
 def _check_trials(base: TrainConfig, settings: TuneConfig, sweep: Storage) -> None:
