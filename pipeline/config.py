@@ -12,7 +12,13 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, Field
-from pydantic_settings import BaseSettings, CliSettingsSource, EnvSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    EnvSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
 
 from pipeline.command import COMMAND_SECTIONS, ENV_PREFIX, make_parser
 from pipeline.errors import UserError
@@ -71,13 +77,19 @@ def load_config(
     parser.add_argument("--config", metavar="FILE", help=f"YAML file with the fields below{default_text}.")
     if add_arguments:
         add_arguments(parser)
-    flags: CliSettingsSource[Any] = CliSettingsSource(
-        _Settings,
-        root_parser=parser,
-        parse_args_method=_parse_args,
-        cli_parse_args=list(argv),
-        cli_hide_none_type=True,
-    )
+    try:
+        flags: CliSettingsSource[Any] = CliSettingsSource(
+            _Settings,
+            root_parser=parser,
+            parse_args_method=_parse_args,
+            cli_parse_args=list(argv),
+            cli_hide_none_type=True,
+        )
+    except SettingsError as error:  # a flag of a list or mapping
+        field = str(error).removeprefix("Parsing error encountered for ").partition(":")[0]
+        raise UserError(
+            f"--{field}: not JSON; write a list as [1, 2] and a mapping as '{{\"KEY\": VALUE}}' or KEY=VALUE"
+        ) from None
     options = parser.parse_args(list(argv))
     chosen = Path(options.config) if options.config else default_file
     sources: list[tuple[str, dict[str, Any]]] = [
@@ -152,7 +164,7 @@ def _environment_values(environment: Mapping[str, str]) -> dict[str, Any]:
     source.env_vars = {name.lower(): value for name, value in environment.items()}
     try:
         return source()
-    except ValueError as error:  # pydantic-settings' SettingsError: a value that should have been JSON
+    except SettingsError as error:  # a value that should have been JSON
         raise UserError(f"environment: {str(error).splitlines()[0]}") from None
 
 

@@ -134,6 +134,12 @@ def test_workers_in_the_environment_are_a_number_or_a_range(text: str, range_: t
         (["--psnr.learning_rate", "inf"], {}, "psnr.learning_rate='inf': should be a finite number"),
         (["--perceptual.layers", '{"conv1_2": NaN}'], {}, "perceptual.layers=nan: should be a finite number"),
         (["--perceptual.layers", '{"conv1_2": -1}'], {}, "perceptual.layers=-1"),
+        (
+            ["--perceptual.layers", "conv1_2"],
+            {},
+            "--perceptual.layers: not JSON; write a list as [1, 2] and a ",
+        ),
+        (["--gan.schedule.milestones", "[5,"], {}, "--gan.schedule.milestones: not JSON"),
         (["--gan.schedule.milestones", "[-5]"], {}, "gan.schedule.milestones=-5"),
         (["--config", "/no/such/file.yaml"], {}, "--config /no/such/file.yaml: no such file"),
         (["--gan.steps"], {}, "expected one argument"),
