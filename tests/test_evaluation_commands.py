@@ -2,8 +2,15 @@
 
 from pathlib import Path
 
+import numpy as np
+import onnxruntime
 import pytest
+import torch
 from evaluation_helpers import exit_code, job, synthetic_image, user_error, write_generator, write_image
+
+from pipeline.evaluation.models import interpolated, open_model
+from pipeline.imaging import to_tensor, to_uint8
+from pipeline.model import generator_sha256, load_generator
 
 
 @pytest.fixture
@@ -131,12 +138,6 @@ def test_export_rejects_other_files(tmp_path: Path, output: str) -> None:
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_spandrel_loads_the_export_as_esrgan_x4(tmp_path: Path, suffix: str) -> None:
     spandrel = pytest.importorskip("spandrel", reason="spandrel is not installed; the dev extra brings it")
-    import numpy as np
-    import torch
-
-    from pipeline.evaluation.models import open_model
-    from pipeline.imaging import to_tensor, to_uint8
-
     weights = write_generator(tmp_path / "g.safetensors", num_block=2)
     exported = tmp_path / f"export{suffix}"
     job("export_model")(["--model", str(weights), "--output", str(exported)])
@@ -147,3 +148,50 @@ def test_spandrel_loads_the_export_as_esrgan_x4(tmp_path: Path, suffix: str) -> 
     with torch.inference_mode():
         sr = to_uint8(loaded(to_tensor(lr)))[0]
     assert np.abs(sr.astype(int) - open_model(str(weights)).upscale(lr)).max() <= 1
+
+
+def test_export_writes_the_interpolated_network(tmp_path: Path) -> None:
+    sources = [
+        str(write_generator(tmp_path / f"{seed}.safetensors", seed, num_grow_ch=32)) for seed in (1, 2)
+    ]
+    output = tmp_path / "mixed.safetensors"
+    job("export_model")(["--interpolate", *sources, "0.8", "--output", str(output)])
+    written, metadata = load_generator(output)
+    expected = interpolated(*map(open_model, sources), 0.8).generator
+    assert expected is not None
+    digests = [generator_sha256(load_generator(source)[0].state_dict()) for source in sources]
+    assert generator_sha256(written.state_dict()) == generator_sha256(expected.state_dict())
+    assert metadata["interpolation"] == f"0.2 * {digests[0]} + 0.8 * {digests[1]}"
+
+
+def test_export_writes_onnx_for_floating_point_images(tmp_path: Path) -> None:
+    weights = write_generator(tmp_path / "g.safetensors")
+    for images, expected in (("uint8", "uint8"), ("fp32", "float"), ("fp16", "float16")):
+        arguments = ["--model", str(weights), "--output", str(tmp_path / "g.onnx"), "--onnx", images]
+        job("export_model")(arguments)
+        session = onnxruntime.InferenceSession(tmp_path / "g.onnx", providers=["CPUExecutionProvider"])
+        assert session.get_inputs()[0].type == f"tensor({expected})"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((), "either --model M or --interpolate A B ALPHA"),
+        (("--model", "a.pth", "--interpolate", "a.pth", "b.pth", "0.5"), "either --model M or --interpolate"),
+        (("--interpolate", "bicubic", "WEIGHTS", "0.5"), "bicubic has no weights"),
+        (("--interpolate", "WEIGHTS", "WEIGHTS", "1.5"), "not between 0 and 1"),
+        (("--interpolate", "WEIGHTS", "OTHER", "0.5"), "different sizes"),
+        (("--model", "WEIGHTS", "--onnx", "fp16"), "not an .onnx file"),
+    ],
+)
+def test_export_rejects_sources_that_do_not_fit(
+    tmp_path: Path, arguments: tuple[str, ...], expected: str
+) -> None:
+    files = {
+        "WEIGHTS": str(write_generator(tmp_path / "a.safetensors")),
+        "OTHER": str(write_generator(tmp_path / "b.safetensors", num_feat=12)),
+    }
+    output = tmp_path / "out.pth"
+    given = [files.get(argument, argument) for argument in arguments]
+    assert expected in user_error("export_model", *given, "--output", output)
+    assert not output.exists()

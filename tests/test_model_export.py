@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 
 from pipeline.imaging import upscale
 from pipeline.model import RRDBNet, seeded
-from pipeline.model.export import export_onnx
+from pipeline.model.export import Images, export_onnx
 
 
 @pytest.mark.parametrize("scale", [4, 2, 1])
@@ -25,6 +26,31 @@ def test_onnx_computes_the_generators_images(tmp_path: Path, scale: int) -> None
         assert sr.dtype == np.uint8
         assert sr.shape == expected.shape
         assert np.abs(sr.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("scale", [4, 2, 1])
+@pytest.mark.parametrize("images", ["fp32", "fp16"])
+def test_float_onnx_is_within_one_level_at_any_size(tmp_path: Path, images: Images, scale: int) -> None:
+    generator = seeded(0, lambda: RRDBNet(16, 3, 8, scale=scale))
+    generator.conv_last.weight.data.mul_(50)
+    generator.conv_last.bias.data.fill_(0.5)
+    export_onnx(generator, tmp_path / "g.onnx", images)
+    session = onnxruntime.InferenceSession(tmp_path / "g.onnx", providers=["CPUExecutionProvider"])
+    (given,), (result,) = session.get_inputs(), session.get_outputs()
+    expected_type = {"fp32": "tensor(float)", "fp16": "tensor(float16)"}[images]
+    assert given.type == result.type == expected_type
+    assert given.shape == ["N", 3, "H", "W"]
+    assert result.shape == ["N", 3, "H_out", "W_out"]
+    dtype = {"fp32": np.float32, "fp16": np.float16}[images]
+    for size in [(1, 8, 20), (2, 36, 16)]:
+        lr = np.random.default_rng(size).random((size[0], 3, *size[1:]), dtype=np.float32)
+        (sr,) = session.run(None, {given.name: lr.astype(dtype)})
+        with torch.inference_mode():
+            expected = generator(torch.from_numpy(lr)).clamp(0, 1).numpy()
+        assert {0.0, 1.0} <= set(expected.ravel().tolist())  # Clamped at both ends.
+        assert sr.dtype == dtype
+        assert sr.shape == expected.shape
+        assert np.abs(sr.astype(np.float32) - expected).max() <= 1 / 255
 
 
 def test_onnx_clamps_to_the_range_of_uint8(tmp_path: Path) -> None:

@@ -173,9 +173,20 @@ class UpscaleConfig(Section):
 class ExportConfig(Section):
     """One export of a generator."""
 
-    model: Model
+    model: str | None = Field(None, description=MODEL_HELP, json_schema_extra=_flag(metavar="M"))
+    interpolate: tuple[str, str, float] | None = Field(
+        None,
+        description="Instead of --model: the network (1 - ALPHA) * A + ALPHA * B, such as PSNR GAN 0.8 (ESRGAN, "
+        "sec. 3.4).",
+        json_schema_extra=_flag(nargs=3, metavar=("A", "B", "ALPHA")),
+    )
     output: str = Field(
         description="Output file: .safetensors, .pth or .onnx.", json_schema_extra=_flag(metavar="FILE")
+    )
+    onnx: Literal["uint8", "fp32", "fp16"] = Field(
+        "uint8",
+        description="Images of an .onnx file. uint8: (N, H, W, 3). fp32, fp16: (N, 3, H, W) in [0, 1], as other "
+        "programs expect; fp16 also halves the file.",
     )
     tracking_uri: TrackingUri = None
 
@@ -185,3 +196,11 @@ class ExportConfig(Section):
         if not output.endswith((".safetensors", ".pth", ".onnx")):
             raise ValueError(f"{output} must end in .safetensors, .pth or .onnx")
         return output
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "ExportConfig":
+        if (self.model is None) == (self.interpolate is None):
+            raise ValueError("give either --model M or --interpolate A B ALPHA")
+        if "onnx" in self.model_fields_set and not self.output.endswith(".onnx"):
+            raise ValueError(f"--onnx {self.onnx}: --output {self.output} is not an .onnx file")
+        return self

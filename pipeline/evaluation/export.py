@@ -7,9 +7,9 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.evaluation.config import ExportConfig
-from pipeline.evaluation.models import notes, open_model
+from pipeline.evaluation.models import interpolated, notes, open_model
 from pipeline.model import RRDBNet
-from pipeline.model.weights import save_generator
+from pipeline.model.weights import generator_sha256, save_generator
 
 # spandrel assumes these two for every ESRGAN file.
 GROWTH_CH = 32
@@ -17,30 +17,45 @@ RESIDUAL_SCALE = 0.2
 
 
 def export_model(config: ExportConfig) -> Path:
-    """Opens the model and writes the file. Notes about the model are printed.
+    """Opens the model, or interpolates two, and writes the file. Notes about the models are printed.
 
     Raises:
-        UserError: `bicubic`, a model that cannot be opened, or a file that cannot be written.
+        UserError: `bicubic`, a model that cannot be opened, networks of different sizes, or a file that cannot be
+            written.
     """
     output = Path(config.output).expanduser()
     if output.is_dir() or not output.parent.is_dir():
         raise UserError(f"--output {output}: not a file in an existing folder")
-    model = open_model(config.model, config.tracking_uri)
-    if model.generator is None:
-        raise UserError("--model bicubic: has no weights to export")
-    for line in notes([model]):
-        print(f"note: {line}")
+    generator, metadata = _opened(config)
     try:
         if output.suffix == ".onnx":
             from pipeline.model.export import export_onnx
 
-            export_onnx(model.generator, output)
+            export_onnx(generator, output, config.onnx)
         else:
-            _warn_if_incompatible(model.generator)
-            save_generator(_with_published_growth(model.generator), output)
+            _warn_if_incompatible(generator)
+            save_generator(_with_published_growth(generator), output, metadata)
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({error.strerror})") from None
     return output
+
+
+def _opened(config: ExportConfig) -> tuple[RRDBNet, dict[str, str]]:
+    """The generator to be written, and metadata on its origin."""
+    sources = config.interpolate[:2] if config.interpolate else [config.model or ""]
+    models = [open_model(source, config.tracking_uri) for source in sources]
+    for line in notes(models):
+        print(f"note: {line}")
+    if config.interpolate is None:
+        if models[0].generator is None:
+            raise UserError("--model bicubic: has no weights to export")
+        return models[0].generator, {}
+    alpha = config.interpolate[2]
+    mixed = interpolated(models[0], models[1], alpha)
+    # Digests and not names: a name may be a path, and the file may be published.
+    first, second = (generator_sha256(model.generator.state_dict()) for model in models if model.generator)
+    assert mixed.generator is not None
+    return mixed.generator, {"interpolation": f"{1 - alpha:.4g} * {first} + {alpha:.4g} * {second}"}
 
 
 def _warn_if_incompatible(generator: RRDBNet) -> None:

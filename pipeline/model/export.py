@@ -1,9 +1,10 @@
-"""The generator as an ONNX file with 8-bit input and output."""
+"""The generator as an ONNX file, with 8-bit or floating-point images."""
 
 import copy
 import os
 import threading
 import warnings
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from pipeline.model.rrdbnet import RRDBNet, upscale_8bit
 
 OPSET = 18
+Images = Literal["uint8", "fp32", "fp16"]
 # The exporter has global state and raises if two threads use it at once.
 _exporter = threading.Lock()
 
@@ -24,19 +26,41 @@ class _EightBit(nn.Module):
         return upscale_8bit(self.generator, lr)
 
 
-def export_onnx(generator: RRDBNet, path: str | os.PathLike[str]) -> None:
-    """Writes one self-contained ONNX file: input `lr` uint8 (N, H, W, 3), output `sr` uint8 (N, H_out, W_out, 3).
+class _Float(nn.Module):
+    def __init__(self, generator: RRDBNet) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def forward(self, lr: Tensor) -> Tensor:
+        return self.generator(lr).clamp(0, 1)
+
+
+def export_onnx(generator: RRDBNet, path: str | os.PathLike[str], images: Images = "uint8") -> None:
+    """Writes one self-contained ONNX file with one input, `lr`, and one output, `sr`.
 
     N, H and W are dynamic; H_out = scale * H. At scale 2 and 1, H and W must be multiples of 2 and 4. onnxruntime
-    runs it without torch; its results differ by at most one level. Equal generators give equal files.
+    runs it without torch; its results differ by at most one level of 255. Equal generators give equal files.
+
+    Args:
+        generator: the network.
+        path: the file.
+        images: uint8: (N, H, W, 3) to (N, H_out, W_out, 3), weights in float32. fp32, fp16: (N, 3, H, W) to
+            (N, 3, H_out, W_out), RGB in [0, 1], as chaiNNer and most other programs expect it; images and weights in
+            float32 or float16.
     """
-    module = _EightBit(copy.deepcopy(generator).float().cpu()).eval()
-    example = torch.zeros(1, 8, 8, 3, dtype=torch.uint8)
-    axes = {"lr": {0: "N", 1: "H", 2: "W"}, "sr": {0: "N", 1: "H_out", 2: "W_out"}}
+    network = copy.deepcopy(generator).float().cpu().eval()
+    if images == "uint8":
+        module: nn.Module = _EightBit(network)
+        example, (height, width) = torch.zeros(1, 8, 8, 3, dtype=torch.uint8), (1, 2)
+    else:
+        dtype = torch.float16 if images == "fp16" else torch.float32
+        module = _Float(network.to(dtype))
+        example, (height, width) = torch.zeros(1, 3, 8, 8, dtype=dtype), (2, 3)
+    axes = {"lr": {0: "N", height: "H", width: "W"}, "sr": {0: "N", height: "H_out", width: "W_out"}}
     with _exporter, torch.no_grad(), warnings.catch_warnings():
         # The exporter by tracing takes 2 s for 23 blocks; its successor (dynamo=True) about 5 s per block.
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         torch.onnx.export(
-            module, (example,), os.fspath(path), dynamo=False, opset_version=OPSET,
+            module.eval(), (example,), os.fspath(path), dynamo=False, opset_version=OPSET,
             input_names=["lr"], output_names=["sr"], dynamic_axes=axes,
         )  # fmt: skip
