@@ -188,6 +188,12 @@ class ExportConfig(Section):
         description="Images of an .onnx file. uint8: (N, H, W, 3). fp32, fp16: (N, 3, H, W) in [0, 1], as other "
         "programs expect; fp16 also halves the file.",
     )
+    openmodeldb: str | None = Field(
+        None,
+        description="Also write OpenModelDB's entry (JSON) of the output to this file, from the model card of a "
+        "registered model (models:/).",
+        json_schema_extra=_flag(metavar="FILE"),
+    )
     tracking_uri: TrackingUri = None
 
     @field_validator("output")
@@ -203,4 +209,8 @@ class ExportConfig(Section):
             raise ValueError("give either --model M or --interpolate A B ALPHA")
         if "onnx" in self.model_fields_set and not self.output.endswith(".onnx"):
             raise ValueError(f"--onnx {self.onnx}: --output {self.output} is not an .onnx file")
+        if self.openmodeldb is not None and "models:/" not in (self.model or ""):
+            raise ValueError(
+                "--openmodeldb: only registered models have a model card; use --model models:/NAME@ALIAS"
+            )
         return self

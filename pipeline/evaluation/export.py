@@ -7,9 +7,12 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.evaluation.config import ExportConfig
-from pipeline.evaluation.models import interpolated, notes, open_model
+from pipeline.evaluation.models import interpolated, notes, open_model, split_label
+from pipeline.evaluation.openmodeldb import TO_FILL_IN, openmodeldb_entry
+from pipeline.json_file import json_text
 from pipeline.model import RRDBNet
 from pipeline.model.weights import generator_sha256, save_generator
+from pipeline.tracking.lookup import pull_card
 
 # spandrel assumes these two for every ESRGAN file.
 GROWTH_CH = 32
@@ -23,10 +26,10 @@ def export_model(config: ExportConfig) -> Path:
         UserError: `bicubic`, a model that cannot be opened, networks of different sizes, or a file that cannot be
             written.
     """
-    output = Path(config.output).expanduser()
-    if output.is_dir() or not output.parent.is_dir():
-        raise UserError(f"--output {output}: not a file in an existing folder")
+    output = _new_file("--output", config.output)
+    entry = _new_file("--openmodeldb", config.openmodeldb) if config.openmodeldb else None
     generator, metadata = _opened(config)
+    card = pull_card(split_label(config.model or "")[1], config.tracking_uri) if entry else None
     try:
         if output.suffix == ".onnx":
             from pipeline.model.export import export_onnx
@@ -35,9 +38,20 @@ def export_model(config: ExportConfig) -> Path:
         else:
             _warn_if_incompatible(generator)
             save_generator(_with_published_growth(generator), output, metadata)
+        if entry is not None and card is not None:
+            entry.write_text(json_text(openmodeldb_entry(generator, output, card)), encoding="utf-8")
+            print(f"note: {entry}: fill in {', '.join(TO_FILL_IN)}")
     except OSError as error:
-        raise UserError(f"--output {output}: cannot be written ({error.strerror})") from None
+        path, reason = error.filename or output, error.strerror
+        raise UserError(f"--output {output}: {path} cannot be written ({reason})") from None
     return output
+
+
+def _new_file(flag: str, path: str) -> Path:
+    file = Path(path).expanduser()
+    if file.is_dir() or not file.parent.is_dir():
+        raise UserError(f"{flag} {file}: not a file in an existing folder")
+    return file
 
 
 def _opened(config: ExportConfig) -> tuple[RRDBNet, dict[str, str]]:

@@ -6,10 +6,13 @@ import atexit
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from pipeline.errors import UserError, require_package, without_secrets
 from pipeline.model import decode_generator, generator_sha256
@@ -42,38 +45,75 @@ def pull_generator(uri: str, tracking_uri: str | None = None, folder: Path | Non
     Raises:
         UserError: no such model, alias or version, the server is unreachable, or the file is corrupt or not finite.
     """
+    with _located(uri, tracking_uri) as (location, tags):
+        path = _download(uri, location, f"artifacts/{WEIGHTS}", tracking_uri, folder)
+    generator, _ = decode_generator(path, f"{uri}: {path}")
+    if tags.get(SHA_TAG) not in (None, generator_sha256(generator.state_dict())):
+        raise UserError(
+            f"{uri}: {path} is corrupt: it differs from the digest in the registry; register it again"
+        )
+    return path
+
+
+@dataclass(frozen=True)
+class RegisteredCard:
+    """The model card of a registered generator."""
+
+    text: str
+    """In Markdown."""
+    origin: Mapping[str, Any]
+    """Its facts: step, data and digests."""
+    config: Mapping[str, Any]
+    """The whole configuration."""
+
+
+def pull_card(uri: str, tracking_uri: str | None = None) -> RegisteredCard:
+    """Downloads a registered generator's model card; arguments and errors are those of `pull_generator`."""
+    with _located(uri, tracking_uri) as (location, _):
+        text, model, config = (
+            _download(uri, location, name, tracking_uri).read_text(encoding="utf-8")
+            for name in ("README.md", "MLmodel", "config.yaml")
+        )
+    return RegisteredCard(text, yaml.safe_load(model).get("metadata") or {}, yaml.safe_load(config) or {})
+
+
+@contextmanager
+def _located(uri: str, tracking_uri: str | None) -> Iterator[tuple[str, dict[str, str]]]:
+    """Where a registered model's files are, and its tags; MLflow's errors inside are UserErrors of one line."""
     parts = _URI.match(uri)
     if parts is None:
         raise UserError(f"{uri}: not a registered model; write models:/NAME@{CHAMPION} or models:/NAME/3")
     server = known_uri(tracking_uri)
     with one_line_errors(uri, server), bounded_requests(timeout_s=60, retries=2):
-        import mlflow.artifacts
-
         client = connect_existing(server)
         if parts["model_id"]:
             model = client.get_logged_model(parts["model_id"])
-            location, tags = model.artifact_location, dict(model.tags)
+            yield model.artifact_location, dict(model.tags)
         else:
             version = resolve(client, parts["name"], parts["alias"], parts["version"])
             location = client.get_model_version_download_uri(parts["name"], str(version.version))
-            tags = dict(version.tags)
-        if folder is None and not location.startswith(("/", "file:")):
-            folder = Path(tempfile.mkdtemp(prefix="esrgan-pulled-"))
-            atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        try:
-            path = mlflow.artifacts.download_artifacts(
-                artifact_uri=f"{location.rstrip('/')}/artifacts/{WEIGHTS}",
-                tracking_uri=server,
-                registry_uri=server,
-                dst_path=str(folder) if folder else None,
-            )
-        except OSError as error:
-            raise UserError(f"{uri}: its file {WEIGHTS} cannot be downloaded ({cause(error)})") from None
-    generator, _ = decode_generator(Path(path), f"{uri}: {path}")
-    if tags.get(SHA_TAG) not in (None, generator_sha256(generator.state_dict())):
-        raise UserError(
-            f"{uri}: {path} is corrupt: it differs from the digest in the registry; register it again"
+            yield location, dict(version.tags)
+
+
+def _download(
+    uri: str, location: str, name: str, tracking_uri: str | None, folder: Path | None = None
+) -> Path:
+    """A file of the registered model `uri` on this machine."""
+    import mlflow.artifacts
+
+    if folder is None and not location.startswith(("/", "file:")):
+        folder = Path(tempfile.mkdtemp(prefix="esrgan-pulled-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    server = known_uri(tracking_uri)
+    try:
+        path = mlflow.artifacts.download_artifacts(
+            artifact_uri=f"{location.rstrip('/')}/{name}",
+            tracking_uri=server,
+            registry_uri=server,
+            dst_path=str(folder) if folder else None,
         )
+    except OSError as error:
+        raise UserError(f"{uri}: its file {Path(name).name} cannot be downloaded ({cause(error)})") from None
     return Path(path)
 
 
