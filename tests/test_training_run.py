@@ -1,6 +1,7 @@
 """A whole run in this process: both stages, exact resume after a kill, one line for each mistake."""
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -350,6 +351,24 @@ def test_weights_that_are_not_finite_end_the_run_with_advice(
 ) -> None:
     with pytest.raises(UserError, match=r"holds a non-finite value; not written; lower psnr\.learning_rate"):
         train(folder, run_name="huge", **{"psnr.learning_rate": 1e39})
+
+
+def test_fields_select_the_losses_of_both_stages(folder: Path, undisturbed: TrainingResult) -> None:
+    stage = {"pixel_loss": "charbonnier", "ms_ssim_weight": 0.1}
+    changes = {f"{name}.{field}": value for name in ("psnr", "gan") for field, value in stage.items()}
+    train(folder, run_name="losses", **changes, **{"gan.loss": "vanilla"})
+    runs = Storage(str(folder / "runs"))
+    default, found = (
+        {step: values for step, values in curve(runs / name) if "loss/pixel" in values}
+        for name in ("tiny", "losses")
+    )
+    assert all(0 < found[step]["loss/ms_ssim"] < 1 for step in range(1, 13))
+    assert not any("loss/ms_ssim" in values for values in default.values())
+    # The first step has the same weights and images: sqrt(d^2 + 0.001^2) is a little more than |d|.
+    assert 0 < found[1]["loss/pixel"] - default[1]["loss/pixel"] < 1e-3
+    # A new discriminator's logits are about 0: the vanilla loss is the sum of two terms of log 2.
+    assert found[7]["loss/discriminator"] == pytest.approx(2 * math.log(2), abs=0.3)
+    assert default[7]["loss/discriminator"] == pytest.approx(math.log(2), abs=0.3)
 
 
 def test_a_gan_without_perceptual_loss_needs_no_perceptual_weights(

@@ -1,6 +1,7 @@
 """The step: the same on any number of workers, and the same as the plain sequence of operations."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.model import RRDBNet, UNetDiscriminator
-from pipeline.model.losses import relativistic_losses
+from pipeline.model.losses import ms_ssim_loss, relativistic_losses
 from pipeline.training.config import TrainConfig
 from pipeline.training.distributed import unwrap
 from pipeline.training.state import TrainState, begin_gan, new_state
@@ -28,6 +29,7 @@ CONFIG = TrainConfig.model_validate(
 )
 WEIGHTS = GanWeights(pixel=1e-2, perceptual=1.0, adversarial=5e-3)
 SETTINGS = StepSettings(learning_rate=1e-3, ema_decay=0.9)
+OTHER_LOSSES = replace(SETTINGS, pixel_loss="charbonnier", ms_ssim_weight=0.5, gan_loss="vanilla")
 
 
 class SmallFeatures(nn.Module):
@@ -71,16 +73,18 @@ def double_state(discriminator: str = "vgg") -> TrainState:
     return state
 
 
-def steps_of_both_stages(rank: int, world_size: int, discriminator: str) -> dict[str, Tensor]:
+def steps_of_both_stages(
+    rank: int, world_size: int, discriminator: str, settings: StepSettings
+) -> dict[str, Tensor]:
     """Gradients (as Adam's first moments), buffers and losses of one step of each stage."""
     seen: dict[str, Tensor] = {}
     for stage in ("psnr", "gan"):
         state = double_state(discriminator)
         batch = share(rank, world_size, 0)
         if stage == "psnr":
-            losses = psnr_step(state, batch, SETTINGS)
+            losses = psnr_step(state, batch, settings)
         else:
-            losses = gan_step(state, batch, SmallFeatures(), {"conv": 1.0}, WEIGHTS, SETTINGS)
+            losses = gan_step(state, batch, SmallFeatures(), {"conv": 1.0}, WEIGHTS, settings)
         for name, value in state.tensors().items():
             if name.endswith(("exp_avg", "weight_u", "weight_v")) or "running" in name:
                 seen[f"{stage}.{name}"] = value.clone()
@@ -94,10 +98,21 @@ def close(one: Tensor, other: Tensor, tolerance: float = 1e-12) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world_size", "discriminator"), [(2, "vgg"), (3, "vgg"), (4, "vgg"), (2, "unet")])
-def test_workers_follow_the_gradients_of_one_worker(world_size: int, discriminator: str) -> None:
-    alone = steps_of_both_stages(0, 1, discriminator)
-    together = run_workers(world_size, steps_of_both_stages, discriminator)
+@pytest.mark.parametrize(
+    ("world_size", "discriminator", "settings"),
+    [
+        (2, "vgg", SETTINGS),
+        (3, "vgg", SETTINGS),
+        (4, "vgg", SETTINGS),
+        (2, "unet", SETTINGS),
+        (3, "vgg", OTHER_LOSSES),
+    ],
+)
+def test_workers_follow_the_gradients_of_one_worker(
+    world_size: int, discriminator: str, settings: StepSettings
+) -> None:
+    alone = steps_of_both_stages(0, 1, discriminator, settings)
+    together = run_workers(world_size, steps_of_both_stages, discriminator, settings)
     assert len(alone) > 50
     assert any("weight_u" in name for name in alone) == (discriminator == "unet")
     for name, value in alone.items():
@@ -108,7 +123,21 @@ def test_workers_follow_the_gradients_of_one_worker(world_size: int, discriminat
                 assert close(value, result[name]), name
 
 
-def plain_sequence(state: TrainState) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def plain_image_loss(sr: Tensor, hr: Tensor, settings: StepSettings, weight: float) -> Tensor:
+    if settings == SETTINGS:
+        return weight * functional.l1_loss(sr, hr)
+    charbonnier = ((sr - hr) ** 2 + 1e-6).sqrt().mean()
+    return weight * charbonnier + settings.ms_ssim_weight * ms_ssim_loss(sr, hr)
+
+
+def plain_losses(real: Tensor, fake: Tensor, settings: StepSettings) -> tuple[Tensor, Tensor]:
+    if settings.gan_loss == "relativistic":
+        return relativistic_losses(real, fake)
+    entropy, ones = functional.binary_cross_entropy_with_logits, torch.ones_like(real)
+    return entropy(fake, ones), entropy(real, ones) + entropy(fake, torch.zeros_like(fake))
+
+
+def plain_sequence(state: TrainState, settings: StepSettings) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Both networks' gradients from four separate forward passes of the discriminator, without a cut of the graph."""
     generator, discriminator = (
         copy.deepcopy(unwrap(state.generator)),
@@ -120,11 +149,11 @@ def plain_sequence(state: TrainState) -> tuple[dict[str, Tensor], dict[str, Tens
     for parameter in discriminator.parameters():
         parameter.requires_grad_(False)
     content = functional.l1_loss(features(sr)["conv"], features(hr)["conv"].detach())
-    generator_loss, _ = relativistic_losses(discriminator(hr).detach(), discriminator(sr))
-    (1e-2 * functional.l1_loss(sr, hr) + content + 5e-3 * generator_loss).backward()
+    generator_loss, _ = plain_losses(discriminator(hr).detach(), discriminator(sr), settings)
+    (plain_image_loss(sr, hr, settings, 1e-2) + content + 5e-3 * generator_loss).backward()
     for parameter in discriminator.parameters():
         parameter.requires_grad_(True)
-    _, discriminator_loss = relativistic_losses(discriminator(hr), discriminator(sr.detach()))
+    _, discriminator_loss = plain_losses(discriminator(hr), discriminator(sr.detach()), settings)
     discriminator_loss.backward()
     return (
         {name: parameter.grad for name, parameter in generator.named_parameters()},
@@ -142,14 +171,19 @@ def converge_spectral_norm(network: nn.Module) -> None:
             module.weight_v.copy_(right[0])
 
 
-@pytest.mark.parametrize("discriminator", ["vgg", "unet"])
-def test_cut_graph_gives_the_gradients_of_the_plain_sequence(discriminator: str) -> None:
+@pytest.mark.parametrize(
+    ("discriminator", "settings"),
+    [("vgg", SETTINGS), ("unet", SETTINGS), ("vgg", OTHER_LOSSES), ("unet", OTHER_LOSSES)],
+)
+def test_cut_graph_gives_the_gradients_of_the_plain_sequence(
+    discriminator: str, settings: StepSettings
+) -> None:
     state = double_state(discriminator)
     assert state.discriminator is not None
     assert isinstance(state.discriminator, UNetDiscriminator) == (discriminator == "unet")
     converge_spectral_norm(state.discriminator)
-    expected_generator, expected_discriminator = plain_sequence(state)
-    gan_step(state, share(0, 1, 0), SmallFeatures(), {"conv": 1.0}, WEIGHTS, SETTINGS)
+    expected_generator, expected_discriminator = plain_sequence(state, settings)
+    gan_step(state, share(0, 1, 0), SmallFeatures(), {"conv": 1.0}, WEIGHTS, settings)
     beta1 = CONFIG.adam.beta1
     tensors = state.tensors()
     for kind, expected in (("generator", expected_generator), ("discriminator", expected_discriminator)):

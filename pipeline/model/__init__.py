@@ -11,7 +11,13 @@ from pipeline.model.discriminators import (
 )
 from pipeline.model.features import LAYERS, VGGFeatures
 from pipeline.model.lite0 import LITE0_LAYERS, Lite0Features
-from pipeline.model.losses import perceptual_loss, pixel_loss, relativistic_losses
+from pipeline.model.losses import (
+    ms_ssim_loss,
+    perceptual_loss,
+    pixel_loss,
+    relativistic_losses,
+    vanilla_losses,
+)
 from pipeline.model.precision import PRECISIONS, set_deterministic, set_precision
 from pipeline.model.rrdbnet import RRDBNet
 from pipeline.model.seeding import seeded
@@ -36,6 +42,7 @@ __all__ = [
     "decode_generator",
     "generator_sha256",
     "load_generator",
+    "ms_ssim_loss",
     "perceptual_loss",
     "pixel_loss",
     "relativistic_losses",
@@ -43,4 +50,5 @@ __all__ = [
     "seeded",
     "set_deterministic",
     "set_precision",
+    "vanilla_losses",
 ]

@@ -8,9 +8,15 @@ from pydantic import BeforeValidator, Field, model_validator
 from pipeline.data.config import DataConfig
 from pipeline.model import DISCRIMINATORS, LAYERS, LITE0_LAYERS
 from pipeline.model.config import ModelConfig
+from pipeline.model.losses import PixelKind
 from pipeline.section import Section
 from pipeline.tracking.config import TrackingConfig
 from pipeline.training.validation_config import MetricName, ValidationConfig
+
+PixelLoss = Annotated[
+    PixelKind,
+    Field(description="Pixel loss: l1, or charbonnier (LapSRN), which is L1 with a smooth minimum."),
+]
 
 
 class Schedule(Section):
@@ -38,6 +44,12 @@ class PsnrStage(Section):
 
     steps: int = Field(1_000_000, ge=0, description="Optimizer steps of stage 1; 0 skips it.")
     learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate of stage 1.")
+    pixel_loss: PixelLoss = "l1"
+    ms_ssim_weight: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the MS-SSIM loss, added to the pixel loss; 5 is about the ratio of Zhao et al. 2017.",
+    )
     schedule: Schedule = Field(
         Schedule(shape="cosine", period_steps=250_000, final_share=5e-4),
         description="Learning rate over stage 1.",
@@ -64,9 +76,16 @@ class GanStage(Section):
         description="Validation metric that chooses the best checkpoint of stage 2, which is registered. Default: the "
         "first of lpips, dists and feature_distance whose weights are available, else psnr_y.",
     )
-    pixel_weight: float = Field(1e-2, ge=0, description="Weight of the L1 pixel loss.")
+    loss: Literal["relativistic", "vanilla"] = Field(
+        "relativistic",
+        description="Adversarial loss. relativistic: relativistic average (ESRGAN, sec. 3.2). vanilla: the original "
+        "one, as in Real-ESRGAN.",
+    )
+    pixel_loss: PixelLoss = "l1"
+    pixel_weight: float = Field(1e-2, ge=0, description="Weight of the pixel loss.")
+    ms_ssim_weight: float = Field(0.0, ge=0, description="Weight of the MS-SSIM loss.")
     perceptual_weight: float = Field(1.0, ge=0, description="Weight of the VGG19 feature loss.")
-    adversarial_weight: float = Field(5e-3, ge=0, description="Weight of the relativistic average loss.")
+    adversarial_weight: float = Field(5e-3, ge=0, description="Weight of the adversarial loss.")
 
 
 class PerceptualConfig(Section):

@@ -4,14 +4,21 @@ Both functions return this worker's scalars as tensors on the device, without a 
 workers is the value over the global batch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.model.losses import perceptual_loss, pixel_loss, relativistic_losses
+from pipeline.model.losses import (
+    PixelKind,
+    ms_ssim_loss,
+    perceptual_loss,
+    pixel_loss,
+    relativistic_losses,
+    vanilla_losses,
+)
 from pipeline.training.distributed import global_means, share_mean, unwrap
 from pipeline.training.state import TrainState
 
@@ -40,6 +47,10 @@ class StepSettings:
     the generator's output in float32."""
     clip_norm: float | None = None
     """Upper limit of each network's gradient norm; None: no clipping."""
+    pixel_loss: PixelKind = "l1"
+    ms_ssim_weight: float = 0.0
+    gan_loss: str = "relativistic"
+    """`relativistic` or `vanilla`."""
 
     def autocast(self, device: torch.device) -> AbstractContextManager[None]:
         """The context of the networks' forward passes."""
@@ -56,23 +67,23 @@ class GanWeights:
 
 
 def psnr_step(state: TrainState, batch: Batch, settings: StepSettings) -> dict[str, Tensor]:
-    """One update of the generator on the L1 loss (stage 1).
+    """One update of the generator on the pixel loss, and MS-SSIM if it has a weight (stage 1).
 
     A step with a non-finite gradient changes nothing but the count of skipped steps.
 
     Returns:
-        loss_pixel and gradient_norm_generator, each a scalar.
+        Losses and gradient_norm_generator, each a scalar.
     """
     mean = share_mean(batch.global_size)
     with settings.autocast(batch.lr.device):
         sr = state.generator(batch.lr)
-    loss = pixel_loss(sr, batch.hr, mean)
+    loss, losses = _image_losses(sr, batch.hr, mean, 1.0, settings)
     loss.backward()
     norm, finite = _gradient_norm(state.generator, settings.clip_norm)
     _update(state.generator_optimizer, settings.learning_rate, finite)
     state.count_skipped(finite)
     _update_ema(state.ema, state.generator, settings.ema_decay, finite)
-    return {"loss_pixel": loss.detach(), "gradient_norm_generator": norm}
+    return losses | {"gradient_norm_generator": norm}
 
 
 def gan_step(
@@ -115,9 +126,8 @@ def gan_step(
     cut = sr.detach().requires_grad_()
 
     # Gradient of the pixel and perceptual losses at the cut; this frees VGG's graph.
-    pixel = pixel_loss(cut, batch.hr, mean)
-    content = weights.pixel * pixel
-    perceptual = pixel.new_zeros(())
+    content, losses = _image_losses(cut, batch.hr, mean, weights.pixel, settings)
+    perceptual = content.new_zeros(())
     if weights.perceptual:
         assert features is not None
         with settings.autocast(batch.lr.device):
@@ -132,10 +142,14 @@ def gan_step(
     with settings.autocast(batch.lr.device):
         real_logits = discriminator(batch.hr)
         fake_logits = discriminator(cut)
-    mean_real, mean_fake = global_means(real_logits, fake_logits)
-    generator_loss, discriminator_loss = relativistic_losses(
-        real_logits, fake_logits, mean, (mean_real, mean_fake)
-    )
+    if settings.gan_loss == "relativistic":
+        mean_real, mean_fake = global_means(real_logits, fake_logits)
+        generator_loss, discriminator_loss = relativistic_losses(
+            real_logits, fake_logits, mean, (mean_real, mean_fake)
+        )
+    else:
+        mean_real = mean_fake = real_logits.new_zeros(())
+        generator_loss, discriminator_loss = vanilla_losses(real_logits, fake_logits, mean)
     (adversarial_gradient,) = torch.autograd.grad(generator_loss, cut, retain_graph=True)
     discriminator_loss.backward(inputs=list(discriminator.parameters()))
     sr.backward(gradient.add_(adversarial_gradient, alpha=weights.adversarial))
@@ -151,19 +165,30 @@ def gan_step(
 
     with torch.no_grad():
         real, fake = real_logits.detach(), fake_logits.detach()
-        return {
-            "loss_pixel": pixel.detach(),
+        return losses | {
             "loss_perceptual": perceptual.detach(),
             "loss_adversarial": generator_loss.detach(),
             "loss_discriminator": discriminator_loss.detach(),
             "discriminator_real": mean(real),
             "discriminator_fake": mean(fake),
-            # Share of images whose logit is on the correct side of the other kind's mean.
+            # Share of images whose logit is on the correct side: of the other kind's mean, or of 0 (vanilla).
             "discriminator_accuracy": 0.5
             * (mean((real > mean_fake).to(real.dtype)) + mean((fake < mean_real).to(real.dtype))),
             "gradient_norm_generator": generator_norm,
             "gradient_norm_discriminator": discriminator_norm,
         }
+
+
+def _image_losses(
+    sr: Tensor, hr: Tensor, mean: Callable[[Tensor], Tensor], pixel_weight: float, settings: StepSettings
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted sum of the losses on pixels, and each of them by its name in the records."""
+    pixel = pixel_loss(sr, hr, mean, settings.pixel_loss)
+    total, losses = pixel_weight * pixel, {"loss_pixel": pixel.detach()}
+    if settings.ms_ssim_weight:
+        ms_ssim = ms_ssim_loss(sr, hr, mean)
+        total, losses["loss_ms_ssim"] = total + settings.ms_ssim_weight * ms_ssim, ms_ssim.detach()
+    return total, losses
 
 
 def _gradient_norm(network: nn.Module, limit: float | None) -> tuple[Tensor, Tensor]:

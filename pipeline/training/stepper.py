@@ -95,7 +95,11 @@ class Stepper:
 
     def _step(self, state: TrainState, batch: Batch, rate: float | Tensor) -> dict[str, Tensor]:
         config = self._config
-        settings = StepSettings(rate, config.ema_decay, config.precision, config.adam.clip_norm)
+        stage = config.psnr if state.stage == "psnr" else config.gan
+        settings = StepSettings(
+            rate, config.ema_decay, config.precision, config.adam.clip_norm,
+            stage.pixel_loss, stage.ms_ssim_weight, config.gan.loss,
+        )  # fmt: skip
         if state.stage == "psnr":
             return psnr_step(state, batch, settings)
         return gan_step(state, batch, self._features, config.perceptual.layers, self._weights, settings)
