@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 NEEDED = {
     "torch", "torchvision", "numpy", "pillow", "pyarrow", "pydantic", "pydantic-settings", "pyyaml", "safetensors",
 }  # fmt: skip
-NEEDED |= {"scikit-image", "scipy"}  # SSIM
+NEEDED |= {"scikit-image", "scipy"}  # SSIM in evaluation
 MODULES = {"scikit-image": "skimage", "scikit-learn": "sklearn"}
 
 

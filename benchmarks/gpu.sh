@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# A whole visit to a machine with a GPU: environment, GPU tests, measurements; in about 12 minutes.
+#
+#   benchmarks/gpu.sh OUT        writes OUT/report.md, and the full output of each part below OUT
+#
+# The machine needs torch, torchvision and the packages of tests/minimal.py; WHEELS=FOLDER installs missing ones from a
+# folder of wheels. Each part has a time limit and may fail without ending the visit. PARTS chooses some of:
+# environment tests step checkpoint upscale. DEVICE=cpu TINY=1 tries the script on a machine without a GPU.
+set -u
+cd "$(dirname "$0")/.." || exit 1
+out=${1:?usage: benchmarks/gpu.sh OUT}
+mkdir -p "$out" && out=$(cd "$out" && pwd)
+parts=${PARTS:-environment tests step checkpoint upscale}
+device=${DEVICE:-cuda}
+tiny=${TINY:+--tiny}
+python=${PYTHON:-python3}
+export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+failed=0
+
+# part NAME SECONDS COMMAND...: runs it if it is chosen, and appends the end of its output to the report.
+part() {
+  local name=$1 limit=$2 began=$SECONDS code
+  shift 2
+  [[ " $parts " == *" $name "* ]] || return 0
+  if [[ $2 == *.py && ! -f $2 ]]; then
+    printf '\n## %s\nskipped: %s does not exist\n' "$name" "$2" | tee -a "$out/report.md"
+    return 0
+  fi
+  echo "== $name (at most $limit s): $*"
+  timeout --kill-after=10 "$limit" "$@" >"$out/$name.txt" 2>&1
+  code=$?
+  tail -n 40 "$out/$name.txt"
+  [[ $code == 0 ]] || failed=1
+  {
+    printf '\n## %s\n`%s`: exit code %s' "$name" "$*" "$code"
+    [[ $code == 124 || $code == 137 ]] && printf ' (time limit)'
+    printf ', %s s\n```\n' "$((SECONDS - began))"
+    tail -n 120 "$out/$name.txt"
+    printf '```\n'
+  } >>"$out/report.md"
+}
+
+if [[ -n ${WHEELS:-} ]]; then
+  "$python" -m pip install --quiet --no-index --find-links "$WHEELS" pydantic pydantic-settings safetensors pyyaml \
+    >"$out/wheels.txt" 2>&1 || tail -n 5 "$out/wheels.txt"
+fi
+printf '# GPU visit of %s\n' "$(date -u +%FT%TZ)" >"$out/report.md"
+
+part environment 60 "$python" benchmarks/gpu_environment.py --device "$device"
+mark=gpu
+[[ $device == cpu ]] && mark="not gpu and not slow"
+part tests 240 "$python" -m pytest tests/test_gpu_*.py tests/test_tracking_system.py -m "$mark" -q -p no:cacheprovider \
+  --junitxml="$out/tests.xml"
+part step 300 "$python" benchmarks/gpu_step.py --device "$device" ${tiny:+"$tiny"} --out "$out"
+part checkpoint 60 "$python" benchmarks/checkpoint.py --device "$device" --batch 16
+part upscale 90 "$python" benchmarks/upscale.py --device "$device" ${tiny:+"$tiny"}
+
+echo "== report: $out/report.md ($SECONDS s)"
+exit $failed
