@@ -3,20 +3,29 @@
 import io
 import struct
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from PIL import Image as PillowImage
-from PIL import ImageOps
+from PIL import ImageOps, PngImagePlugin
+from scipy.ndimage import distance_transform_edt
 
 from pipeline.data.ingest.decoding import PhotoRejected, open_image, read_photo
-from pipeline.imaging import Image
+from pipeline.imaging import Image, png
 
 SUFFIXES = {"png": ".png", "jpg": ".jpg", "webp": ".webp"}
 WEBP_MAX_PX, JPEG_MAX_PX = 16383, 65535
 
 _ORIENTATION, _SUB_IFD, _WIDTH, _HEIGHT = 0x0112, 0x8769, 0xA002, 0xA003
+# A TIFF's tags describe its pixels' layout or, as GeoTIFF's, their size on the ground. These describe the image: name,
+# camera, density, software, date, author, copyright, and the EXIF and GPS directories.
+_TIFF_KEPT = {269, 270, 271, 272, 282, 283, 296, 305, 306, 315, 316, 33432, 34665, 34853}
+_SIZE_TAGS = (256, 257)
+_COLOR_CHUNKS = (b"cHRM", b"cICP", b"gAMA", b"sRGB")
+_SRGB_GAMMA, _SRGB_CICP = 45455, bytes((1, 13, 0))
+_SRGB_PRIMARIES = np.array([31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000])
 
 
 @dataclass(frozen=True)
@@ -24,14 +33,19 @@ class SourceImage:
     """A decoded image, upright."""
 
     rgb: Image
-    """(H, W, 3)."""
+    """(H, W, 3); hidden pixels have the color of the nearest visible one."""
     alpha: Image | None
     """(H, W, 1), if it has transparency."""
     gray: bool
     """The file has one channel; so will the output."""
+    colorless: bool
+    """Every visible pixel is gray; so will be the output's."""
     icc: bytes | None
     exif: PillowImage.Exif
-    """Without the orientation, which has been applied to the pixels."""
+    """Without the orientation, which has been applied to the pixels, and without a TIFF's structure."""
+    dpi: tuple[float, float] | None = None
+    color_chunks: Mapping[bytes, bytes] = field(default_factory=dict)
+    """A PNG's description of its colors: gAMA, cHRM, cICP, sRGB."""
 
 
 def read_source(data: bytes, max_megapixels: float) -> SourceImage:
@@ -48,45 +62,67 @@ def read_source(data: bytes, max_megapixels: float) -> SourceImage:
         if transparent is None:
             raise error
         rgb, alpha, gray = transparent
+        rgb = fill_hidden(rgb, alpha)
     image = open_image(data)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            exif = image.getexif()
-            exif.pop(_ORIENTATION, None)
-        except Exception:  # noqa: BLE001 - corrupt EXIF is dropped; the pixels are valid
-            exif = PillowImage.Exif()
-    return SourceImage(rgb, alpha, gray, image.info.get("icc_profile"), exif)
+    return SourceImage(
+        rgb=rgb,
+        alpha=alpha,
+        gray=gray,
+        colorless=bool((rgb[..., :1] == rgb[..., 1:]).all()),
+        icc=image.info.get("icc_profile"),
+        exif=_kept_exif(image),
+        dpi=_density(image),
+        color_chunks={
+            kind: data[first:end]
+            for kind, first, end in (png.chunks(data) if png.is_png(data) else ())
+            if kind in _COLOR_CHUNKS
+        },
+    )
+
+
+def fill_hidden(rgb: Image, alpha: Image) -> Image:
+    """Gives pixels of alpha 0 the color of the nearest visible pixel.
+
+    Their stored color, often black, would bleed into the visible edge: the network sees no alpha.
+
+    Args:
+        rgb: (H, W, 3).
+        alpha: (H, W, 1).
+    """
+    hidden = alpha[..., 0] == 0
+    if not hidden.any() or hidden.all():
+        return rgb
+    rows, columns = distance_transform_edt(hidden, return_distances=False, return_indices=True)
+    return np.ascontiguousarray(rgb[rows, columns])
 
 
 def encode_output(pixels: Image, alpha: Image | None, source: SourceImage, form: str) -> bytes:
-    """An 8-bit PNG, JPEG (quality 95, 4:4:4) or WebP (quality 95), with color profile and EXIF.
+    """An 8-bit PNG, JPEG (quality 95, 4:4:4) or WebP (quality 95), with color profile, density and EXIF.
 
     Raises:
         PhotoRejected: the format cannot hold it.
     """
     height, width = pixels.shape[:2]
-    if form == "jpg" and alpha is not None:
-        raise PhotoRejected("has transparency, which JPEG cannot hold; use --format png or webp")
-    limit = {"jpg": JPEG_MAX_PX, "webp": WEBP_MAX_PX}.get(form)
-    if limit is not None and max(height, width) > limit:
-        raise PhotoRejected(f"{width} x {height} pixels are too many for {form} (at most {limit} on a side)")
+    _require_holds(form, height, width, alpha is not None, source)
     image = PillowImage.fromarray(pixels)
-    if source.gray:
+    if source.colorless:
         image = image.convert("L")
+        # A color profile for RGB is valid in RGB files only.
+        image = image if source.gray else image.convert("RGB")
     if alpha is not None:
         image.putalpha(PillowImage.fromarray(alpha[..., 0]))
     exif = source.exif
-    details = exif.get_ifd(_SUB_IFD)
-    if _WIDTH in details or _HEIGHT in details:
-        details[_WIDTH], details[_HEIGHT] = width, height
+    if _SUB_IFD in exif and {_WIDTH, _HEIGHT} & exif.get_ifd(_SUB_IFD).keys():
+        exif.get_ifd(_SUB_IFD).update({_WIDTH: width, _HEIGHT: height})
     options: dict[str, Any] = {
-        "png": {"format": "PNG", "compress_level": 3},
+        "png": {"format": "PNG", "compress_level": 3, "pnginfo": _png_info(source)},
         "jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},
         "webp": {"format": "WEBP", "quality": 95, "method": 4, "exact": True},
     }[form]
     if source.icc:
         options["icc_profile"] = source.icc
+    if source.dpi and form != "webp":
+        options["dpi"] = source.dpi
     buffer = io.BytesIO()
     try:
         image.save(buffer, exif=exif.tobytes() if len(exif) else b"", **options)
@@ -95,6 +131,63 @@ def encode_output(pixels: Image, alpha: Image | None, source: SourceImage, form:
         buffer = io.BytesIO()
         image.save(buffer, **options)
     return buffer.getvalue()
+
+
+def _require_holds(form: str, height: int, width: int, transparent: bool, source: SourceImage) -> None:
+    """Raises PhotoRejected for what a format cannot hold."""
+    if form == "jpg" and transparent:
+        raise PhotoRejected("has transparency, which JPEG cannot hold; use --format png or webp")
+    limit = {"jpg": JPEG_MAX_PX, "webp": WEBP_MAX_PX}.get(form)
+    if limit is not None and max(height, width) > limit:
+        raise PhotoRejected(f"{width} x {height} pixels are too many for {form} (at most {limit} on a side)")
+    if form != "png" and (kind := _other_colors(source)):
+        raise PhotoRejected(f"has colors described by {kind}, which only PNG can hold; use --format png")
+
+
+def _other_colors(source: SourceImage) -> str:
+    """The chunk that describes other colors than sRGB; empty if a color profile does, or none."""
+    chunks = source.color_chunks
+    if b"cICP" in chunks:
+        return "" if chunks[b"cICP"].startswith(_SRGB_CICP) else "cICP"
+    if source.icc or b"sRGB" in chunks:
+        return ""
+    if len(gamma := chunks.get(b"gAMA", b"")) == 4 and abs(struct.unpack(">I", gamma)[0] - _SRGB_GAMMA) > 500:
+        return "gAMA"
+    if len(primaries := chunks.get(b"cHRM", b"")) == 32:
+        return (
+            "cHRM" if np.abs(np.array(struct.unpack(">8I", primaries)) - _SRGB_PRIMARIES).max() > 500 else ""
+        )
+    return ""
+
+
+def _png_info(source: SourceImage) -> PngImagePlugin.PngInfo:
+    info = PngImagePlugin.PngInfo()
+    for kind, content in source.color_chunks.items():
+        info.add(kind, content)
+    return info
+
+
+def _density(image: PillowImage.Image) -> tuple[float, float] | None:
+    try:
+        x, y = (float(value) for value in image.info["dpi"])
+    except (KeyError, ValueError, TypeError, ZeroDivisionError):
+        return None
+    return (x, y) if min(x, y) > 1 else None  # 1: Pillow's value for a TIFF without a unit
+
+
+def _kept_exif(image: PillowImage.Image) -> PillowImage.Exif:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            exif = image.getexif()
+            dropped = [_ORIENTATION, *_SIZE_TAGS]
+            if image.format == "TIFF":
+                dropped += [tag for tag in exif if tag not in _TIFF_KEPT]
+            for tag in dropped:
+                exif.pop(tag, None)
+            return exif
+        except Exception:  # noqa: BLE001 - corrupt EXIF is dropped; the pixels are valid
+            return PillowImage.Exif()
 
 
 def _with_transparency(data: bytes, max_megapixels: float) -> tuple[Image, Image, bool] | None:

@@ -1,14 +1,13 @@
 """Decodes image files: either the correct pixels, or PhotoRejected with the reason."""
 
 import io
-import struct
 import warnings
-import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+
+from pipeline.imaging import png
 
 # Only formats of photos: for EPS, PDF and others Pillow starts other programs.
 # Pillow opens MPO as JPEG; `MPO` itself is not a name that `Image.open` accepts.
@@ -35,10 +34,7 @@ EXTENSIONS = frozenset(
 _LOSSY = frozenset(("JPEG", "MPO", "AVIF", "JPEG2000"))
 _LOSSY_IN_TIFF = frozenset(("jpeg", "tiff_jpeg", "webp"))
 _MOST_BYTES_PER_PIXEL = 16
-# Adam7's passes: first row, first column, and the strides of both.
-_ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_MAGIC = (_PNG_SIGNATURE, b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"BM", b"GIF8", b"P5", b"P6", b"\0\0\0\x0cjP")
+_MAGIC = (png.SIGNATURE, b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"BM", b"GIF8", b"P5", b"P6", b"\0\0\0\x0cjP")
 
 # From the stored rows of each EXIF orientation to an upright image; 1 is upright.
 _UPRIGHT = {
@@ -78,8 +74,8 @@ def read_photo(data: bytes, max_megapixels: float = 200.0) -> Photo:
     if not data:
         raise PhotoRejected("empty file")
     reject_large_file(len(data), max_megapixels)
-    if data.startswith(_PNG_SIGNATURE):
-        _check_png(data)
+    if reason := png.chunk_fault(data):
+        raise PhotoRejected(reason)
     image = open_image(data)
     _check_header(image, max_megapixels)
     notes = _notes(image)
@@ -94,8 +90,9 @@ def read_photo(data: bytes, max_megapixels: float = 200.0) -> Photo:
     except Exception as error:  # noqa: BLE001 - Pillow's decoders raise anything on corrupt data
         raise PhotoRejected(_corruption(error)) from None
     # Pillow leaves missing pixels black: the last rows, or those of the last passes.
-    if image.format == "PNG" and (image.info.get("interlace") or not pixels[-1].any()):
-        _require_all_rows(data)
+    incomplete = image.format == "PNG" and (image.info.get("interlace") or not pixels[-1].any())
+    if incomplete and (reason := png.pixel_fault(data)):
+        raise PhotoRejected(reason)
     if image.format in ("JPEG", "MPO") and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
         raise PhotoRejected("truncated: no end-of-image marker")
     if orientation in _UPRIGHT:
@@ -182,50 +179,6 @@ def _orientation(image: Image.Image) -> int:
         return int(image.getexif().get(0x0112, 1))
     except Exception:  # noqa: BLE001 - corrupt EXIF does not affect the pixels
         return 1
-
-
-def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Kind, first byte and end of the content of each complete chunk, up to IEND; its CRC follows."""
-    position = len(_PNG_SIGNATURE)
-    while position + 12 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, position)
-        first, end = position + 8, position + 8 + length
-        if end + 4 > len(data):
-            return
-        yield kind, first, end
-        if kind == b"IEND":
-            return
-        position = end + 4
-
-
-def _check_png(data: bytes) -> None:
-    """Checks the CRC of every chunk, which Pillow does not do for pixel data, and that the file ends with IEND."""
-    view, kind = memoryview(data), b""
-    for kind, first, end in _png_chunks(data):
-        (stored,) = struct.unpack_from(">I", data, end)
-        if zlib.crc32(view[first - 4 : end]) != stored:
-            raise PhotoRejected(f"corrupt PNG: checksum mismatch in chunk {kind.decode('latin1')}")
-    if kind != b"IEND":
-        raise PhotoRejected("truncated PNG")
-
-
-def _require_all_rows(data: bytes) -> None:
-    """Rejects a PNG whose pixel data end early although every chunk is valid."""
-    width, height, depth, color, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
-    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[color]
-    expected = 0
-    for y, x, y_stride, x_stride in _ADAM7 if interlaced else ((0, 0, 1, 1),):
-        rows, columns = len(range(y, height, y_stride)), len(range(x, width, x_stride))
-        expected += rows * (1 + -(-columns * bits // 8)) if columns else 0
-    inflater, count = zlib.decompressobj(), 0
-    for kind, first, end in _png_chunks(data):
-        if kind == b"IDAT" and count < expected:
-            try:
-                count += len(inflater.decompress(data[first:end], expected - count))
-            except zlib.error as error:
-                raise PhotoRejected(f"corrupt PNG: {error}") from None
-    if count < expected:
-        raise PhotoRejected(f"truncated PNG: {count} of {expected} bytes of pixel data")
 
 
 def _what_else(data: bytes) -> str:
