@@ -149,3 +149,63 @@ def test_exif_of_a_tiff_has_its_description_and_not_its_structure() -> None:
 
 def test_a_tiff_without_density_gets_none() -> None:
     assert "dpi" not in Image.open(io.BytesIO(upscaled(encoded(synthetic_image(8, 8), "TIFF")))).info
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("network", [False, True])
+def test_a_16_bit_png_gives_a_16_bit_png(tmp_path: Path, channels: int, network: bool) -> None:
+    levels = np.linspace(1000, 64000, 12 * 16 * channels).astype(np.uint16).reshape(12, 16, channels)
+    profile = b"a profile"
+    content = png.encode_16_bits(
+        levels,
+        {b"iCCP": b"name\0\0" + zlib.compress(profile), b"pHYs": struct.pack(">IIB", 11811, 5906, 1)},
+    )
+    np.testing.assert_array_equal(png.decode_16_bits(content), levels)
+    source = read_source(content, 200.0)
+    model = open_model(str(write_generator(tmp_path / "g.safetensors")) if network else "bicubic")
+    sr = model.upscale(source.rgb)
+    assert len(np.unique(sr)) > 256
+    alpha = None if source.alpha is None else bicubic_upscale(source.alpha)
+    output = encode_output(sr, alpha, source, "png")
+    assert png.has_16_bits(output)
+    result = png.decode_16_bits(output)
+    assert result.shape == (48, 64, channels)
+    if channels == 3:
+        np.testing.assert_array_equal(result, sr)
+    if alpha is not None:
+        np.testing.assert_array_equal(result[..., -1:], alpha)
+    kept = chunks_of(output)
+    assert Image.open(io.BytesIO(output)).info["icc_profile"] == profile
+    assert kept[b"pHYs"] == struct.pack(">IIB", 11811, 5906, 1)
+
+
+def test_16_bits_differ_from_8_by_less_than_half_a_level() -> None:
+    image = synthetic_image(12, 16)
+    deep = bicubic_upscale(image.astype(np.uint16) * 257).astype(float) / 257
+    # Rounding between the axes is to 1/257 of a level here.
+    assert np.abs(deep - bicubic_upscale(image)).max() < 1.1
+
+
+@pytest.mark.parametrize("form", ["jpg", "webp"])
+def test_other_formats_hold_8_bits_of_a_16_bit_png(form: str) -> None:
+    levels = np.full((8, 8, 3), 200 * 257 + 100, np.uint16)
+    output = Image.open(io.BytesIO(upscaled(png.encode_16_bits(levels, {}), form)))
+    np.testing.assert_allclose(np.asarray(output), 200, atol=1)
+
+
+def test_a_transparent_color_of_16_bits_is_transparency() -> None:
+    levels = np.full((8, 8, 3), 30000, np.uint16)
+    levels[:4] = 7
+    source = read_source(png.encode_16_bits(levels, {b"tRNS": struct.pack(">3H", 7, 7, 7)}), 200.0)
+    assert source.alpha is not None
+    assert (source.alpha[:4] == 0).all()
+    assert (source.alpha[4:] == 65535).all()
+    assert (source.rgb == 30000).all()
+
+
+def test_a_truncated_16_bit_png_is_rejected() -> None:
+    content = png.encode_16_bits(np.zeros((8, 8, 3), np.uint16), {})
+    with pytest.raises(PhotoRejected, match="truncated"):
+        read_source(content[:-20], 200.0)
+    with pytest.raises(PhotoRejected, match="exceed the limit"):
+        read_source(content, 0.00001)

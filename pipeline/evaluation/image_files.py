@@ -3,7 +3,9 @@
 import io
 import struct
 import warnings
+import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +14,8 @@ from PIL import Image as PillowImage
 from PIL import ImageOps, PngImagePlugin
 from scipy.ndimage import distance_transform_edt
 
-from pipeline.data.ingest.decoding import PhotoRejected, open_image, read_photo
-from pipeline.imaging import Image, png
+from pipeline.data.ingest.decoding import PhotoRejected, open_image, read_16_bits, read_photo
+from pipeline.imaging import DeepImage, png
 
 SUFFIXES = {"png": ".png", "jpg": ".jpg", "webp": ".webp"}
 WEBP_MAX_PX, JPEG_MAX_PX = 16383, 65535
@@ -32,10 +34,10 @@ _SRGB_PRIMARIES = np.array([31270, 32900, 64000, 33000, 30000, 60000, 15000, 600
 class SourceImage:
     """A decoded image, upright."""
 
-    rgb: Image
-    """(H, W, 3); hidden pixels have the color of the nearest visible one."""
-    alpha: Image | None
-    """(H, W, 1), if it has transparency."""
+    rgb: DeepImage
+    """uint8, or uint16 of a 16-bit PNG, (H, W, 3); hidden pixels have the color of the nearest visible one."""
+    alpha: DeepImage | None
+    """(H, W, 1) of the same dtype, if it has transparency."""
     gray: bool
     """The file has one channel; so will the output."""
     colorless: bool
@@ -54,14 +56,8 @@ def read_source(data: bytes, max_megapixels: float) -> SourceImage:
     Raises:
         PhotoRejected: with the reason.
     """
-    try:
-        photo = read_photo(data, max_megapixels)
-        rgb, alpha, gray = photo.pixels, None, "gray" in photo.notes
-    except PhotoRejected as error:
-        transparent = _with_transparency(data, max_megapixels)
-        if transparent is None:
-            raise error
-        rgb, alpha, gray = transparent
+    rgb, alpha, gray = _pixels(data, max_megapixels)
+    if alpha is not None:
         rgb = fill_hidden(rgb, alpha)
     image = open_image(data)
     return SourceImage(
@@ -80,7 +76,25 @@ def read_source(data: bytes, max_megapixels: float) -> SourceImage:
     )
 
 
-def fill_hidden(rgb: Image, alpha: Image) -> Image:
+def _pixels(data: bytes, max_megapixels: float) -> tuple[DeepImage, DeepImage | None, bool]:
+    """Colors, alpha and whether the file has one color channel."""
+    if png.has_16_bits(data):
+        levels = read_16_bits(data, max_megapixels)
+        colors, channels = levels.shape[2] - 1 | 1, levels.shape[2]
+        rgb = np.ascontiguousarray(np.broadcast_to(levels[..., :colors], (*levels.shape[:2], 3)))
+        alpha = np.ascontiguousarray(levels[..., colors:]) if channels > colors else None
+        return rgb, alpha, colors == 1
+    try:
+        photo = read_photo(data, max_megapixels)
+        return photo.pixels, None, "gray" in photo.notes
+    except PhotoRejected as error:
+        transparent = _with_transparency(data, max_megapixels)
+        if transparent is None:
+            raise error
+        return transparent
+
+
+def fill_hidden(rgb: DeepImage, alpha: DeepImage) -> DeepImage:
     """Gives pixels of alpha 0 the color of the nearest visible pixel.
 
     Their stored color, often black, would bleed into the visible edge: the network sees no alpha.
@@ -96,24 +110,29 @@ def fill_hidden(rgb: Image, alpha: Image) -> Image:
     return np.ascontiguousarray(rgb[rows, columns])
 
 
-def encode_output(pixels: Image, alpha: Image | None, source: SourceImage, form: str) -> bytes:
-    """An 8-bit PNG, JPEG (quality 95, 4:4:4) or WebP (quality 95), with color profile, density and EXIF.
+def encode_output(pixels: DeepImage, alpha: DeepImage | None, source: SourceImage, form: str) -> bytes:
+    """A PNG, JPEG (quality 95, 4:4:4) or WebP (quality 95), with color profile, density and EXIF.
+
+    A PNG of uint16 has 16 bits; everything else 8.
 
     Raises:
         PhotoRejected: the format cannot hold it.
     """
     height, width = pixels.shape[:2]
     _require_holds(form, height, width, alpha is not None, source)
-    image = PillowImage.fromarray(pixels)
     if source.colorless:
-        image = image.convert("L")
+        pixels = _gray(pixels)
         # A color profile for RGB is valid in RGB files only.
-        image = image if source.gray else image.convert("RGB")
-    if alpha is not None:
-        image.putalpha(PillowImage.fromarray(alpha[..., 0]))
+        pixels = pixels if source.gray else np.repeat(pixels, 3, axis=2)
+    levels = pixels if alpha is None else np.concatenate([pixels, alpha], axis=2)
     exif = source.exif
     if _SUB_IFD in exif and {_WIDTH, _HEIGHT} & exif.get_ifd(_SUB_IFD).keys():
         exif.get_ifd(_SUB_IFD).update({_WIDTH: width, _HEIGHT: height})
+    if levels.dtype == np.uint16:
+        if form == "png":
+            return _png_of_16_bits(levels, source)
+        levels = ((levels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    image = PillowImage.fromarray(levels[..., 0] if levels.shape[2] == 1 else levels)
     options: dict[str, Any] = {
         "png": {"format": "PNG", "compress_level": 3, "pnginfo": _png_info(source)},
         "jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},
@@ -131,6 +150,25 @@ def encode_output(pixels: Image, alpha: Image | None, source: SourceImage, form:
         buffer = io.BytesIO()
         image.save(buffer, **options)
     return buffer.getvalue()
+
+
+def _gray(rgb: DeepImage) -> DeepImage:
+    """BT.601 luma, full range, (H, W, 1)."""
+    weights = np.array([19595, 38470, 7471], np.uint32)
+    return ((rgb @ weights + 32768) >> 16).astype(rgb.dtype)[..., None]
+
+
+def _png_of_16_bits(levels: DeepImage, source: SourceImage) -> bytes:
+    chunks = dict(source.color_chunks)
+    if source.icc:
+        chunks.pop(b"sRGB", None)
+        chunks[b"iCCP"] = b"ICC Profile\0\0" + zlib.compress(source.icc)
+    if source.dpi:
+        chunks[b"pHYs"] = struct.pack(">IIB", *(round(value / 0.0254) for value in source.dpi), 1)
+    if len(source.exif):
+        with suppress(struct.error, ValueError, TypeError, KeyError):
+            chunks[b"eXIf"] = source.exif.tobytes().removeprefix(b"Exif\0\0")
+    return png.encode_16_bits(levels, chunks)
 
 
 def _require_holds(form: str, height: int, width: int, transparent: bool, source: SourceImage) -> None:
@@ -190,7 +228,7 @@ def _kept_exif(image: PillowImage.Image) -> PillowImage.Exif:
             return PillowImage.Exif()
 
 
-def _with_transparency(data: bytes, max_megapixels: float) -> tuple[Image, Image, bool] | None:
+def _with_transparency(data: bytes, max_megapixels: float) -> tuple[DeepImage, DeepImage, bool] | None:
     """Colors, alpha and whether they are gray, of a valid image with transparency; None for any other."""
     try:
         with warnings.catch_warnings():

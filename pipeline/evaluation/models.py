@@ -10,7 +10,7 @@ import pyarrow
 import torch
 
 from pipeline.errors import UserError
-from pipeline.imaging import Image, bicubic_upscale, upscale
+from pipeline.imaging import DeepImage, bicubic_upscale, upscale
 from pipeline.model import RRDBNet, decode_generator, set_precision
 from pipeline.storage import Storage, is_remote
 from pipeline.tracking.lookup import pull_generator
@@ -42,11 +42,11 @@ class Model:
     label: str = ""
     """Name in tables and reports; empty: a short form of `name`."""
 
-    def upscale(self, lr: Image, tile_px: int | None = None) -> Image:
-        """uint8 RGB (H, W, 3) to (H * scale, W * scale, 3).
+    def upscale(self, lr: DeepImage, tile_px: int | None = None) -> DeepImage:
+        """RGB (H, W, 3) to (H * scale, W * scale, 3) of the same dtype.
 
         Args:
-            lr: uint8 RGB (H, W, 3).
+            lr: uint8 or uint16 RGB (H, W, 3).
             tile_px: side of a tile in `lr`'s pixels; 0: no tiles; None: 256 for more than 512 x 512 pixels.
 
         Raises:

@@ -1,6 +1,6 @@
 """Functions on 8-bit images: bicubic degradation, metrics, tiled inference. Needs numpy, torch and scikit-image."""
 
-from pipeline.imaging.arrays import Image, to_tensor, to_uint8
+from pipeline.imaging.arrays import DeepImage, Image, to_tensor, to_uint8
 from pipeline.imaging.bicubic import (
     Edge,
     bicubic_upscale,
@@ -13,6 +13,7 @@ from pipeline.imaging.tiling import upscale
 
 __all__ = [
     "Channel",
+    "DeepImage",
     "Edge",
     "Image",
     "bicubic_upscale",

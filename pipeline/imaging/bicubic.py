@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.imaging.arrays import Image, require_image
+from pipeline.imaging.arrays import DeepImage, Image, require_deep_image, require_image
 
 Edge = Literal["replicate", "symmetric"]
 Floats = NDArray[np.floating[Any]]
@@ -35,7 +35,8 @@ def matlab_bicubic_downscale(hr: Image, scale: int = 4, edge: Edge = "replicate"
         ValueError: H or W is not a multiple of `scale`, or the scale, edge, dtype or shape is not supported.
     """
     _check(hr, scale, edge)
-    return _resize(hr, _downscaling(scale), edge)
+    result: Image = _resize(hr, _downscaling(scale), edge)
+    return result
 
 
 def float_bicubic_downscale(hr: Image, scale: int = 4, edge: Edge = "symmetric") -> Image:
@@ -45,16 +46,17 @@ def float_bicubic_downscale(hr: Image, scale: int = 4, edge: Edge = "symmetric")
     """
     _check(hr, scale, edge)
     taps = _downscaling(scale)
-    return _filter_columns_rounded(_filter_rows(hr, taps, edge, np.float64), taps, edge)
+    result: Image = _filter_columns_rounded(_filter_rows(hr, taps, edge, np.float64), taps, edge, np.uint8)
+    return result
 
 
-def bicubic_upscale(lr: Image, scale: int = 4, edge: Edge = "replicate") -> Image:
-    """`imresize(lr, scale)` of uint8 (H, W, C), as uint8 (H * scale, W * scale, C); scale 2, 3 or 4.
+def bicubic_upscale(lr: DeepImage, scale: int = 4, edge: Edge = "replicate") -> DeepImage:
+    """`imresize(lr, scale)` of uint8 or uint16 (H, W, C), as (H * scale, W * scale, C); scale 2, 3 or 4.
 
     Raises:
         ValueError: the scale, edge, dtype or shape is not supported.
     """
-    require_image(lr, "lr")
+    require_deep_image(lr, "lr")
     _check_options(scale, edge)
     return _resize(lr, _upscaling(scale), edge)
 
@@ -111,18 +113,21 @@ def _cubic(x: Floats) -> Floats:
     return np.where(x <= 1, near, np.where(x <= 2, far, 0.0))
 
 
-def _resize(image: Image, taps: _Taps, edge: Edge) -> Image:
-    # Float32 is exact here, in any order of summation: at scale 2 and 4 the weights are integer multiples of 1/4096,
-    # so every sum fits into 24 bits; at scale 3 they are multiples of 1/81, so no sum is within 1/162 of a half.
-    return _filter_columns_rounded(_round(_filter_rows(image, taps, edge, np.float32)), taps, edge)
+def _resize(image: NDArray[Any], taps: _Taps, edge: Edge) -> NDArray[Any]:
+    # For 8 bits, float32 is exact here, in any order of summation: at scale 2 and 4 the weights are integer multiples
+    # of 1/4096, so every sum fits into 24 bits; at scale 3 they are multiples of 1/81, so no sum is within 1/162 of a
+    # half.
+    levels = image.dtype.type
+    rows = _filter_rows(image, taps, edge, np.float32 if levels is np.uint8 else np.float64)
+    return _filter_columns_rounded(_round(rows, levels), taps, edge, levels)
 
 
-def _filter_columns_rounded(rows: Floats, taps: _Taps, edge: Edge) -> Image:
+def _filter_columns_rounded(rows: Floats, taps: _Taps, edge: Edge, levels: type[Any]) -> NDArray[Any]:
     height, width, channels = rows.shape
-    result = np.empty((height, taps.weights.shape[0] * (width // taps.stride), channels), np.uint8)
+    result = np.empty((height, taps.weights.shape[0] * (width // taps.stride), channels), levels)
     # In strips that fit the cache; a whole upscaled image in float32 would need four times the memory.
     for top in range(0, height, STRIP_PX):
-        result[top : top + STRIP_PX] = _round(_filter_columns(rows[top : top + STRIP_PX], taps, edge))
+        result[top : top + STRIP_PX] = _round(_filter_columns(rows[top : top + STRIP_PX], taps, edge), levels)
     return result
 
 
@@ -177,11 +182,11 @@ def _padded_index(start: int, end: int, length: int, edge: Edge) -> slice | NDAr
     return np.minimum(index, 2 * length - 1 - index)
 
 
-def _round(values: Floats) -> Floats:
-    """Rounds half up, as MATLAB does, and clips to [0, 255]; in place."""
+def _round(values: Floats, levels: type[Any]) -> Floats:
+    """Rounds half up, as MATLAB does, and clips to the range of `levels`; in place."""
     values += 0.5
     np.floor(values, out=values)
-    return np.clip(values, 0, 255, out=values)
+    return np.clip(values, 0, np.iinfo(levels).max, out=values)
 
 
 def _check(hr: Image, scale: int, edge: str) -> None:

@@ -1,8 +1,13 @@
-"""What Pillow lacks of PNG: checksums of pixel data, missing rows, and the chunks as they are."""
+"""What Pillow lacks of PNG: checksums of pixel data, missing rows, the chunks as they are, and 16-bit color."""
 
 import struct
+import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # Adam7's passes: first row, first column, and the strides of both.
@@ -12,6 +17,58 @@ _ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), 
 def is_png(data: bytes) -> bool:
     """Whether a file is a PNG, by its first bytes."""
     return data.startswith(SIGNATURE)
+
+
+def has_16_bits(data: bytes) -> bool:
+    """Whether a file is a PNG of 16 bits for each channel."""
+    return is_png(data) and data[24:25] == b"\x10"
+
+
+def decode_16_bits(data: bytes) -> NDArray[np.uint16]:
+    """(H, W, C) of a 16-bit PNG with valid chunks; C is 1 (gray), 2 (gray, alpha), 3 or 4. Pillow keeps 8 bits.
+
+    Raises:
+        RuntimeError: the pixel data are corrupt.
+    """
+    from torchvision.io import ImageReadMode, decode_png
+
+    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    with warnings.catch_warnings():
+        # Deprecated in favor of a package that needs FFmpeg; constraints.txt pins a version that has it.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pixels: NDArray[np.uint16] = decode_png(encoded, ImageReadMode.UNCHANGED).numpy().transpose(1, 2, 0)
+    transparent = next((data[first:end] for kind, first, end in chunks(data) if kind == b"tRNS"), None)
+    if transparent is not None and pixels.shape[2] in (1, 3):
+        color = np.frombuffer(transparent, ">u2")
+        opaque = (pixels != color).any(axis=2, keepdims=True).astype(np.uint16) * 0xFFFF
+        pixels = np.concatenate([pixels, opaque], axis=2)
+    return np.ascontiguousarray(pixels)
+
+
+def encode_16_bits(pixels: NDArray[np.uint16], ancillary: Mapping[bytes, bytes]) -> bytes:
+    """A 16-bit PNG of (H, W, C); C as in `decode_16_bits`.
+
+    Args:
+        pixels: the levels.
+        ancillary: chunks between IHDR and IDAT, by kind.
+    """
+    height, width, channels = pixels.shape
+    rows = np.frombuffer(pixels.astype(">u2").tobytes(), np.uint8).reshape(height, -1)
+    filtered = np.empty((height, rows.shape[1] + 1), np.uint8)
+    filtered[:, 0] = 2  # Up: the difference from the row above
+    filtered[0, 1:] = rows[0]
+    np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])
+    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    parts = [
+        (b"IHDR", header),
+        *ancillary.items(),
+        (b"IDAT", zlib.compress(filtered.tobytes(), 4)),
+        (b"IEND", b""),
+    ]
+    return SIGNATURE + b"".join(
+        struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        for kind, content in parts
+    )
 
 
 def chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:

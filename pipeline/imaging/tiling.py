@@ -7,19 +7,19 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pipeline.imaging.arrays import Image, require_image, to_tensor, to_uint8
+from pipeline.imaging.arrays import DeepImage, require_deep_image, to_tensor, to_uint8, to_uint16
 
 
 def upscale(
     generator: nn.Module,
-    lr: Image,
+    lr: DeepImage,
     tile_px: int | None = None,
     halo_px: int = 48,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
     channels_last: bool = True,
     require_finite: bool = False,
-) -> Image:
+) -> DeepImage:
     """Super-resolves `lr`, whole or in tiles.
 
     A tile is computed with an overlap of `halo_px` on each side, which is cropped from the result: with 48, the
@@ -27,7 +27,7 @@ def upscale(
 
     Args:
         generator: an RRDBNet, or a module with its `scale` and `unshuffle`; it is moved to `device`.
-        lr: uint8 RGB (H, W, 3), at least 1 x 1.
+        lr: uint8 or uint16 RGB (H, W, 3), at least 1 x 1.
         tile_px: side of a tile, in LR pixels; None: the whole image at once.
         halo_px: overlap around each tile, in LR pixels.
         device: default: the generator's.
@@ -36,13 +36,13 @@ def upscale(
         require_finite: raise if the output is not finite, instead of converting NaN to black.
 
     Returns:
-        uint8 (H * scale, W * scale, 3).
+        (H * scale, W * scale, 3), of the dtype of `lr`.
 
     Raises:
         ValueError: dtype or shape is not supported, or a size is out of range.
         FloatingPointError: `require_finite`, and the generator's output contains NaN or infinity.
     """
-    require_image(lr, "lr")
+    require_deep_image(lr, "lr")
     if lr.shape[2] != 3:
         raise ValueError(f"lr has {lr.shape[2]} channels; the generator takes RGB")
     if (tile_px is not None and tile_px < 1) or halo_px < 0:
@@ -52,7 +52,8 @@ def upscale(
     target = next(generator.parameters()).device
     scale, multiple = int(generator.scale), int(generator.unshuffle)  # type: ignore[arg-type]
     height, width = lr.shape[:2]
-    sr = np.empty((height * scale, width * scale, 3), np.uint8)
+    sr = np.empty((height * scale, width * scale, 3), lr.dtype)
+    to_levels = to_uint16 if lr.dtype == np.uint16 else to_uint8
     for rows in _spans(height, tile_px, halo_px, multiple):
         for columns in _spans(width, tile_px, halo_px, multiple):
             (top, bottom, above, below), (left, right, before, after) = rows, columns
@@ -72,7 +73,7 @@ def upscale(
             ]
             if require_finite and not bool(torch.isfinite(y).all()):
                 raise FloatingPointError("the generator's output holds non-finite values (NaN or infinity)")
-            sr[top * scale : bottom * scale, left * scale : right * scale] = to_uint8(y)[0]
+            sr[top * scale : bottom * scale, left * scale : right * scale] = to_levels(y)[0]
     return sr
 
 

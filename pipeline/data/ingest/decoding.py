@@ -97,13 +97,43 @@ def read_photo(data: bytes, max_megapixels: float = 200.0) -> Photo:
         raise PhotoRejected("truncated: no end-of-image marker")
     if orientation in _UPRIGHT:
         notes = (*notes, "rotated")
-        pixels = np.ascontiguousarray(_UPRIGHT[orientation](pixels))
+        pixels = upright(pixels, orientation)
     lossy = (
         image.format in _LOSSY
         or (image.format == "WEBP" and b"VP8L" not in data[:64])
         or image.info.get("compression") in _LOSSY_IN_TIFF
     )
     return Photo(pixels, str(image.format), lossy, notes)
+
+
+def read_16_bits(data: bytes, max_megapixels: float) -> np.ndarray:
+    """uint16 (H, W, C) of a 16-bit PNG, upright; C is 1 (gray), 2 (gray, alpha), 3 or 4.
+
+    Raises:
+        PhotoRejected: with the reason.
+    """
+    image = open_image(data)
+    reject_large_image(image, max_megapixels)
+    if getattr(image, "n_frames", 1) > 1:
+        raise PhotoRejected("animated")
+    if reason := png.chunk_fault(data) or png.pixel_fault(data):
+        raise PhotoRejected(reason)
+    try:
+        return upright(png.decode_16_bits(data), _orientation(image))
+    except RuntimeError as error:
+        raise PhotoRejected(_corruption(error)) from None
+
+
+def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Stored rows turned according to EXIF's orientation, contiguous."""
+    return np.ascontiguousarray(_UPRIGHT[orientation](pixels)) if orientation in _UPRIGHT else pixels
+
+
+def reject_large_image(image: Image.Image, max_megapixels: float) -> None:
+    """Raises PhotoRejected: the image has more pixels than the limit."""
+    width, height = image.size
+    if width * height > max_megapixels * 1e6:
+        raise PhotoRejected(f"{width} x {height} pixels exceed the limit of {max_megapixels:g} megapixels")
 
 
 def reject_large_file(size: int, max_megapixels: float) -> None:
@@ -137,9 +167,7 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def _check_header(image: Image.Image, max_megapixels: float) -> None:
-    width, height = image.size
-    if width * height > max_megapixels * 1e6:
-        raise PhotoRejected(f"{width} x {height} pixels exceed the limit of {max_megapixels:g} megapixels")
+    reject_large_image(image, max_megapixels)
     try:
         frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     except Exception as error:  # noqa: BLE001
