@@ -104,10 +104,10 @@ def run_large() -> dict[str, float]:
         lr = np.stack([(x * y // 700) % 256, (x + y) % 256, (x - y) % 256], axis=-1).astype(np.uint8)
         Image.fromarray(lr).save(f"{folder}/large.png")
         del lr, x, y
-        source, output, tasks = plan(f"{folder}/large.png", f"{folder}/out", "png")
+        output, tasks = plan(f"{folder}/large.png", f"{folder}/out", "png")
         model = open_model(f"{folder}/g.safetensors")
         start = time.perf_counter()
-        outcome = Upscaler(model, source, output, "png", None, 200.0)(tasks[0])
+        outcome = Upscaler(model, output, "png", None, 200.0)(tasks[0])
         assert outcome == Outcome(tasks[0])
         return {"seconds": time.perf_counter() - start, "peak_mib": peak_mib()}
 

@@ -28,7 +28,8 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 
     Any other error prints its traceback, without passwords, and exits 1. A command may return another exit code.
     """
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    # Names of files need not be UTF-8.
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
     try:
         code = main(sys.argv[1:])
     except UserError as error:
@@ -138,7 +139,7 @@ def require_writable_file(path: str | None, flag: str) -> None:
 def write_json(path: str | None, result: Any) -> None:
     """Writes `result` as one JSON object to `path`, if there is one; non-finite numbers become null."""
     if path is not None:
-        Path(path).write_text(json_text(result), encoding="utf-8")
+        Path(path).write_text(json_text(result), encoding="utf-8", errors="backslashreplace")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -108,6 +108,8 @@ class Storage:
 
     def read_bytes(self, name: str) -> bytes:
         """Content of the file `name`. Raises FileNotFoundError."""
+        if not self.remote:
+            return Path(self.path(name)).read_bytes()  # also names that are not UTF-8
         filesystem, base = self.filesystem()
         with filesystem.open_input_file(join(base, name)) as file:
             return file.read()
@@ -121,7 +123,9 @@ class Storage:
             return
         target = Path(self.path(name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
+        # A name may have the maximal length already.
+        shown = target.name if len(os.fsencode(target.name)) < 200 else "long"
+        partial = target.with_name(f".{shown}.{uuid.uuid4().hex[:8]}.partial")
         try:
             with partial.open("wb") as file:
                 file.write(content)
@@ -143,6 +147,9 @@ class Storage:
 
     def files(self, folder: str = "") -> Iterator[str]:
         """Names, relative to this prefix, of all files below `folder`, sorted."""
+        if not self.remote:
+            yield from sorted(_local_files(Path(self.path(folder)), self.uri))
+            return
         filesystem, base = self.filesystem()
         selector = fs.FileSelector(
             join(base, folder) if folder else base, allow_not_found=True, recursive=True
@@ -199,6 +206,21 @@ class Storage:
         except (OSError, pyarrow.ArrowException) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{field}={self.uri}: not writable ({reason}); choose another folder") from None
+
+
+def _local_files(folder: Path, base: str) -> Iterator[str]:
+    """Regular files below `folder`, relative to `base`; linked folders are searched once."""
+    visited = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        for name in names:
+            path = Path(root, name)
+            if path.is_file():
+                yield path.relative_to(base).as_posix()
 
 
 def _amazon() -> fs.FileSystem:

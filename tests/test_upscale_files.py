@@ -178,8 +178,8 @@ def test_an_image_with_non_finite_output_fails_and_the_others_are_written(tmp_pa
 def test_running_again_skips_existing_outputs_and_resumes(tmp_path: Path, weights: Path) -> None:
     for name in "abc":
         write_image(tmp_path / "in" / f"{name}.png", 20, 24)
-    source, output, tasks = plan(str(tmp_path / "in"), str(tmp_path / "out"), "png")
-    upscaler = Upscaler(open_model(str(weights)), source, output, "png", None, 200.0)
+    output, tasks = plan(str(tmp_path / "in"), str(tmp_path / "out"), "png")
+    upscaler = Upscaler(open_model(str(weights)), output, "png", None, 200.0)
     upscale_all(upscaler, tasks[:1])
     before = (tmp_path / "out" / "a.png").stat().st_mtime_ns
     code, result = run(tmp_path, "--model", weights, "--input", tmp_path / "in")

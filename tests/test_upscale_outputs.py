@@ -73,9 +73,9 @@ def write_inputs(folder: Path, *names: str) -> None:
 def test_every_input_has_its_own_output(tmp_path: Path, first: Path, names: list[str]) -> None:
     write_inputs(tmp_path, *names)
     assert len(set(run(tmp_path, first)["written"])) == len(names)
-    _, output, tasks = plan(str(tmp_path / "in"), str(tmp_path / "out"), "png")
+    output, tasks = plan(str(tmp_path / "in"), str(tmp_path / "out"), "png")
     for name in names:
-        (target,) = (task.target for task in tasks if task.name == name)
+        (target,) = (task.target for task in tasks if task.photo.name == name)
         lr = np.asarray(Image.open(tmp_path / "in" / name))
         sr = open_model(str(first)).upscale(lr)
         np.testing.assert_array_equal(np.asarray(Image.open(output.path(target))), sr, err_msg=name)

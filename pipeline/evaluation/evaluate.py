@@ -147,11 +147,11 @@ def _write_results(evaluation: Evaluation, out: Storage) -> None:
     else:
         from pipeline.evaluation.report import render_report
 
-        out.write_bytes("report.html", render_report(evaluation).encode())
+        out.write_bytes("report.html", render_report(evaluation).encode(errors="backslashreplace"))
     buffer = io.BytesIO()
     draw_panels(list(_comparison(evaluation)), zoom=2).save(buffer, format="PNG", optimize=True)
     out.write_bytes("comparison.png", buffer.getvalue())
-    out.write_bytes("metrics.json", json_text(evaluation.as_json()).encode())
+    out.write_bytes("metrics.json", json_text(evaluation.as_json()).encode(errors="backslashreplace"))
 
 
 def _comparison(evaluation: Evaluation) -> Iterator[list[Panel]]:

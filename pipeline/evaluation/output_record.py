@@ -64,7 +64,7 @@ def claim(output: Storage, record: OutputRecord, overwrite: bool = False) -> set
             output.remove(name)
         merged = OutputRecord(record.model, record.settings, {**known, **record.inputs})
         if merged != earlier:
-            text = json.dumps(asdict(merged), indent=1, ensure_ascii=False, sort_keys=True)
+            text = json.dumps(asdict(merged), indent=1, sort_keys=True)
             output.write_bytes(FILE, f"{text}\n".encode())
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(

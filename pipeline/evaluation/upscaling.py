@@ -1,5 +1,6 @@
 """Upscales images of any size: files, folders, object stores. The same call resumes an interrupted one."""
 
+import errno
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ import pyarrow
 
 from pipeline.data.ingest.decoding import PhotoRejected
 from pipeline.data.ingest.image_set import images_in
+from pipeline.data.ingest.sources import PhotoFile
 from pipeline.errors import UserError, require_package
 from pipeline.evaluation.config import UpscaleConfig
 from pipeline.evaluation.image_files import SUFFIXES, encode_output, read_source
@@ -23,9 +25,9 @@ from pipeline.storage import Storage
 
 @dataclass(frozen=True)
 class Task:
-    """An image and its output, both relative to their folders."""
+    """An image and its output's name below the output folder."""
 
-    name: str
+    photo: PhotoFile
     target: str
 
 
@@ -57,7 +59,6 @@ class Upscaler:
     """Upscales one image; Ray's workers receive it as a value."""
 
     model: Model
-    source: Storage
     output: Storage
     form: str
     tile_px: int | None
@@ -81,15 +82,13 @@ class Upscaler:
     def __call__(self, task: Task) -> Outcome:
         """Reads, upscales and writes; the output is written atomically."""
         try:
-            image = read_source(self.source.read_bytes(task.name), self.max_megapixels)
+            image = read_source(task.photo.read(), self.max_megapixels)
             pixels = self.model.upscale(image.rgb, self.tile_px)
             scale = self.model.scale
             alpha = image.alpha if image.alpha is None or scale == 1 else bicubic_upscale(image.alpha, scale)
             content = encode_output(pixels, alpha, image, self.form)
         except (PhotoRejected, FloatingPointError) as error:
             return Outcome(task, error=str(error))
-        except (OSError, pyarrow.ArrowException) as error:
-            return Outcome(task, error=str(error).splitlines()[0])
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
                 raise
@@ -97,7 +96,10 @@ class Upscaler:
         try:
             self.output.write_bytes(task.target, content)
         except (OSError, pyarrow.ArrowException) as error:
-            return Outcome(task, write_error=str(error).splitlines()[0])
+            reason = str(error).splitlines()[0]
+            if getattr(error, "errno", None) == errno.ENAMETOOLONG:
+                return Outcome(task, error=f"the output's name is too long ({task.target})")
+            return Outcome(task, write_error=reason)
         return Outcome(task)
 
 
@@ -107,25 +109,26 @@ def upscale_images(config: UpscaleConfig) -> Upscaled:
     Raises:
         UserError: an unusable model, device, input or output; see also `plan` and `upscale_all`.
     """
-    source, output, tasks = plan(config.input, config.output, config.format)
+    output, tasks = plan(config.input, config.output, config.format)
     output.require_writable("--output")
     device = choose_device(config.device, config.workers)
     model = open_model(config.model, config.tracking_uri, device=device, precision=config.precision)
     for line in notes([model]):
         print(f"note: {line}")
-    upscaler = Upscaler(model, source, output, config.format, config.tile, config.max_megapixels)
+    upscaler = Upscaler(model, output, config.format, config.tile, config.max_megapixels)
     return upscale_all(upscaler, tasks, config.workers, config.overwrite)
 
 
-def plan(source: str, output: str, form: str) -> tuple[Storage, Storage, list[Task]]:
-    """Input folder, output folder and tasks: relative names are kept, and the suffix becomes the format's.
+def plan(source: str, output: str, form: str) -> tuple[Storage, list[Task]]:
+    """Output folder and tasks: relative names are kept, and the suffix becomes the format's.
 
-    Images whose outputs would have the same name keep their own suffix in front of the new one.
+    Images whose outputs would have the same name keep their own suffix in front of the new one. Prints what of the
+    folder is skipped.
 
     Raises:
         UserError: no such folder or file, no images in it, or an output would replace an input.
     """
-    folder, names = images_in(source, "--input")
+    folder, found = images_in(source, "--input")
     target = Storage(output)
     if target.uri == folder.uri:
         raise UserError(
@@ -134,18 +137,25 @@ def plan(source: str, output: str, form: str) -> tuple[Storage, Storage, list[Ta
     # Outputs of an earlier run may be below the input folder.
     prefix = f"{folder.uri}/"
     inside = f"{target.uri}/".removeprefix(prefix) if target.uri.startswith(prefix) else None
-    names = [name for name in names if inside is None or not name.startswith(inside)]
-    if not names:
+
+    def outside(name: str) -> bool:
+        return inside is None or not name.startswith(inside)
+
+    if skipped := found.skipped_note(outside):
+        print(f"note: --input {source}: not read: {skipped}", flush=True)
+    photos = {photo.name: photo for photo in found.photos if outside(photo.name)}
+    if not photos:
         raise UserError(f"--input {source}: no images outside the output folder")
-    tasks = [Task(name, output_name) for name, output_name in _output_names(names, SUFFIXES[form]).items()]
-    inputs = {folder.path(name) for name in names}
+    targets = _output_names(list(photos), SUFFIXES[form])
+    tasks = [Task(photo, targets[name]) for name, photo in photos.items()]
+    inputs = {photo.path for photo in photos.values()}
     for task in tasks:
         if target.path(task.target) in inputs:
             raise UserError(
-                f"--output {output}: the output of {task.name} would replace the input {target.path(task.target)}; "
-                "choose another folder"
+                f"--output {output}: the output of {task.photo.name} would replace the input "
+                f"{target.path(task.target)}; choose another folder"
             )
-    return folder, target, tasks
+    return target, tasks
 
 
 def _output_names(names: Sequence[str], suffix: str) -> dict[str, str]:
@@ -173,7 +183,7 @@ def upscale_all(
         UserError: the folder has outputs of another model, other settings or other inputs, and `overwrite` is off; or
             an output cannot be written (a full disk), which would also stop the others.
     """
-    inputs = {task.target: upscaler.source.path(task.name) for task in tasks}
+    inputs = {task.target: task.photo.path for task in tasks}
     record = OutputRecord(upscaler.model.name, upscaler.settings(), inputs)
     existing = claim(upscaler.output, record, overwrite)
     skipped = set() if overwrite else existing
@@ -183,11 +193,11 @@ def upscale_all(
         task = outcome.task
         if outcome.write_error:
             raise UserError(
-                f"--output {upscaler.output.uri}: the output of {task.name} cannot be written "
+                f"--output {upscaler.output.uri}: the output of {task.photo.name} cannot be written "
                 f"({outcome.write_error}); {len(result.written)} were written; free space and run again to resume"
             )
         if outcome.error:
-            result.failed.append({"path": upscaler.source.path(task.name), "reason": outcome.error})
+            result.failed.append({"path": task.photo.path, "reason": outcome.error})
         else:
             result.written.append(upscaler.output.path(task.target))
     for entries in (result.written, result.skipped):

@@ -31,6 +31,27 @@ EXTENSIONS = frozenset(
         *(".ppm", ".pgm", ".pnm", ".gif", ".jp2", ".j2k", ".avif"),
     )
 )
+# Image formats that are not read, by extension.
+UNSUPPORTED = frozenset(
+    (
+        *(
+            ".heic",
+            ".heif",
+            ".jxl",
+            ".tga",
+            ".psd",
+            ".exr",
+            ".hdr",
+            ".dds",
+            ".ico",
+            ".svg",
+            ".xcf",
+            ".pcx",
+            ".eps",
+        ),
+        *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".raw", ".qoi", ".jxr"),
+    )
+)
 _LOSSY = frozenset(("JPEG", "MPO", "AVIF", "JPEG2000"))
 _LOSSY_IN_TIFF = frozenset(("jpeg", "tiff_jpeg", "webp"))
 _MOST_BYTES_PER_PIXEL = 16
@@ -209,7 +230,19 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
+_OTHER_FORMATS = (
+    (b"8BPS", "Photoshop"), (b"\x76\x2f\x31\x01", "OpenEXR"), (b"\xff\x0a", "JPEG XL"), (b"\0\0\0\x0cJXL ", "JPEG XL"),
+    (b"#?RADIANCE", "Radiance HDR"), (b"DDS ", "DDS"), (b"qoif", "QOI"), (b"\0\0\1\0", "icon"), (b"%PDF", "PDF"),
+)  # fmt: skip
+_HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heif", b"mif1", b"msf1")
+
+
 def _what_else(data: bytes) -> str:
+    known = next((name for magic, name in _OTHER_FORMATS if data.startswith(magic)), "")
+    if data[4:8] == b"ftyp":
+        known = "HEIC" if data[8:12] in _HEIF_BRANDS else "Canon raw" if data[8:11] == b"crx" else known
+    if known:
+        return f"{known} is not supported; convert it to PNG"
     head = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n")
     if head[:1] == b"<":
         return "not an image: HTML or XML text"

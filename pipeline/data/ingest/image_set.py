@@ -16,6 +16,7 @@ from pipeline.data.ingest.layout import (
     lr_next_to_hr,
     split_folders,
 )
+from pipeline.data.ingest.sources import Listing, PhotoFile, list_folder, one_file
 from pipeline.errors import UserError
 from pipeline.imaging import Image, matlab_bicubic_downscale
 from pipeline.imaging.metrics import SSIM_WINDOW_PX
@@ -39,8 +40,8 @@ class Rejected:
     reason: str
 
 
-def images_in(uri: str, flag: str) -> tuple[Storage, list[str]]:
-    """The folder and the relative names of the images below it, sorted; for a file, its folder and its name.
+def images_in(uri: str, flag: str) -> tuple[Storage, Listing]:
+    """The folder and the images below it; for a file, its folder and the file.
 
     Args:
         uri: a folder, a file, or a prefix in an object store.
@@ -50,19 +51,15 @@ def images_in(uri: str, flag: str) -> tuple[Storage, list[str]]:
         UserError: the folder or file does not exist, or has no images.
     """
     if not is_remote(uri) and Path(uri).expanduser().is_file():
-        file = Path(uri).expanduser().resolve()
-        return Storage(str(file.parent)), [file.name]
+        file = one_file(Path(uri).expanduser().absolute())
+        return Storage(file.container), Listing([file], {})
     storage = Storage(uri)
-    if storage.remote and _is_image(PurePosixPath(storage.uri)) and storage.exists():
+    if storage.remote and PurePosixPath(storage.uri).suffix.lower() in EXTENSIONS and storage.exists():
         folder, _, name = storage.uri.rpartition("/")
-        return Storage(folder), [name]
+        return Storage(folder), Listing([PhotoFile(name, "s3", folder, -1)], {})
     if not storage.exists():
         raise UserError(f"{_named(flag, uri)}: no such folder or file")
-    names = [name for name in storage.files() if _is_image(PurePosixPath(name))]
-    if not names:
-        known = ", ".join(sorted(suffix.lstrip(".") for suffix in EXTENSIONS))
-        raise UserError(f"{_named(flag, uri)}: no images (suffixes: {known})")
-    return storage, names
+    return storage, list_folder(storage, _named(flag, uri))
 
 
 def find_pairs(
@@ -82,14 +79,22 @@ def find_pairs(
     Raises:
         UserError: a folder is missing or empty, no HR file has an LR file, or the LR files are ambiguous.
     """
+    unreadable: list[Rejected] = []
+    pairs, rejected = _found(hr, lr, scale, flags, unreadable)
+    return pairs, unreadable + rejected
+
+
+def _found(
+    hr: str, lr: str | None, scale: int, flags: tuple[str, str], unreadable: list[Rejected]
+) -> tuple[list[Pair], list[Rejected]]:
     hr_flag, lr_flag = flags
-    storage, names = images_in(hr, hr_flag)
+    storage, names = _names_in(hr, hr_flag, unreadable)
     folders = split_folders(names, scale)
     if folders is not None:
         names = folders.hr
     hr_paths = _below(storage, names, hr_folders(names) if folders is not None else [])
     if lr is not None:
-        lr_storage, lr_names = images_in(lr, lr_flag)
+        lr_storage, lr_names = _names_in(lr, lr_flag, unreadable)
         lr_paths = _below(lr_storage, lr_files(lr_names, scale), [])
         if len(hr_paths) == len(lr_paths) == 1:
             (name, path), (lr_path,) = *hr_paths.items(), lr_paths.values()
@@ -182,8 +187,13 @@ def _named(flag: str, uri: str) -> str:
     return f"{flag}{'' if flag.endswith('=') else ' '}{uri}"
 
 
-def _is_image(path: PurePosixPath) -> bool:
-    return path.suffix.lower() in EXTENSIONS and not any(part.startswith(".") for part in path.parts[-8:])
+def _names_in(uri: str, flag: str, unreadable: list[Rejected]) -> tuple[Storage, list[str]]:
+    """Folder and names of the images that can be read; prints what was skipped, and collects `unreadable`."""
+    storage, found = images_in(uri, flag)
+    if skipped := found.skipped_note():
+        print(f"note: {_named(flag, uri)}: not read: {skipped}", flush=True)
+    unreadable += [Rejected(photo.path, photo.unreadable) for photo in found.photos if photo.unreadable]
+    return storage, [photo.name for photo in found.photos if not photo.unreadable]
 
 
 def _lr_folders(folders: Folders, hr: str, flags: tuple[str, str]) -> list[str]:

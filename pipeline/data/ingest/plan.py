@@ -20,7 +20,7 @@ from pipeline.data.ingest.layout import (
 )
 from pipeline.data.ingest.pairs import pair_by_name
 from pipeline.data.ingest.sample_images import write_sample_photos
-from pipeline.data.ingest.sources import PhotoFile, find_license, list_photos
+from pipeline.data.ingest.sources import PhotoFile, find_license, list_photos, list_source
 from pipeline.errors import UserError
 from pipeline.storage import Storage, absolute, is_remote, join
 
@@ -80,7 +80,8 @@ def _hr_files(
     source: str, field: str, low: list[PhotoFile], config: DataConfig
 ) -> tuple[list[PhotoFile], list[str]]:
     """The images of a source without LR files, and notes on what was skipped. Raises UserError."""
-    files = {photo.name: photo for photo in list_photos(source, field)}
+    source_listing = list_source(source, field)
+    files = {photo.name: photo for photo in source_listing.photos}
     chosen, notes = list(files), []
     folders = split_folders(files, config.scale)
     if folders is not None:
@@ -104,6 +105,8 @@ def _hr_files(
             where = ", ".join(hr_folders(used or folders.hr))
             more = f" and {len(folders.rest)} files in other folders" if folders.rest else ""
             notes = [f"{field}={source}: HR images from {where}{more}; {'; '.join(notes)}"]
+    if skipped := source_listing.skipped_note():
+        notes.append(f"{field}={source}: not read: {skipped}")
     adjacent_lr = lr_next_to_hr(chosen)
     low_paths = {file.path for file in low}
     unmarked = [

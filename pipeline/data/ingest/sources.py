@@ -1,4 +1,7 @@
-"""Lists image files in a folder, a glob, a .zip archive or an s3:// prefix, in an order that depends on names alone."""
+"""Lists image files in a folder, a glob, a .zip archive or an s3:// prefix, in an order that depends on names alone.
+
+All commands list folders by this module: they read the same files, and count the same ones as skipped.
+"""
 
 import glob
 import lzma
@@ -6,7 +9,8 @@ import os
 import stat
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +19,7 @@ from typing import Literal
 
 import pyarrow
 
-from pipeline.data.ingest.decoding import EXTENSIONS, PhotoRejected, looks_like_photo
+from pipeline.data.ingest.decoding import EXTENSIONS, UNSUPPORTED, PhotoRejected, looks_like_photo
 from pipeline.errors import UserError
 from pipeline.storage import Storage, is_remote
 
@@ -74,19 +78,49 @@ class PhotoFile:
             raise PhotoRejected(f"cannot be read: {reason}") from None
 
 
+@dataclass(frozen=True)
+class Listing:
+    """The files of a source."""
+
+    photos: list[PhotoFile]
+    """Those that may be images, sorted by name; `unreadable` ones among them."""
+    skipped: dict[str, list[str]]
+    """The other files' names, by reason."""
+
+    def skipped_note(self, counts: Callable[[str], bool] = lambda name: True) -> str:
+        """What was skipped and why, such as `2 .heic (not supported), 1 other file`; empty for nothing.
+
+        Args:
+            counts: whether a name counts.
+        """
+        parts = []
+        for reason, names in sorted(self.skipped.items()):
+            if number := sum(map(counts, names)):
+                parts.append(f"{number} {reason}" + ("s" if reason == _OTHER and number > 1 else ""))
+        return ", ".join(parts)
+
+
+_OTHER = "other file"
+
+
 @lru_cache(maxsize=4)
 def _archive(path: str) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
 def list_photos(source: str, field: str = "data.source") -> list[PhotoFile]:
-    """Every file of `source` that may be an image, sorted by name. Hidden files are skipped.
+    """Every file of `source` that may be an image, sorted by name; see `list_source`."""
+    return list_source(source, field).photos
+
+
+def list_source(source: str, field: str = "data.source") -> Listing:
+    """The files of a folder, glob, .zip archive or remote prefix; hidden folders are not searched.
 
     Raises:
         UserError: no such source, or no images in it; names `field`.
     """
     if is_remote(source):
-        files = list(_in_s3(source, field))
+        files = list(_in_s3(source, f"{field}={source}"))
     elif Path(source).is_dir():
         files = list(_in_folder(Path(source).absolute()))
     elif Path(source).is_file():
@@ -97,10 +131,46 @@ def list_photos(source: str, field: str = "data.source") -> list[PhotoFile]:
         files = list(_in_glob(source))
     else:
         raise UserError(f"{field}={source}: no such folder, archive or pattern")
-    files.sort(key=lambda photo: photo.name)
-    if not any(photo.known_extension or _sniffed(photo) for photo in files):
-        raise UserError(f"{field}={source}: no images (of {len(files)} files)")
-    return [photo for photo in files if photo.known_extension or _sniffed(photo)]
+    return listing(files, f"{field}={source}")
+
+
+def list_folder(storage: Storage, where: str) -> Listing:
+    """The files of a local folder or a remote prefix. Raises UserError, with `where`: no images, or not listed."""
+    if storage.remote:
+        return listing(_in_s3(storage.uri, where), where)
+    return listing(_in_folder(Path(storage.uri)), where)
+
+
+def listing(files: Iterable[PhotoFile], where: str) -> Listing:
+    """Sorts out the files that may be images. Raises UserError, with `where`, if there are none."""
+    photos, skipped, count = [], defaultdict(list), 0
+    for photo in sorted(files, key=lambda photo: photo.name):
+        if reason := _skip_reason(photo):
+            skipped[reason].append(photo.name)
+        elif reason is None:
+            photos.append(photo)
+        count += reason != ""
+    result = Listing(photos, dict(skipped))
+    if not photos:
+        raise UserError(f"{where}: no images (of {count} files{': ' * bool(skipped)}{result.skipped_note()})")
+    return result
+
+
+def one_file(path: Path) -> PhotoFile:
+    """A single local file."""
+    return _local(path.parent, path)
+
+
+def _skip_reason(photo: PhotoFile) -> str | None:
+    """Why a file is not an image; None if it may be one, empty if it does not count (hidden, and by name no image)."""
+    suffix = PurePosixPath(photo.name).suffix.lower()
+    if PurePosixPath(photo.name).name.startswith("."):
+        return "hidden" if photo.known_extension else ""
+    if suffix in UNSUPPORTED:  # before their content: a raw file is a TIFF, with a small preview
+        return f"{suffix} (not supported)"
+    if photo.known_extension or _sniffed(photo):
+        return None
+    return photo.unreadable or _OTHER
 
 
 def find_license(source: str) -> str | None:
@@ -146,8 +216,7 @@ def _in_folder(root: Path) -> Iterator[PhotoFile]:
         visited.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
         for name in files:
-            if not name.startswith("."):
-                yield _local(root, Path(folder) / name)
+            yield _local(root, Path(folder) / name)
     for failure in failures:
         name = os.path.relpath(str(failure.filename), root)
         yield PhotoFile(f"{name}/", "file", str(root), -1, 0, f"folder cannot be listed: {failure.strerror}")
@@ -196,7 +265,7 @@ def _in_zip(path: Path) -> Iterator[PhotoFile]:
             yield PhotoFile(member.filename, "zip", str(path), member.file_size, 0)
 
 
-def _in_s3(prefix: str, field: str) -> Iterator[PhotoFile]:
+def _in_s3(prefix: str, where: str) -> Iterator[PhotoFile]:
     from pyarrow import fs
 
     storage = Storage(prefix)
@@ -204,8 +273,10 @@ def _in_s3(prefix: str, field: str) -> Iterator[PhotoFile]:
     try:
         infos = filesystem.get_file_info(fs.FileSelector(base, allow_not_found=True, recursive=True))
     except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{field}={prefix}: cannot be listed ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{where}: cannot be listed ({str(error).splitlines()[0]})") from None
     for info in infos:
         name = info.path.removeprefix(base).lstrip("/")
-        if info.type == fs.FileType.File and not PurePosixPath(name).name.startswith("."):
+        if info.type == fs.FileType.File and not any(
+            part.startswith(".") for part in PurePosixPath(name).parts[:-1]
+        ):
             yield PhotoFile(name, "s3", storage.uri, info.size, info.mtime_ns or 0)
