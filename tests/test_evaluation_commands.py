@@ -35,7 +35,7 @@ def test_missing_and_empty_folders(image_set: Path) -> None:
     [
         ("missing.pth", None, "no such file"),
         ("page.pth", b"<!doctype html><html></html>", "not readable as weights"),
-        ("notes.txt", b"x", "weights are .safetensors or .pth"),
+        ("notes.txt", b"x", "weights are .safetensors, .pth.tar, .pth"),
         ("nowhere", None, "no such file or folder"),
     ],
 )

@@ -200,7 +200,7 @@ class _Evil:
     ("content", "message"),
     [
         (b"", "not readable as weights"),
-        (b"<!DOCTYPE html><html>404</html>", "neither a safetensors header nor PyTorch's"),
+        (b"<!DOCTYPE html><html>404</html>", "HTML"),
         (b"{" * 100, "neither a safetensors header nor PyTorch's"),
         (encode_generator(network())[:100], "not readable as weights"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "not readable as weights"),

@@ -8,8 +8,8 @@ from pipeline.evaluation.crops import Box
 from pipeline.section import Section
 
 MODEL_HELP = (
-    "models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint's or a run's folder, a .safetensors or .pth file, "
-    "or bicubic; LABEL=M sets the name in tables and reports."
+    "models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint's or a run's folder, a weight file (.safetensors, "
+    ".pth, .pt, .ckpt), or bicubic; LABEL=M sets the name in tables and reports."
 )
 
 

@@ -18,7 +18,7 @@ from pipeline.training import checkpoint
 
 BICUBIC = "bicubic"
 WEIGHTS = "generator.safetensors"
-SUFFIXES = (".safetensors", ".pth")
+SUFFIXES = (".safetensors", ".pth.tar", ".pth", ".pt", ".ckpt")
 # Low-resolution pixels up to which an image is upscaled without tiles (about 2.2 GB for the paper's network).
 WHOLE_UP_TO_PX = 512 * 512
 AUTO_TILE_PX = 256
@@ -198,7 +198,8 @@ def _weights(source: str) -> bytes:
         except (OSError, pyarrow.ArrowException):
             raise UserError(f"--model {source}: no such file, or it cannot be read") from None
     if not is_remote(source) and "://" not in source and Path(source).expanduser().is_file():
-        raise UserError(f"--model {source}: weights are .safetensors or .pth files")
+        hint = " (an .onnx file's source is one)" if source.lower().endswith(".onnx") else ""
+        raise UserError(f"--model {source}: weights are {', '.join(SUFFIXES)} files{hint}")
     storage = Storage(source)
     if storage.exists(WEIGHTS):
         return _from_checkpoint(storage)
@@ -214,7 +215,7 @@ def _weights(source: str) -> bytes:
         )
     raise UserError(
         f"--model {source}: no such file or folder; give models:/NAME@ALIAS, a checkpoint's or run's folder, "
-        "a .safetensors or .pth file, or bicubic"
+        "a weight file (.safetensors, .pth, .pt, .ckpt), or bicubic"
     )
 
 

@@ -17,6 +17,15 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.model.rrdbnet import UNSHUFFLE, RRDBNet
+from pipeline.model.weight_forms import (
+    archive_fault,
+    content_fault,
+    generator_names,
+    no_state_dict,
+    numpy_globals,
+    other_network,
+    unwrapped,
+)
 
 SIZES = ("num_feat", "num_block", "num_grow_ch", "residual_scale", "scale")
 DEFAULT_RESIDUAL_SCALE = 0.2
@@ -80,8 +89,8 @@ def sizes_as_text(generator: RRDBNet) -> dict[str, str]:
 def load_generator(path: str | os.PathLike[str]) -> tuple[RRDBNet, dict[str, str]]:
     """A generator in float32 on the CPU; the sizes are read from the file.
 
-    Reads .safetensors and .pth (unpickling tensors only). The state dict may be the file itself or its entry
-    "params_ema", "params" or "state_dict", with BasicSR's names or those of the two older ESRGAN repositories.
+    Reads .safetensors and .pth (unpickling tensors and numpy numbers only). The state dict may be the file itself or
+    one of the entries in `weight_forms.WRAPPERS`, with BasicSR's names or those of the two older ESRGAN repositories.
 
     Returns:
         The network, and information on it: the header's entries, the sizes, and `residual_scale_source`, which is
@@ -96,7 +105,9 @@ def load_generator(path: str | os.PathLike[str]) -> tuple[RRDBNet, dict[str, str
 def decode_generator(source: bytes | Path, name: str) -> tuple[RRDBNet, dict[str, str]]:
     """`load_generator` for a file's path or content; `name` is its name in error messages."""
     tensors, metadata = read_tensors(source, name)
-    state = {modern_name(key): tensor for key, tensor in tensors.items()}
+    state = generator_names(tensors)
+    if other := other_network(state):
+        raise UserError(f"{name}: {other}")
     sizes = _sizes(state, metadata, name)
     # On the meta device no weights are allocated or initialized, and no random number is drawn.
     with torch.device("meta"):
@@ -140,13 +151,10 @@ def read_tensors(source: bytes | Path, name: str) -> tuple[dict[str, Tensor], di
         except MemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - a corrupt file can make torch's reader raise anything
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            if isinstance(error, pickle.UnpicklingError):
-                reason = "it is corrupt, or holds other objects than tensors, which are never unpickled"
-            raise UserError(
-                f"{name}: not readable as weights ({reason[:120]}); give a .safetensors or .pth file"
-            ) from None
-    tensors = _unwrapped(loaded, name)
+            raise UserError(f"{name}: not readable as weights: {_reading_fault(file, error)}") from None
+    tensors = unwrapped(loaded)
+    if not tensors:
+        raise UserError(f"{name}: {no_state_dict(loaded)}")
     _require_finite(tensors, name)
     return tensors, metadata
 
@@ -162,59 +170,36 @@ def _parsed(file: BinaryIO) -> tuple[object, dict[str, str]]:
         content = file.read()
         header = json.loads(content[8 : 8 + header_length])
         return safetensors.torch.load(content), header.get("__metadata__", {})
-    if start.startswith(b"version "):
-        raise ValueError("a git-LFS pointer instead of the file; run: git lfs pull")
     if start.startswith((_ZIP_START, _PICKLE_START)):
-        return torch.load(file, map_location="cpu", weights_only=True), {}
+        with torch.serialization.safe_globals(numpy_globals()):
+            return torch.load(file, map_location="cpu", weights_only=True), {}
     raise ValueError("neither a safetensors header nor PyTorch's zip archive or pickle")
 
 
-def modern_name(name: str) -> str:
-    """`RRDBNet`'s name of a parameter from any ESRGAN repository's name; unknown names are returned unchanged."""
-    name = name.removeprefix("module.")
-    for pattern, replacement in _OLDER_NAMES:
-        name, replaced = pattern.subn(replacement, name)
-        if replaced:
-            break
-    return name
-
-
-_OLDER_NAMES = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in [
-        # The first repository: numbered layers of a Sequential.
-        (r"^model\.0\.(\w+)$", r"conv_first.\1"),
-        (r"^model\.1\.sub\.(\d+)\.RDB(\d)\.conv(\d)\.0\.(\w+)$", r"body.\1.rdb\2.conv\3.\4"),
-        (r"^model\.1\.sub\.\d+\.(weight|bias)$", r"conv_body.\1"),
-        (r"^model\.3\.(\w+)$", r"conv_up1.\1"),
-        (r"^model\.6\.(\w+)$", r"conv_up2.\1"),
-        (r"^model\.8\.(\w+)$", r"conv_hr.\1"),
-        (r"^model\.10\.(\w+)$", r"conv_last.\1"),
-        # The same repository, later.
-        (r"^RRDB_trunk\.(\d+)\.RDB(\d)\.(conv\d\.\w+)$", r"body.\1.rdb\2.\3"),
-        (r"^trunk_conv\.", "conv_body."),
-        (r"^upconv(\d)\.", r"conv_up\1."),
-        (r"^HRconv\.", "conv_hr."),
-    ]
-]
+def _reading_fault(file: BinaryIO, error: Exception) -> str:
+    """Why a file cannot be read, and what to do."""
+    file.seek(0)
+    fault = content_fault(file)
+    is_zip = not fault and file.read(4) == _ZIP_START
+    if isinstance(error, pickle.UnpicklingError):
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        held = (
+            f"it holds objects other than tensors ({found[1]})"
+            if found
+            else "it is corrupt, or holds other objects"
+        )
+        return f"{held}, which are never unpickled; save the state dict alone: torch.save(model.state_dict(), FILE)"
+    reason = fault or (archive_fault(file) if is_zip else "")
+    if reason:
+        return reason
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"{first_line[:120]}; give a .safetensors or .pth file"
 
 
 def _plain_state(generator: RRDBNet) -> dict[str, Tensor]:
     return {
         name: tensor.detach().cpu().float().contiguous() for name, tensor in generator.state_dict().items()
     }
-
-
-def _unwrapped(loaded: object, name: str) -> dict[str, Tensor]:
-    """The state dict of a .pth file: its EMA weights if it has them, else its weights, or the file itself."""
-    if isinstance(loaded, dict):
-        for key in ("params_ema", "params", "state_dict"):
-            if isinstance(loaded.get(key), dict):
-                loaded = loaded[key]
-                break
-    if isinstance(loaded, dict) and loaded and all(isinstance(value, Tensor) for value in loaded.values()):
-        return {str(key): value for key, value in loaded.items()}
-    raise UserError(f"{name}: contains no state dict (a mapping from names to tensors)")
 
 
 def _require_finite(tensors: Mapping[str, Tensor], name: str) -> None:
