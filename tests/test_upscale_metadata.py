@@ -54,15 +54,24 @@ def test_hidden_black_does_not_bleed_into_a_bright_disc() -> None:
     assert (visible[:, :3] == (250, 240, 200)).all()
 
 
-def test_hidden_pixels_take_the_nearest_visible_color_and_visible_ones_are_unchanged() -> None:
-    rgb = synthetic_image(8, 8)
-    alpha = np.full((8, 8, 1), 255, np.uint8)
-    alpha[:, 3:] = 0
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_hidden_pixels_take_the_colors_of_visible_ones_nearby(dtype: type) -> None:
+    rgb = np.zeros((9, 11, 3), dtype)
+    rgb[:, :3], rgb[:, 8:] = np.iinfo(dtype).max, 100
+    alpha = np.full((9, 11, 1), 255, dtype)
+    alpha[:, 3:8] = 0
     alpha[0, 0] = 1
     filled = fill_hidden(rgb, alpha)
-    np.testing.assert_array_equal(filled[:, :3], rgb[:, :3])
-    np.testing.assert_array_equal(filled[:, 3:], np.repeat(rgb[:, 2:3], 5, axis=1))
+    np.testing.assert_array_equal(filled[:, [0, 1, 2, 8, 9, 10]], rgb[:, [0, 1, 2, 8, 9, 10]])
+    assert (filled[:, 3:5] == np.iinfo(dtype).max).all()
+    assert (filled[:, 6:8] == 100).all()
     np.testing.assert_array_equal(fill_hidden(rgb, np.zeros_like(alpha)), rgb)
+
+
+def test_pixels_without_a_visible_one_in_their_row_or_column_are_filled() -> None:
+    alpha = np.zeros((7, 9, 1), np.uint8)
+    alpha[2, 3] = 255
+    assert (fill_hidden(np.where(alpha, 200, 0).astype(np.uint8).repeat(3, axis=2), alpha) == 200).all()
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "LA", "RGBA"])

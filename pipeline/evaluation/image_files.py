@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image as PillowImage
 from PIL import ImageOps, PngImagePlugin
-from scipy.ndimage import distance_transform_edt
 
 from pipeline.data.ingest.decoding import PhotoRejected, open_image, read_16_bits, read_photo
 from pipeline.imaging import DeepImage, png
@@ -35,7 +35,7 @@ class SourceImage:
     """A decoded image, upright."""
 
     rgb: DeepImage
-    """uint8, or uint16 of a 16-bit PNG, (H, W, 3); hidden pixels have the color of the nearest visible one."""
+    """uint8, or uint16 of a 16-bit PNG, (H, W, 3); hidden pixels have colors of visible ones nearby."""
     alpha: DeepImage | None
     """(H, W, 1) of the same dtype, if it has transparency."""
     gray: bool
@@ -95,7 +95,7 @@ def _pixels(data: bytes, max_megapixels: float) -> tuple[DeepImage, DeepImage | 
 
 
 def fill_hidden(rgb: DeepImage, alpha: DeepImage) -> DeepImage:
-    """Gives pixels of alpha 0 the color of the nearest visible pixel.
+    """Gives pixels of alpha 0 the color of the nearest visible pixel in their row or column.
 
     Their stored color, often black, would bleed into the visible edge: the network sees no alpha.
 
@@ -103,11 +103,31 @@ def fill_hidden(rgb: DeepImage, alpha: DeepImage) -> DeepImage:
         rgb: (H, W, 3).
         alpha: (H, W, 1).
     """
-    hidden = alpha[..., 0] == 0
-    if not hidden.any() or hidden.all():
+    visible = alpha[..., 0] > 0
+    if not visible.any():
         return rgb
-    rows, columns = distance_transform_edt(hidden, return_distances=False, return_indices=True)
-    return np.ascontiguousarray(rgb[rows, columns])
+    # Pixels whose row and column are hidden throughout are filled by the second pass, from the first one's.
+    while not visible.all():
+        (rows, row_distance), (columns, column_distance) = (_nearest(visible, axis) for axis in (0, 1))
+        distance = np.minimum(row_distance, column_distance)
+        vertical = (row_distance <= column_distance)[..., None]
+        from_row, from_column = (
+            np.take_along_axis(rgb, index.clip(0, rgb.shape[axis] - 1)[..., None], axis)
+            for axis, index in enumerate((rows, columns))
+        )
+        rgb = np.where(vertical, from_row, from_column)
+        visible = distance < max(visible.shape)
+    return rgb
+
+
+def _nearest(visible: NDArray[np.bool_], axis: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Index along `axis` of the nearest visible pixel, and its distance; at least max(H, W) where there is none."""
+    far = 2 * max(visible.shape)
+    index = np.expand_dims(np.arange(visible.shape[axis], dtype=np.int32), 1 - axis)
+    before = np.maximum.accumulate(np.where(visible, index, -far), axis)
+    after = np.flip(np.minimum.accumulate(np.flip(np.where(visible, index, 2 * far), axis), axis), axis)
+    nearest = np.where(index - before <= after - index, before, after)
+    return nearest, np.abs(index - nearest)
 
 
 def encode_output(pixels: DeepImage, alpha: DeepImage | None, source: SourceImage, form: str) -> bytes:
