@@ -30,6 +30,7 @@ from torch.nn import functional
 from pipeline.model import VGGFeatures
 from pipeline.model.config import ModelConfig
 from pipeline.training.config import TrainConfig
+from pipeline.training.distributed import unwrap
 from pipeline.training.state import TrainState, begin_gan, new_state
 from pipeline.training.step import Batch, GanWeights, StepSettings, gan_step, psnr_step
 
@@ -135,8 +136,8 @@ class BasicSR:
         if state.discriminator is not None:
             fresh = new_state(config, "gan", device).discriminator
             assert fresh is not None
-            discriminator = fresh.to(dtype=dtype, memory_format=torch.contiguous_format)
-            discriminator.load_state_dict(state.discriminator.state_dict())
+            discriminator = unwrap(fresh).to(dtype=dtype, memory_format=torch.contiguous_format)
+            discriminator.load_state_dict(unwrap(state.discriminator).state_dict())
         gan = config.gan
         return cls(
             generator,

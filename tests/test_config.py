@@ -18,6 +18,7 @@ from pipeline.errors import UserError
 from pipeline.model import UNetDiscriminator, VGGStyleDiscriminator
 from pipeline.section import flat_fields, with_fields
 from pipeline.training.config import TrainConfig
+from pipeline.training.distributed import unwrap
 from pipeline.training.state import new_state
 
 ROOT = Path(__file__).parent.parent
@@ -303,7 +304,7 @@ def test_stage_2_accepts_the_sizes_that_the_configuration_accepts(
     else:
         network = new_state(config, "gan", torch.device("cpu")).discriminator
         assert network is not None
-        assert network(images).isfinite().all()
+        assert unwrap(network)(images).isfinite().all()
 
 
 def test_changed_fields_are_validated_again() -> None:

@@ -1,5 +1,6 @@
 """The two discriminators: ESRGAN's VGG-style classifier and Real-ESRGAN's U-Net."""
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -48,6 +49,12 @@ class VGGStyleDiscriminator(nn.Module):
         self.linear1 = nn.Linear(channels * (input_px // self.multiple_of) ** 2, 100)
         self.linear2 = nn.Linear(100, 1)
 
+    def layers(self) -> Iterator[tuple[nn.Conv2d, nn.BatchNorm2d | None]]:
+        """Convolutions and their batch norm, in order; a leaky ReLU follows each."""
+        for level in range(len(_widths(self.num_feat))):
+            for part in (0, 1):
+                yield getattr(self, f"conv{level}_{part}"), getattr(self, f"bn{level}_{part}", None)
+
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, input_px, input_px) RGB in [0, 1] to logits (N, 1) in the weights' dtype, also under autocast.
 
@@ -59,12 +66,9 @@ class VGGStyleDiscriminator(nn.Module):
             raise ValueError(
                 f"{height} x {width} pixels: this discriminator was built for input_px={self.input_px}"
             )
-        for level in range(len(_widths(self.num_feat))):
-            for part in (0, 1):
-                x = self.get_submodule(f"conv{level}_{part}")(x)
-                if (level, part) != (0, 0):
-                    x = self.get_submodule(f"bn{level}_{part}")(x)
-                x = functional.leaky_relu(x, NEGATIVE_SLOPE, inplace=True)
+        for conv, norm in self.layers():
+            x = conv(x) if norm is None else norm(conv(x))
+            x = functional.leaky_relu(x, NEGATIVE_SLOPE, inplace=True)
         # In bfloat16, logits near 8 are multiples of 1/32.
         with without_autocast(x.device):
             x = x.flatten(1).to(self.linear1.weight.dtype)

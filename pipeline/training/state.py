@@ -14,7 +14,8 @@ from pipeline.model import RRDBNet, UNetDiscriminator, VGGStyleDiscriminator
 from pipeline.model.seeding import seeded
 from pipeline.model.trunk import use_kernels
 from pipeline.training.config import AdamConfig, TrainConfig
-from pipeline.training.distributed import distribute, unwrap, with_global_batch_norm
+from pipeline.training.discriminate import PairedDiscriminator
+from pipeline.training.distributed import distribute, unwrap
 
 Stage = Literal["psnr", "gan"]
 
@@ -41,8 +42,9 @@ class Validation:
 class TrainState:
     """Networks, EMA weights, optimizers and counters of a run.
 
-    `generator` and `discriminator` are what the step calls: wrapped in DistributedDataParallel if there are several
-    workers. Samples, crops and learning rates are functions of `step` and need no state.
+    `generator` and `discriminator` are what the step calls: the discriminator in PairedDiscriminator, and both wrapped
+    in DistributedDataParallel if there are several workers. Samples, crops and learning rates are functions of `step`
+    and need no state.
     """
 
     stage: Stage
@@ -194,9 +196,9 @@ def _add_discriminator(state: TrainState, config: TrainConfig, device: torch.dev
         return VGGStyleDiscriminator(input_px=config.crop_px, num_feat=feat)
 
     # Different seed from the generator's, so that the initial weights are uncorrelated.
-    network = with_global_batch_norm(_placed(seeded(config.seed + 1, build), config, device))
+    network = _placed(seeded(config.seed + 1, build), config, device)
     example = torch.zeros(1, 3, config.crop_px, config.crop_px, device=device)
-    state.discriminator = distribute(network, example)
+    state.discriminator = distribute(PairedDiscriminator(network), example, example)
     state.discriminator_optimizer = _adam(network, config.adam)
 
 

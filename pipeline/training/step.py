@@ -97,8 +97,8 @@ def gan_step(
     """One update of the generator and one of the discriminator (stage 2).
 
     As in BasicSR's ESRGAN model, both losses are taken on the same output of the generator, at the discriminator's
-    weights before the step. The graph is cut at that output, so that one forward pass of the discriminator on real and
-    one on fake images serve both losses, and each network's backward pass runs once.
+    weights before the step. One pass of the discriminator on real and fake images serves both losses, and each
+    network's backward pass runs once.
 
     A step with a non-finite gradient in either network changes nothing but the count of skipped steps.
 
@@ -123,9 +123,9 @@ def gan_step(
 
     with settings.autocast(batch.lr.device):
         sr = state.generator(batch.lr)
-    cut = sr.detach().requires_grad_()
 
-    # Gradient of the pixel and perceptual losses at the cut; this frees VGG's graph.
+    # Gradient of the losses on pixels and features at the generator's output; this frees VGG's graph.
+    cut = sr.detach().requires_grad_()
     content, losses = _image_losses(cut, batch.hr, mean, weights.pixel, settings)
     perceptual = content.new_zeros(())
     if weights.perceptual:
@@ -138,21 +138,22 @@ def gan_step(
         content = content + weights.perceptual * perceptual
     (gradient,) = torch.autograd.grad(content, cut)
 
-    # Real and fake stay two batches: batch norm normalizes each by its own statistics.
+    # The fake logits are returned twice: the generator's loss must not reach the discriminator's parameters, nor the
+    # discriminator's loss the generator.
     with settings.autocast(batch.lr.device):
-        real_logits = discriminator(batch.hr)
-        fake_logits = discriminator(cut)
+        real, fake, fake_for_generator = discriminator(batch.hr, sr)
     if settings.gan_loss == "relativistic":
-        mean_real, mean_fake = global_means(real_logits, fake_logits)
-        generator_loss, discriminator_loss = relativistic_losses(
-            real_logits, fake_logits, mean, (mean_real, mean_fake)
+        mean_real, mean_fake, mean_for_generator = global_means(real, fake, fake_for_generator)
+        _, discriminator_loss = relativistic_losses(real, fake, mean, (mean_real, mean_fake))
+        generator_loss, _ = relativistic_losses(
+            real, fake_for_generator, mean, (mean_real, mean_for_generator)
         )
     else:
-        mean_real = mean_fake = real_logits.new_zeros(())
-        generator_loss, discriminator_loss = vanilla_losses(real_logits, fake_logits, mean)
-    (adversarial_gradient,) = torch.autograd.grad(generator_loss, cut, retain_graph=True)
-    discriminator_loss.backward(inputs=list(discriminator.parameters()))
-    sr.backward(gradient.add_(adversarial_gradient, alpha=weights.adversarial))
+        mean_real = mean_fake = real.new_zeros(())
+        _, discriminator_loss = vanilla_losses(real, fake, mean)
+        generator_loss, _ = vanilla_losses(real, fake_for_generator, mean)
+    total = discriminator_loss + weights.adversarial * generator_loss
+    torch.autograd.backward([total, sr], [None, gradient])
 
     generator_norm, generator_finite = _gradient_norm(state.generator, settings.clip_norm)
     discriminator_norm, discriminator_finite = _gradient_norm(discriminator, settings.clip_norm)
@@ -164,7 +165,6 @@ def gan_step(
     _update_ema(state.ema, state.generator, settings.ema_decay, finite)
 
     with torch.no_grad():
-        real, fake = real_logits.detach(), fake_logits.detach()
         return losses | {
             "loss_perceptual": perceptual.detach(),
             "loss_adversarial": generator_loss.detach(),
