@@ -2,9 +2,9 @@
 
     python models/photos.py photos              writes photos/train/*.jpg and photos/held_out/*.jpg
 
-On Debian (12 or newer); downloads about 160 MB with `apt-get download`, for which no root is needed. photos.tsv next to
-this file names each photo's package, license and author. Photos are reduced to 1600 pixels, because most are not sharp at
-full size, and written as JPEG with quality 95 and 4:4:4.
+On Debian 12 or newer. Downloads about 160 MB with `apt-get download`, which needs no root. photos.tsv next to
+this file names each photo's package, license and author. Photos are reduced to 1600 pixels, because most are not sharp
+at full size, and written as JPEG with quality 95 and 4:4:4.
 """
 
 import csv

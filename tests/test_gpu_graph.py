@@ -72,7 +72,8 @@ class Run:
         if stage == "gan":
             self.state.step = config.psnr.steps
             begin_gan(self.state, config, device)
-        self.stepper = Stepper(config, Worker(device=device), Features().to(device))
+        self.features = Features().to(device)
+        self.stepper = Stepper(config, Worker(device=device), self.features)
 
     def take(self, steps: int) -> list[dict[str, float]]:
         """The scalars of the next steps."""
@@ -101,25 +102,23 @@ def test_graph_and_eager_steps_agree(stage: str, discriminator: str, precision: 
             )
 
 
-@pytest.mark.parametrize(("stage", "discriminator", "precision"), CASES)
+@pytest.mark.parametrize(("stage", "discriminator", "precision"), CASES[1:])
 def test_a_nan_inside_a_graph_changes_nothing(stage: str, discriminator: str, precision: str) -> None:
     run = Run(stage, discriminator, precision, "auto")
     run.take(WARMUP_STEPS + 2)
     before = everything(run.state)
-    bias = run.state.generator.get_parameter("conv_first.bias")
-    kept = bias.detach().clone()
-    with torch.no_grad():
-        bias[0] = float("nan")
+    weight = run.features.get_buffer("first")
+    kept = weight.clone()
+    weight[0] = float("nan")
     run.take(1)
-    with torch.no_grad():
-        bias.copy_(kept)
     assert different(before, everything(run.state)) == ["skipped"]
+    weight.copy_(kept)
     run.take(1)
     assert run.state.skipped.tolist() == [0, 1]
 
 
 def test_deterministic_graphs_repeat_every_bit_and_continue_after_a_new_capture() -> None:
-    """A resumed run captures anew, after warm-up steps that are not part of a graph."""
+    """A resumed run captures again, after warm-up steps that are not part of a graph."""
     one, other = Run("gan", "vgg", "bf16", "auto"), Run("gan", "vgg", "bf16", "auto")
     one.take(12)
     other.take(7)
