@@ -19,6 +19,9 @@ def main(argv: list[str]) -> None:
         f"{len(result.images)} images, x{settings.scale}, border {settings.border}; PSNR in dB; y: BT.601 luma"
     )
     print(command.table(*result.table()))
+    header, rows = result.comparison_table()
+    if rows:
+        print(f"\n{command.table(header, rows)}\n")
     out = Storage(config.out)
     print(f"report: {out.path('report.html' if out.exists('report.html') else 'metrics.json')}")
 

@@ -84,7 +84,8 @@ def parse_section(
 
     The flags are generated from the fields, in their order: --field-name, or the `flag` in `json_schema_extra`, whose
     other entries are arguments of argparse. pydantic-settings generates those of the configuration file, but splits
-    lists at commas, which paths may contain, and lacks `--model A B`, `--interpolate A B ALPHA` and `--lpips [DIR]`.
+    lists at commas, which paths may contain, and lacks `--model A B`, `--interpolate A B ALPHA` and `--metrics` without
+    a value.
 
     Args:
         name: one of COMMAND_SECTIONS.

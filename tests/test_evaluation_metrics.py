@@ -1,13 +1,11 @@
 """Metrics of an evaluation: equal to direct calls, exact means, the contract's keys."""
 
-import hashlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-import torchvision
 from evaluation_helpers import (
     job,
     synthetic_image,
@@ -16,17 +14,16 @@ from evaluation_helpers import (
     write_image,
     write_overflowing_generator,
 )
+from metrics_helpers import random_backbone, use_backbone, write_backbone
 from PIL import Image
-from torchmetrics.functional.image.lpips import learned_perceptual_image_patch_similarity
-from torchvision.models import AlexNet_Weights, alexnet
+from torchvision.models import alexnet
 
 from pipeline.data.ingest.image_set import find_pairs
-from pipeline.errors import UserError
-from pipeline.evaluation import lpips
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.models import interpolated, open_model
-from pipeline.evaluation.scoring import METRICS, Scorer, Settings
+from pipeline.evaluation.scoring import Scorer, Settings
 from pipeline.imaging import bicubic_upscale, matlab_bicubic_downscale, psnr, ssim, upscale
+from pipeline.metrics import FIDELITY, MetricSet
 
 
 def run(folder: Path, *arguments: object) -> dict:
@@ -47,8 +44,9 @@ def test_values_are_those_of_direct_calls(tmp_path: Path) -> None:
         "psnr_y": psnr(sr, hr, 4, "y"), "ssim_y": ssim(sr, hr, 4, "y"),
         "psnr_rgb": psnr(sr, hr, 4, "rgb"), "ssim_rgb": ssim(sr, hr, 4, "rgb"),
     }  # fmt: skip
+    assert result["mean"] == pytest.approx(expected, abs=1e-10)
     assert result == {
-        "mean": expected, "images": [{"name": "a.png", **expected}], "border": 4, "model": str(weights),
+        "mean": result["mean"], "images": [{"name": "a.png", **result["mean"]}], "border": 4, "model": str(weights),
     }  # fmt: skip
 
 
@@ -60,7 +58,7 @@ def test_bicubic_on_the_reference_photo(tmp_path: Path, reference: dict[str, np.
     alone = run(tmp_path, "--model", "bicubic", "--hr", tmp_path / "hr")
     with_lr = run(tmp_path, "--model", "bicubic", "--hr", tmp_path / "hr", "--lr", tmp_path / "lr")
     assert alone["mean"] == with_lr["mean"]
-    assert alone["mean"]["psnr_y"] == psnr(bicubic_upscale(lr, 4), hr, 4, "y")
+    assert alone["mean"]["psnr_y"] == pytest.approx(psnr(bicubic_upscale(lr, 4), hr, 4, "y"))
     # Another kernel, or a shift by half a pixel, gives a PSNR outside this range.
     assert alone["mean"]["psnr_y"] == pytest.approx(psnr(reference["photo_up"], hr, 4, "y"), abs=0.3)
 
@@ -88,7 +86,9 @@ def test_sizes_that_do_not_divide_are_cut_and_gray_becomes_rgb(tmp_path: Path) -
     Image.fromarray(gray).save(tmp_path / "hr" / "a.png")
     result = run(tmp_path, "--model", "bicubic", "--hr", tmp_path / "hr")
     hr = np.repeat(gray[:64, :80, None], 3, axis=2)
-    assert result["mean"]["psnr_y"] == psnr(bicubic_upscale(matlab_bicubic_downscale(hr), 4), hr, 4, "y")
+    assert result["mean"]["psnr_y"] == pytest.approx(
+        psnr(bicubic_upscale(matlab_bicubic_downscale(hr), 4), hr, 4, "y")
+    )
 
 
 def test_rejected_images_are_listed_and_excluded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,7 +133,7 @@ def test_an_interpolated_network_is_evaluated_with_the_others(tmp_path: Path) ->
     assert [entry["model"] for entry in result["models"]] == ["bicubic", f"0.2 * {a} + 0.8 * {b}"]
     original = synthetic_image(64, 80)
     mixed = interpolated(open_model(a), open_model(b), 0.8).upscale(matlab_bicubic_downscale(original))
-    assert result["models"][1]["mean"]["psnr_y"] == psnr(mixed, original, 4, "y")
+    assert result["models"][1]["mean"]["psnr_y"] == pytest.approx(psnr(mixed, original, 4, "y"))
 
 
 @pytest.mark.ray
@@ -142,7 +142,7 @@ def test_ray_workers_give_the_same_numbers(tmp_path: Path, ray_cluster: str) -> 
         write_image(tmp_path / "hr" / f"{seed}.png", 48, 64, seed)
     models = [open_model("bicubic"), open_model(str(write_generator(tmp_path / "g.safetensors")))]
     pairs, _ = find_pairs(str(tmp_path / "hr"), None, 4)
-    scorer = Scorer(models, Settings())
+    scorer = Scorer(models, Settings(), MetricSet([*FIDELITY, "feature_distance"]))
     assert evaluate(scorer, pairs, workers=1).as_json() == evaluate(scorer, pairs).as_json()
 
 
@@ -158,108 +158,75 @@ def test_a_model_with_non_finite_output_is_an_error_without_results(tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
-@pytest.fixture(scope="module")
-def alexnet_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """AlexNet's weights drawn from a seed (244 MB), under a name with their sha256."""
-    file = tmp_path_factory.mktemp("alexnet") / "weights"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        torch.save(alexnet().state_dict(), file)
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    return file.rename(file.with_name(f"alexnet-owt-{digest[:8]}.pth"))
-
-
 @pytest.fixture
-def backbone(tmp_path: Path, alexnet_weights: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a link to these weights, the only valid ones for `lpips`."""
-    folder = tmp_path / "alexnet"
+def lpips_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with seeded weights of AlexNet, the only valid ones for LPIPS; torch hub's cache is empty."""
+    folder = tmp_path / "weights"
     folder.mkdir()
-    (folder / alexnet_weights.name).symlink_to(alexnet_weights)
-    monkeypatch.setattr(lpips, "BACKBONE", alexnet_weights.name)
+    use_backbone(monkeypatch, "lpips", write_backbone(folder, "alexnet", random_backbone(alexnet)))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     return folder
 
 
-def test_the_lpips_backbone_is_torchvisions() -> None:
-    assert AlexNet_Weights.IMAGENET1K_V1.url.rpartition("/")[2] == lpips.BACKBONE
+def test_requested_metrics_follow_psnr_and_ssim(tmp_path: Path, lpips_folder: Path) -> None:
+    image = write_image(tmp_path / "hr" / "a.png")
+    chosen = ["lpips", "color_drift", "psnr_y"]
+    arguments = ["--metrics", *chosen, "--weights-folder", lpips_folder]
+    result = run(tmp_path, "--model", "bicubic", "--hr", image.parent, *arguments)
+    colors = ["color_drift_r", "color_drift_g", "color_drift_b"]
+    assert list(result["mean"]) == [*FIDELITY, "lpips", "color_drift", *colors]
+    hr = synthetic_image(64, 80)
+    lr = matlab_bicubic_downscale(hr)
+    metrics = MetricSet([*FIDELITY, *chosen], folder=str(lpips_folder))
+    (expected,) = metrics.measure(bicubic_upscale(lr)[None], hr[None], lr[None])
+    assert result["images"] == [{"name": "a.png", **expected}]
 
 
-def test_lpips_equals_torchmetrics_on_the_same_backbone(
-    backbone: Path, monkeypatch: pytest.MonkeyPatch
+def test_without_names_the_metrics_with_weights_are_computed_and_the_others_noted(
+    tmp_path: Path, lpips_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    network = alexnet()
-    network.load_state_dict(torch.load(backbone / lpips.BACKBONE, weights_only=True))
-    monkeypatch.setattr(torchvision.models, "alexnet", lambda weights: network)
-    hr, sr = synthetic_image(64, 72), synthetic_image(64, 72, seed=1)
-    one, other = (torch.from_numpy(image[4:-4, 4:-4]).permute(2, 0, 1)[None] / 255 for image in (sr, hr))
-    expected = learned_perceptual_image_patch_similarity(one, other, net_type="alex", normalize=True)
-    assert expected > 0.01
-    assert lpips.load_lpips(str(backbone))(sr, hr, border=4) == pytest.approx(expected.item(), rel=1e-5)
-
-
-def test_lpips_of_equal_images_is_zero_and_grows_with_the_distance(backbone: Path) -> None:
-    distance = lpips.load_lpips(str(backbone))
-    hr = synthetic_image(64, 64)
-    near, far = (np.clip(hr.astype(int) + change, 0, 255).astype(np.uint8) for change in (4, 40))
-    assert distance(hr, hr) == 0
-    assert 0 < distance(near, hr) < distance(far, hr)
-
-
-def test_lpips_names_the_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"alexnet-owt-7be5be79\.pth does not exist; .*torchvision"):
-        lpips.load_lpips(str(tmp_path))
-
-
-def test_lpips_is_skipped_with_a_note_if_its_file_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     write_image(tmp_path / "hr" / "a.png")
-    result = run(tmp_path, "--model", "bicubic", "--hr", tmp_path / "hr", "--lpips")
-    assert set(result["mean"]) == set(METRICS)
-    notes = [line for line in capsys.readouterr().out.splitlines() if "LPIPS" in line]
-    assert len(notes) == 1
-    assert notes[0].startswith("note: LPIPS is skipped; ")
-
-
-def test_lpips_reads_torch_hubs_cache(
-    tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    arguments = ["--model", "bicubic", "--hr", tmp_path / "hr", "--metrics"]
+    result = run(tmp_path, *arguments)
+    assert set(result["mean"]) >= {*FIDELITY, "feature_distance", "color_drift"}
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert [note.split(";")[0] for note in notes] == ["note: lpips is skipped", "note: dists is skipped"]
     (tmp_path / "torch" / "hub").mkdir(parents=True)
-    backbone.rename(tmp_path / "torch" / "hub" / "checkpoints")
-    write_image(tmp_path / "hr" / "a.png")
-    result = run(tmp_path, "--model", "bicubic", "--hr", tmp_path / "hr", "--lpips")
-    assert set(result["mean"]) == {*METRICS, "lpips"}
+    (tmp_path / "torch" / "hub" / "checkpoints").symlink_to(lpips_folder)
+    assert "lpips" in run(tmp_path, *arguments)["mean"]
 
 
-def test_lpips_rejects_a_corrupt_or_another_file(backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    another = backbone / "resnet.pth"
-    torch.save({"conv1.weight": torch.zeros(1)}, another)
-    digest = hashlib.sha256(another.read_bytes()).hexdigest()[:8]
-    monkeypatch.setattr(lpips, "BACKBONE", f"alexnet-owt-{digest}.pth")
-    another.rename(backbone / lpips.BACKBONE)
-    with pytest.raises(UserError, match=r"not torchvision's AlexNet .*features\.0\.weight"):
-        lpips.load_lpips(str(backbone))
-    (backbone / lpips.BACKBONE).write_bytes(b"half of it")
-    with pytest.raises(UserError, match=rf"has sha256 .*, expected {digest}; it is corrupt or another file"):
-        lpips.load_lpips(str(backbone))
+def test_a_requested_metric_without_weights_is_one_clear_line(tmp_path: Path, lpips_folder: Path) -> None:
+    image = write_image(tmp_path / "hr" / "a.png")
+    arguments = ["--model", "bicubic", "--hr", image.parent, "--out", tmp_path / "out", "--metrics", "dists"]
+    assert "DISTS: " in user_error("evaluate", *arguments)
+    assert "--metrics" in user_error("evaluate", *arguments[:-1], "niqe")
+    assert not (tmp_path / "out").exists()
 
 
-def test_an_image_too_small_for_lpips_is_one_clear_line(tmp_path: Path, backbone: Path) -> None:
-    write_image(tmp_path / "hr" / "small.png", 36, 80)
-    text = user_error(
-        "evaluate",
-        "--model",
-        "bicubic",
-        "--hr",
-        tmp_path / "hr",
-        "--out",
-        tmp_path / "out",
-        "--lpips",
-        backbone,
-    )
-    assert "small.png: --lpips needs at least 31 x 31 pixels without the border of 4" in text
+def test_an_image_too_small_for_a_metric_is_one_clear_line(tmp_path: Path, lpips_folder: Path) -> None:
+    image = write_image(tmp_path / "hr" / "small.png", 36, 80)
+    arguments = ["--metrics", "lpips", "--weights-folder", lpips_folder, "--out", tmp_path / "out"]
+    text = user_error("evaluate", "--model", "bicubic", "--hr", image.parent, *arguments)
+    assert "small.png: 80 x 36 pixels are too few for lpips with a border of 4 (at least 39)" in text
 
 
-def test_metrics_have_the_contracts_names() -> None:
-    assert METRICS == ("psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb")
+def test_intervals_and_comparisons_are_in_the_results_of_several_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed in range(5):
+        write_image(tmp_path / "hr" / f"{seed}.png", 48 + 4 * seed, 64, seed)
+    weights = write_generator(tmp_path / "g.safetensors")
+    result = run(tmp_path, "--model", "bicubic", weights, "--hr", tmp_path / "hr")
+    bicubic, network = result["models"]
+    for entry in (bicubic, network):
+        assert entry["interval"].keys() == entry["mean"].keys()
+        for name, (low, high) in entry["interval"].items():
+            assert low < entry["mean"][name] < high
+    assert "against_first" not in bicubic
+    compared = network["against_first"]["psnr_y"]
+    assert compared["difference"] == pytest.approx(network["mean"]["psnr_y"] - bicubic["mean"]["psnr_y"])
+    assert compared["interval"][0] < compared["difference"] < compared["interval"][1] < 0
+    assert (compared["wins"], compared["losses"]) == (0, 5)
+    printed = capsys.readouterr().out
+    assert re.search(r"^g, psnr_y +-\d+\.\d\d +-\d+\.\d\d to -\d+\.\d\d +0 of 5$", printed, re.MULTILINE)

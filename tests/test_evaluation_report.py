@@ -18,6 +18,7 @@ from pipeline.evaluation.models import open_model
 from pipeline.evaluation.report import render_report, tradeoff_figure
 from pipeline.evaluation.result import Evaluation
 from pipeline.evaluation.scoring import ImageScore, Scorer, Settings
+from pipeline.metrics import FIDELITY, MetricSet
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = [
@@ -143,7 +144,7 @@ def test_a_shift_of_all_colors_does_not_hide_where_detail_differs() -> None:
 
 def test_the_tradeoff_figure_has_a_numbered_point_for_each_model() -> None:
     means = [{"psnr_y": psnr, "lpips": lpips} for psnr, lpips in ((28.0, 0.30), (28.001, 0.30), (26.0, 0.12))]
-    figure = tradeoff_figure(means)
+    figure = tradeoff_figure(means, "lpips")
     figure.canvas.draw()
     (axes,) = figure.axes
     points = [axes.transData.transform(each.get_offsets()[0]) for each in axes.collections]
@@ -155,15 +156,48 @@ def test_the_tradeoff_figure_has_a_numbered_point_for_each_model() -> None:
     assert not numbers[0][1].overlaps(numbers[1][1])
 
 
-def test_the_tradeoff_figure_is_in_the_report_if_lpips_was_computed(tmp_path: Path) -> None:
-    assert "LPIPS over PSNR" in report_with(tmp_path, lpips=0.2)
-    assert "LPIPS over PSNR" not in report_with(tmp_path)
+def test_the_tradeoff_figure_is_in_the_report_if_a_perceptual_metric_was_computed(tmp_path: Path) -> None:
+    assert "LPIPS over PSNR" in report_with(tmp_path, feature_distance=0.3, lpips=0.2)
+    assert "feature distance over PSNR" in report_with(tmp_path, feature_distance=0.3)
+    assert "over PSNR" not in report_with(tmp_path, color_drift=1.0)
+
+
+def test_columns_name_unit_and_direction_of_each_metric(tmp_path: Path) -> None:
+    text = report_with(tmp_path, feature_distance=0.31234, color_drift=1.234, color_drift_r=1.0)
+    for title in ("PSNR (Y), dB ↑", "SSIM (Y) ↑", "feature distance ↓", "color drift, levels ↓"):
+        assert f"<th>{title}</th>" in text
+    assert re.search(r"<td[^>]*>0\.3123</td>", text)
+    assert re.search(r"<td[^>]*>1\.23</td>", text)
+    assert "color_drift_r" not in text
+
+
+def test_the_report_compares_each_model_with_the_first(tmp_path: Path) -> None:
+    scores = []
+    for seed in range(4):
+        score = scored(tmp_path, f"{seed}.png", seed)
+        first = score.metrics[0]
+        better = {**first, "psnr_y": first["psnr_y"] + 1 + seed / 10, "feature_distance": 0.2}
+        metrics = [{**first, "feature_distance": 0.3 + seed / 100}, better]
+        scores.append(replace(score, metrics=metrics, sr=[*score.sr, *score.sr]))
+    text = render_report(Evaluation(["a", "b"], ["a", "b"], Settings(), scores, []))
+    section = text[text.index("<h2>Against a</h2>") : text.index("<h2>Perception")]
+    psnr = r'<td class="best">\+1\.15<small>\+1\.0\d to \+1\.2\d</small><small>better on 4 of 4</small></td>'
+    assert re.search(psnr, section)
+    assert re.search(r'<td class="best">-0\.1150<small>-0\.1\d+ to -0\.1\d+</small>', section)
+    assert "<td>+0.0000<small>+0.0000 to +0.0000</small><small>better on 0 of 4</small></td>" in section
+    alone = render_report(Evaluation(["a", "b"], ["a", "b"], Settings(), scores[:1], []))
+    assert "Against a" not in alone
+
+
+def scored(folder: Path, name: str = "a.png", seed: int = 0) -> ImageScore:
+    write_image(folder / name, 40, 40, seed)
+    pair = next(pair for pair in find_pairs(str(folder), None, 4)[0] if pair.name == name)
+    score = Scorer([open_model("bicubic")], Settings(), MetricSet(FIDELITY))(pair)
+    assert isinstance(score, ImageScore)
+    return score
 
 
 def report_with(folder: Path, **more: float) -> str:
-    write_image(folder / "a.png", 40, 40)
-    (pair,), _ = find_pairs(str(folder), None, 4)
-    score = Scorer([open_model("bicubic")], Settings())(pair)
-    assert isinstance(score, ImageScore)
+    score = scored(folder)
     score = replace(score, metrics=[{**score.metrics[0], **more}])
     return render_report(Evaluation(["bicubic"], ["bicubic"], Settings(), [score], []))

@@ -43,5 +43,6 @@ def test_the_table_is_immutable() -> None:
 def test_values_are_shown_with_the_digits_of_the_metric() -> None:
     assert METRICS["psnr_y"].shown(30.615) in ("30.61", "30.62")
     assert METRICS["lpips"].shown(0.07484) == "0.0748"
-    assert METRICS["psnr_y"].shown(math.inf) == "∞"
+    assert METRICS["psnr_y"].shown(math.inf) == METRICS["psnr_y"].shown(math.inf, "+") == "∞"
+    assert [METRICS["psnr_y"].shown(value, "+") for value in (0.5, -0.5)] == ["+0.50", "-0.50"]
     assert METRICS["lpips"].shown(math.nan) == "–"

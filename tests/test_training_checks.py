@@ -131,5 +131,5 @@ def test_held_out_images_too_small_for_a_metric_are_found_before_the_first_step(
             pytest.fail("training began")
 
     photos = [HeldOutPhoto("small.png", hr, hr[::4, ::4])]
-    with pytest.raises(UserError, match=r"small\.png: 40 x 16 pixels are too few for psnr_y"):
+    with pytest.raises(UserError, match=r"small\.png: 40 x 16 pixels are too few for ssim_y"):
         train(config, Worker(device=torch.device("cpu")), run, NoFeed(), photos)  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from pipeline.evaluation.crops import Box
+from pipeline.metrics.names import MetricName
 from pipeline.section import Section
 
 MODEL_HELP = (
@@ -101,11 +102,18 @@ class EvaluateConfig(Section):
         json_schema_extra=_flag(metavar="DIR"),
     )
     tracking_uri: TrackingUri = None
-    lpips: str | None = Field(
+    metrics: tuple[MetricName, ...] | None = Field(
         None,
-        description="Also compute LPIPS (AlexNet); DIR contains alexnet-owt-7be5be79.pth. Without DIR: torch hub's "
-        "cache; if the file does not exist, LPIPS is skipped with a note.",
-        json_schema_extra=_flag(nargs="?", const="", metavar="DIR"),
+        description="Metrics in addition to PSNR and SSIM: lpips (AlexNet), dists (VGG16), feature_distance "
+        "(EfficientNet-Lite0), color_drift (of the downscaled SR image from the LR image, in 8-bit levels). Without "
+        "names: all whose weights are found.",
+        json_schema_extra=_flag(nargs="*", metavar="NAME"),
+    )
+    weights_folder: str | None = Field(
+        None,
+        description="Folder with alexnet-owt-7be5be79.pth (for lpips) and vgg16-397923af.pth (for dists); default: "
+        "torch hub's cache.",
+        json_schema_extra=_flag(metavar="DIR"),
     )
     interpolate: tuple[tuple[str, str, float], ...] = Field(
         (),

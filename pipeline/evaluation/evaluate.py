@@ -13,7 +13,6 @@ from pipeline.errors import UserError, is_installed, require_package
 from pipeline.evaluation.comparison import Panel, draw_panels
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.crops import nearest_upscale
-from pipeline.evaluation.lpips import Lpips, load_lpips
 from pipeline.evaluation.models import (
     BICUBIC,
     Model,
@@ -27,6 +26,7 @@ from pipeline.evaluation.result import Evaluation, short_labels
 from pipeline.evaluation.scoring import Failure, ImageScore, Scorer, Settings
 from pipeline.imaging import Image
 from pipeline.json_file import json_text
+from pipeline.metrics import FIDELITY, METRICS, MetricSet, unavailable
 from pipeline.progress import progress_bar
 from pipeline.storage import Storage
 
@@ -50,10 +50,14 @@ def run_evaluation(config: EvaluateConfig) -> Evaluation:
         raise UserError(f"--crop {min(unknown)}: no image of this name in {config.hr}")
     border = scale if config.border is None else config.border
     settings = Settings(scale, border, config.tile, boxes=config.crop)
-    lpips, missing = _lpips(config.lpips)
+    names, missing = _metrics(config)
     for line in [*notes(models), *missing]:
         print(f"note: {line}")
-    result = evaluate(Scorer(models, settings, lpips), pairs[: config.limit], rejected, config.workers)
+    metrics = MetricSet(names, border=border, folder=config.weights_folder)
+    device = choose_device(config.device, config.workers)
+    result = evaluate(
+        Scorer(models, settings, metrics, device), pairs[: config.limit], rejected, config.workers
+    )
     _write_results(result, out)
     return result
 
@@ -78,16 +82,14 @@ def _open_models(config: EvaluateConfig) -> tuple[list[Model], int]:
     return [*models, *mixed], scale
 
 
-def _lpips(folder: str | None) -> tuple[Lpips | None, list[str]]:
-    """LPIPS if it is requested and its files exist, and a note if they do not."""
-    if folder is None:
-        return None, []
-    if folder:
-        return load_lpips(folder), []
-    try:
-        return load_lpips(), []
-    except UserError as error:
-        return None, [f"LPIPS is skipped; {str(error).removeprefix('LPIPS: ')}"]
+def _metrics(config: EvaluateConfig) -> tuple[tuple[str, ...], list[str]]:
+    """PSNR and SSIM, then the requested metrics; without names those with weights, and a note for each other one."""
+    if config.metrics is None:
+        return FIDELITY, []
+    chosen: tuple[str, ...] = config.metrics or tuple(METRICS)
+    missing = {} if config.metrics else unavailable(chosen, config.weights_folder)
+    names = tuple(dict.fromkeys((*FIDELITY, *(name for name in chosen if name not in missing))))
+    return names, [f"{name} is skipped; {reason}" for name, reason in missing.items()]
 
 
 def evaluate(

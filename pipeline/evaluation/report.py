@@ -11,11 +11,9 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from pipeline.evaluation.result import Evaluation
+from pipeline.metrics import METRICS, PERCEPTUAL
 
 MAX_IMAGE_BYTES = 9_000_000  # 12 MB in the page, as base64
-TITLES = {
-    "psnr_y": "PSNR (Y)", "ssim_y": "SSIM (Y)", "psnr_rgb": "PSNR (RGB)", "ssim_rgb": "SSIM (RGB)", "lpips": "LPIPS",
-}  # fmt: skip
 
 
 def render_report(evaluation: Evaluation) -> str:
@@ -24,13 +22,23 @@ def render_report(evaluation: Evaluation) -> str:
         loader=jinja2.PackageLoader("pipeline.evaluation", "."), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters["metric"] = _shown
+    environment.filters["metric"] = lambda value, key: METRICS[key].shown(value)
+    environment.filters["signed"] = lambda value, key: METRICS[key].shown(value, "+")
     environment.filters["data_uri"] = _data_uri
     images, metrics, means = evaluation.images, evaluation.metrics, evaluation.means
+    perceptual = next((name for name in PERCEPTUAL if name in metrics), None)
     anchors = {index: f"image-{index}" for index in _shown_images(evaluation)}
     data = {
         "labels": evaluation.labels,
-        "metrics": [{"key": key, "title": TITLES.get(key, key), "lower": key == "lpips"} for key in metrics],
+        "metrics": [
+            {
+                "key": key,
+                "title": METRICS[key].label,
+                "lower": not METRICS[key].higher_is_better,
+                "digits": METRICS[key].decimals,
+            }
+            for key in metrics
+        ],
         "images": [
             {
                 "name": image.name,
@@ -44,27 +52,33 @@ def render_report(evaluation: Evaluation) -> str:
         labels=evaluation.labels,
         names=evaluation.names,
         metrics=metrics,
-        titles=TITLES,
+        table=METRICS,
         means=means,
-        best={key: (min if key == "lpips" else max)(mean[key] for mean in means) for key in metrics},
+        intervals=evaluation.intervals,
+        comparisons=evaluation.comparisons,
+        best={
+            key: (max if METRICS[key].higher_is_better else min)(mean[key] for mean in means)
+            for key in metrics
+        },
         cards=[(anchor, images[index]) for index, anchor in anchors.items()],
         count=len(images),
         rejected=evaluation.rejected,
         settings=evaluation.settings,
         with_bicubic="bicubic" not in evaluation.names,
-        tradeoff=_svg(tradeoff_figure(means)) if "lpips" in metrics else None,
+        perceptual=perceptual,
+        tradeoff=_svg(tradeoff_figure(means, perceptual)) if perceptual else None,
         # Nothing may close the script element that holds it.
         data=json.dumps(data, ensure_ascii=False).replace("<", "\\u003c"),
     )
 
 
-def tradeoff_figure(means: Sequence[Mapping[str, float]]) -> Figure:
-    """LPIPS over PSNR (perception-distortion): a numbered point for each model."""
+def tradeoff_figure(means: Sequence[Mapping[str, float]], perceptual: str) -> Figure:
+    """A perceptual metric over PSNR (perception-distortion): a numbered point for each model."""
     figure = Figure(figsize=(5.2, 3.7), layout="constrained")
     axes = figure.add_subplot()
     for number, mean in enumerate(means, start=1):
         if math.isfinite(mean["psnr_y"]):
-            point = (mean["psnr_y"], mean["lpips"])
+            point = (mean["psnr_y"], mean[perceptual])
             axes.scatter(*point, s=45, color="#1f5fbf", alpha=0.85)
             # Consecutive models are often close to each other: their numbers are on different sides.
             offset, side = ((8, 0), "left") if number % 2 else ((-8, 0), "right")
@@ -73,7 +87,7 @@ def tradeoff_figure(means: Sequence[Mapping[str, float]]) -> Figure:
     axes.grid(color="#dfe3e9")
     axes.set_axisbelow(True)
     axes.set_xlabel("PSNR (Y), dB: lower distortion →")
-    axes.set_ylabel("← better perceptual quality: LPIPS")
+    axes.set_ylabel(f"← better perceptual quality: {METRICS[perceptual].label}")
     return figure
 
 
@@ -103,12 +117,6 @@ def _shown_images(evaluation: Evaluation) -> list[int]:
 
 def _data_uri(content: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
-
-
-def _shown(value: float, key: str) -> str:
-    if not math.isfinite(value):
-        return "∞" if value > 0 else "–"
-    return f"{value:.2f}" if key.startswith("psnr") else f"{value:.4f}"
 
 
 def _json_number(value: float) -> float | str | None:

@@ -1,14 +1,19 @@
 """The result of an evaluation: means, metrics.json, a table."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any
+
+import numpy as np
 
 from pipeline.data.ingest.image_set import Rejected
 from pipeline.evaluation.models import SUFFIXES, WEIGHTS, Model
 from pipeline.evaluation.scoring import ImageScore, Settings
+from pipeline.evaluation.statistics import Comparison, Values, bootstrap_intervals, compare
+from pipeline.metrics import METRICS
 
 
 @dataclass(frozen=True)
@@ -25,9 +30,34 @@ class Evaluation:
     rejected: list[Rejected]
 
     @property
-    def metrics(self) -> tuple[str, ...]:
-        """Names of the metrics."""
+    def columns(self) -> tuple[str, ...]:
+        """Names of all values of an image: the metrics, and the parts of color_drift."""
         return tuple(self.images[0].metrics[0])
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the metrics, for tables."""
+        return tuple(name for name in self.columns if name in METRICS)
+
+    def _values(self, model: int) -> Values:
+        """(images, metrics)."""
+        return np.array([[image.metrics[model][name] for name in self.metrics] for image in self.images])
+
+    @cached_property
+    def intervals(self) -> list[dict[str, tuple[float, float]]]:
+        """For each model, 95 % intervals of the means; empty for a single image."""
+        if len(self.images) < 2:
+            return [{} for _ in self.names]
+        ends = [bootstrap_intervals(self._values(model)) for model in range(len(self.names))]
+        return [dict(zip(self.metrics, zip(*each.tolist(), strict=True), strict=True)) for each in ends]
+
+    @cached_property
+    def comparisons(self) -> list[dict[str, Comparison]]:
+        """Each model but the first against the first; empty for a single image."""
+        if len(self.images) < 2:
+            return []
+        first = self._values(0)
+        return [compare(self.metrics, self._values(model), first) for model in range(1, len(self.names))]
 
     @property
     def means(self) -> list[dict[str, float]]:
@@ -35,7 +65,7 @@ class Evaluation:
         return [
             {
                 metric: math.fsum(image.metrics[model][metric] for image in self.images) / len(self.images)
-                for metric in self.metrics
+                for metric in self.columns
             }
             for model in range(len(self.names))
         ]
@@ -49,6 +79,12 @@ class Evaluation:
                 "border": self.settings.border,
                 "model": name,
             }
+            | ({"interval": self.intervals[number]} if self.intervals[number] else {})
+            | (
+                {"against_first": _as_json(self.comparisons[number - 1])}
+                if number and self.comparisons
+                else {}
+            )
             for number, (name, mean) in enumerate(zip(self.names, self.means, strict=True))
         ]
         result: dict[str, Any] = entries[0] if len(entries) == 1 else {"models": entries}
@@ -69,14 +105,28 @@ class Evaluation:
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows for a terminal: one row for each model."""
         rows = [
-            [label, *(_shown(metric, value) for metric, value in mean.items())]
+            [label, *(METRICS[metric].shown(mean[metric]) for metric in self.metrics)]
             for label, mean in zip(self.labels, self.means, strict=True)
         ]
         return ["model", *self.metrics], rows
 
+    def comparison_table(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows for a terminal: each model against the first in each metric; no rows for a single image."""
+        rows = [
+            [
+                f"{label}, {metric}",
+                METRICS[metric].shown(each.difference, "+"),
+                " to ".join(METRICS[metric].shown(end, "+") for end in each.interval),
+                f"{each.wins} of {len(self.images)}",
+            ]
+            for label, compared in zip(self.labels[1:], self.comparisons, strict=False)
+            for metric, each in compared.items()
+        ]
+        return [f"against {self.labels[0]}", "difference", "95 % interval", "better on"], rows
 
-def _shown(metric: str, value: float) -> str:
-    return f"{value:.3f}" if metric.startswith("psnr") else f"{value:.4f}"
+
+def _as_json(comparisons: Mapping[str, Comparison]) -> dict[str, Any]:
+    return {name: asdict(comparison) for name, comparison in comparisons.items()}
 
 
 def short_labels(models: Sequence[Model]) -> list[str]:

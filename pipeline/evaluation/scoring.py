@@ -12,11 +12,10 @@ from pipeline.data.ingest.decoding import PhotoRejected
 from pipeline.data.ingest.image_set import Pair, read_pair
 from pipeline.errors import UserError
 from pipeline.evaluation.crops import Box, most_different
-from pipeline.evaluation.lpips import Lpips
-from pipeline.evaluation.models import Model
-from pipeline.imaging import Image, bicubic_upscale, psnr, ssim
+from pipeline.evaluation.models import Model, choose_device
+from pipeline.imaging import Image, bicubic_upscale
+from pipeline.metrics import MetricSet
 
-METRICS = ("psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb")
 _OVERVIEW_PX = 480
 
 
@@ -69,7 +68,7 @@ class Failure:
     name: str
     reason: str
     fatal: bool = False
-    """The evaluation stops: a model's output is not finite, or the image is too small for LPIPS."""
+    """The evaluation stops: a model's output is not finite, or the image is too small for a metric."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,10 @@ class Scorer:
 
     models: Sequence[Model]
     settings: Settings
-    lpips: Lpips | None = None
+    metrics: MetricSet
+    """With the border of `settings`."""
+    device: str = "cpu"
+    """A torch device for the metrics; auto: a GPU if the computing process has one."""
 
     def __call__(self, pair: Pair) -> ImageScore | Failure:
         """The score, or the reason why there is none."""
@@ -89,7 +91,9 @@ class Scorer:
             return Failure(pair.name, str(error))
         try:
             results = [model.upscale(lr, self.settings.tile_px) for model in self.models]
-            metrics = [self._metrics(sr, hr) for sr in results]
+            # Here, because Ray's workers are other processes.
+            measure = self.metrics.to(choose_device("auto") if self.device == "auto" else self.device).measure
+            metrics = [values for sr in results for values in measure(sr[None], hr[None], lr[None])]
         except (FloatingPointError, UserError) as error:
             return Failure(pair.name, str(error), fatal=True)
         bicubic = next(
@@ -111,18 +115,6 @@ class Scorer:
             sr=[_webp(box.of(sr)) for sr in results],
             overview=_encoded(overview, "JPEG", quality=80),
         )
-
-    def _metrics(self, sr: Image, hr: Image) -> dict[str, float]:
-        border = self.settings.border
-        values = {
-            "psnr_y": psnr(sr, hr, border, "y"),
-            "ssim_y": ssim(sr, hr, border, "y"),
-            "psnr_rgb": psnr(sr, hr, border, "rgb"),
-            "ssim_rgb": ssim(sr, hr, border, "rgb"),
-        }
-        if self.lpips is not None:
-            values["lpips"] = self.lpips(sr, hr, border)
-        return values
 
     def _box(self, name: str, results: Sequence[Image], bicubic: Image, hr: Image) -> Box:
         """The user's crop, or where the models (a single one and bicubic, or the original) differ most."""

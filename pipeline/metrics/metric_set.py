@@ -38,28 +38,33 @@ class MetricSet:
         folder: str | None = None,
     ) -> None:
         self.names = tuple(dict.fromkeys(names))
-        self.device, self.border = torch.device(device), border
+        self.border = border
         self._distances = {
-            name: load_distance(name, folder).to(self.device)
-            for name in self.names
-            if METRICS[name].perceptual
+            name: load_distance(name, folder) for name in self.names if METRICS[name].perceptual
         }
+        self.to(device)
 
-    @property
-    def least_px(self) -> int:
-        """The smallest side of an image that all of the metrics can measure, with the border."""
-        sides = [distance.least_px for distance in self._distances.values()]
-        if any(name.startswith("ssim") for name in self.names):
-            sides.append(fidelity.SSIM_WINDOW_PX)
-        return max(sides, default=1) + 2 * self.border
+    def to(self, device: torch.device | str) -> "MetricSet":
+        """Moves the networks; returns itself."""
+        self.device = torch.device(device)
+        for distance in self._distances.values():
+            distance.to(self.device)
+        return self
 
-    def require_size(self, name: str, height: int, width: int) -> None:
-        """Raises UserError, with the image's name, if it is too small."""
-        if min(height, width) < self.least_px:
-            raise UserError(
-                f"{name}: {width} x {height} pixels are too few for {', '.join(self.names)} with a border of "
-                f"{self.border} (at least {self.least_px})"
-            )
+    def require_size(self, height: int, width: int) -> None:
+        """Raises UserError for an image that is too small for one of the metrics."""
+        for name in self.names:
+            least = 2 * self.border + self._least_px(name)
+            if min(height, width) < least:
+                raise UserError(
+                    f"{width} x {height} pixels are too few for {name} with a border of {self.border} "
+                    f"(at least {least})"
+                )
+
+    def _least_px(self, name: str) -> int:
+        if name in self._distances:
+            return self._distances[name].least_px
+        return fidelity.SSIM_WINDOW_PX if name.startswith("ssim") else 1
 
     @torch.inference_mode()
     @ieee_float32()
@@ -77,14 +82,14 @@ class MetricSet:
 
         Raises:
             ValueError: dtype or shape is not supported.
-            UserError: the images are too small; see `least_px`.
+            UserError: the images are too small for one of the metrics.
         """
         sr, hr, lr = (self._on_device(images) for images in (sr, hr, lr))
         if sr.shape != hr.shape or sr.shape[1] % lr.shape[1] or sr.shape[2] % lr.shape[2]:
             raise ValueError(
                 f"sr {tuple(sr.shape)}, hr {tuple(hr.shape)} and lr {tuple(lr.shape)} do not fit"
             )
-        self.require_size("image", *sr.shape[1:3])
+        self.require_size(*sr.shape[1:3])
         border = self.border
         inside = [
             images[:, border : images.shape[1] - border, border : images.shape[2] - border].permute(

@@ -25,11 +25,11 @@ class Metric:
     perceptual: bool
     """A distance of network features, which follows human judgment more closely than pixel differences do."""
 
-    def shown(self, value: float) -> str:
-        """A value as text, without its unit."""
+    def shown(self, value: float, sign: str = "") -> str:
+        """A value as text, without its unit; with sign="+" also positive values have a sign."""
         if not math.isfinite(value):
             return "∞" if value > 0 else "–"
-        return f"{value:.{self.decimals}f}"
+        return f"{value:{sign}.{self.decimals}f}"
 
 
 METRICS: Mapping[str, Metric] = MappingProxyType(

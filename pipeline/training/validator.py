@@ -4,6 +4,7 @@ import copy
 from collections.abc import Sequence
 
 from pipeline.data import HeldOutPhoto
+from pipeline.errors import UserError
 from pipeline.metrics import MetricSet
 from pipeline.model import RRDBNet
 from pipeline.storage import Storage
@@ -39,7 +40,10 @@ class Validator:
         names = measured_metrics(config) if held_out else ()
         self._metrics = MetricSet(names, worker.device, config.data.scale, chosen.weights_folder)
         for photo in held_out:
-            self._metrics.require_size(photo.name, *photo.hr.shape[:2])
+            try:
+                self._metrics.require_size(*photo.hr.shape[:2])
+            except UserError as error:
+                raise UserError(f"validation image {photo.name}: {error}; see validation.metrics") from None
         self._stage_one: list[RRDBNet] | None = None
         """Stage 1's result, shown next to stage 2's; empty if it is unreadable, None if it was not read yet."""
 
