@@ -14,7 +14,7 @@ class ValidationConfig(Section):
         min_length=1,
         description="Metrics of every validation: PSNR and SSIM on luma or RGB; lpips (AlexNet), dists (VGG16) and "
         "feature_distance (EfficientNet-Lite0, of the extra `features`), for which smaller is better; color_drift, the "
-        "mean difference in 8-bit levels between the downscaled SR image and the LR image.",
+        "mean difference in 8-bit levels between the colors of the downscaled SR image and the LR image.",
     )
     weights_folder: str | None = Field(
         None,
