@@ -33,6 +33,8 @@ from pipeline.training.schedule import learning_rate
 from pipeline.training.state import new_state
 from pipeline.training.step import Batch, StepSettings, psnr_step
 from pipeline.training.validation import validate
+from pipeline.training.validation_config import HELD_OUT
+from pipeline.training.validation_sets import ValidationSet
 from pipeline.training.worker import Worker
 
 DEMO = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
@@ -95,7 +97,7 @@ def main() -> None:
     results: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         prepare(demo_config(f"{folder}/data", options.steps, options.seeds[0]).data, on_ray=False)
-        held_out = read_held_out(f"{folder}/data")
+        sets = [ValidationSet(HELD_OUT, read_held_out(f"{folder}/data"))]
         for seed in options.seeds:
             config = demo_config(f"{folder}/data", options.steps, seed)
             for name, way in ways_of(config, options).items():
@@ -103,7 +105,7 @@ def main() -> None:
                 network = way()
                 assert isinstance(network, RRDBNet)
                 seconds = time.perf_counter() - began
-                metrics = validate(network, held_out, MetricSet(FIDELITY, CPU, config.data.scale))
+                metrics = validate(network, sets, MetricSet(FIDELITY, CPU, config.data.scale))
                 results.setdefault(name, []).append({"seed": seed, "seconds": seconds, **metrics})
                 found = f"{metrics['psnr_y']:.3f} dB (Y), {metrics['psnr_rgb']:.3f} dB (RGB)"
                 print(f"seed {seed}, {name}: {found}, {seconds:.0f} s", flush=True)

@@ -116,6 +116,13 @@ def test_a_champion_chosen_by_another_metric_is_not_compared(tracked, config, tm
     )
 
 
+def test_the_name_of_a_set_does_not_matter(tracked, config, tmp_path) -> None:
+    register(tracked, config, tmp_path, 30.0, seed=1, metric="Set14/psnr_y")
+    better = register(tracked, config, tmp_path, 31.0, seed=2, metric="set_14/psnr_y")
+    assert better.champion
+    assert better.reason == "better: set_14/psnr_y 31.0000 against 30.0000 of version 1"
+
+
 def test_values_on_other_images_are_not_compared(tracked, config, tmp_path) -> None:
     register(tracked, config, tmp_path, 30.0, seed=1)
     other = register(tracked, config, tmp_path, 40.0, seed=2, images="f" * 64)

@@ -17,6 +17,7 @@ from pipeline.storage import Storage
 from pipeline.training.checks import check_before_start
 from pipeline.training.config import TrainConfig
 from pipeline.training.loop import train
+from pipeline.training.validation_sets import ValidationSet
 from pipeline.training.worker import Worker
 
 
@@ -130,6 +131,6 @@ def test_held_out_images_too_small_for_a_metric_are_found_before_the_first_step(
         def batches(self, *_: object) -> None:
             pytest.fail("training began")
 
-    photos = [HeldOutPhoto("small.png", hr, hr[::4, ::4])]
+    sets = [ValidationSet("held_out", [HeldOutPhoto("small.png", hr, hr[::4, ::4])])]
     with pytest.raises(UserError, match=r"small\.png: 40 x 16 pixels are too few for ssim_y"):
-        train(config, Worker(device=torch.device("cpu")), run, NoFeed(), photos)  # type: ignore[arg-type]
+        train(config, Worker(device=torch.device("cpu")), run, NoFeed(), sets)  # type: ignore[arg-type]

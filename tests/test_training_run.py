@@ -16,7 +16,6 @@ from tiny import command, fields, flags, run_until, train, write_sets
 from tracking_helpers import new_database
 
 from pipeline.config import load_config
-from pipeline.data import read_held_out
 from pipeline.data.feed import Feed
 from pipeline.errors import UserError
 from pipeline.run_folder import TrainingResult
@@ -24,6 +23,7 @@ from pipeline.storage import Storage
 from pipeline.tracking.spool import Metrics, read_segment, segment_steps
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training import loop
+from pipeline.training.validation_sets import open_sets
 from pipeline.training.worker import Worker
 
 pytestmark = pytest.mark.slow
@@ -150,7 +150,7 @@ def test_reports_and_checkpoints_after_a_resume_hold_what_a_validation_measured(
             stopping=lambda: next(intervals) == steps,
         )
         feed = Feed(config.data.root, config.seed, config.batch_size, config.crop_px, rank=0, world_size=1)
-        loop.train(config, worker, run, feed, read_held_out(config.data.root))
+        loop.train(config, worker, run, feed, open_sets(config, []))
 
     def saved() -> dict[int, dict[str, float]]:
         newest = checkpoints.newest(run)
@@ -182,7 +182,7 @@ def test_a_worker_group_saves_before_it_is_resized(
         ready_to_resize=lambda: written.append(checkpoints.listed(run)[-1].step),
     )
     feed = Feed(config.data.root, config.seed, config.batch_size, config.crop_px, rank=0, world_size=1)
-    loop.train(config, worker, run, feed, read_held_out(config.data.root))
+    loop.train(config, worker, run, feed, open_sets(config, []))
     assert written == [4]
 
 

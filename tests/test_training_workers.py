@@ -9,12 +9,13 @@ from tiny import fields, flags, write_sets
 from torch import Tensor
 
 from pipeline.config import load_config
-from pipeline.data import prepare, read_held_out
+from pipeline.data import prepare
 from pipeline.data.feed import Feed
 from pipeline.storage import Storage
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training.config import TrainConfig
 from pipeline.training.loop import train
+from pipeline.training.validation_sets import open_sets
 from pipeline.training.worker import Worker
 
 pytestmark = pytest.mark.slow
@@ -28,7 +29,7 @@ def part_of_a_run(rank: int, world_size: int, config: dict[str, object], run: st
     root = settings.data.root
     feed = Feed(root, settings.seed, settings.batch_size, settings.crop_px, rank, world_size)
     worker = Worker(rank=rank, world_size=world_size, stopping=lambda: stops)
-    train(settings, worker, Storage(run), feed, read_held_out(root))
+    train(settings, worker, Storage(run), feed, open_sets(settings, []))
     return 0
 
 

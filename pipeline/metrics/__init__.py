@@ -1,7 +1,7 @@
 """Image metrics on the device: PSNR and SSIM, perceptual distances, color drift. Requires torch, not Ray or MLflow."""
 
 from pipeline.metrics.metric_set import MetricSet
-from pipeline.metrics.names import FIDELITY, METRICS, PERCEPTUAL, Metric, MetricName, better
+from pipeline.metrics.names import FIDELITY, METRICS, PERCEPTUAL, Metric, MetricName, better, metric_of
 from pipeline.metrics.weights import available, require, unavailable
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "MetricSet",
     "available",
     "better",
+    "metric_of",
     "require",
     "unavailable",
 ]

@@ -50,6 +50,11 @@ PERCEPTUAL = tuple(name for name, metric in METRICS.items() if metric.perceptual
 """The best known first: the order in which a default is chosen."""
 
 
+def metric_of(key: str) -> str:
+    """The metric in the name of a validation's result: `lpips` of `Set14/lpips`."""
+    return key.rpartition("/")[2]
+
+
 def better(name: str, a: float, b: float) -> bool:
     """Whether the value `a` of the metric `name` is strictly better than `b`; NaN is worse than any number.
 

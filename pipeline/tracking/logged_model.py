@@ -50,7 +50,7 @@ class ModelCard:
     example: np.ndarray | None = None
     """A small low-resolution image, (H, W, 3) uint8, that becomes the input example."""
     selected_by: str = "psnr_y"
-    """The metric that chose the generator among the run's checkpoints; compared with the champion's."""
+    """The metric that chose the generator among the run's checkpoints, such as psnr_y or Set14/lpips."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,8 @@ def log_model(
         files = Path(folder) / "model"
         write_model(files, path, card, card_text(name, card, metrics, origin), origin, identity)
         client.log_model_artifacts(model.model_id, str(files))
+    data = {"dataset_name": "evaluation-set", "dataset_digest": evaluation_set[:DIGEST_CHARACTERS]}
+    on_other_sets: dict[str, str] = {}
     points = [
         Metric(
             key,
@@ -137,14 +139,18 @@ def log_model(
             model.creation_timestamp,
             step,
             model_id=model.model_id,
-            dataset_name="evaluation-set",
-            dataset_digest=evaluation_set[:DIGEST_CHARACTERS],
+            **(data if _set_of(key) == _set_of(card.selected_by) else on_other_sets),
         )
         for key, value in metrics.items()
     ]
     if points:
         client.log_batch(tracked.run_id, metrics=points)
     return LoggedGenerator(client.finalize_logged_model(model.model_id, "READY"), sha256, description)
+
+
+def _set_of(key: str) -> str:
+    """The set in a metric's name: `Set14` of `Set14/lpips`; empty for the held-out images."""
+    return key.rpartition("/")[0]
 
 
 def write_model(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.metrics import better
+from pipeline.metrics import better, metric_of
 from pipeline.tracking.config import TrackingConfig
 from pipeline.tracking.connection import bounded_requests, connect, has_code
 from pipeline.tracking.logged_model import SET_TAG, SHA_TAG, LoggedGenerator, ModelCard, log_model
@@ -182,29 +182,27 @@ def _set_champion(client: MlflowClient, version: ModelVersion) -> None:
 
 def _is_better(version: ModelVersion, champion: ModelVersion | None) -> tuple[bool, str]:
     """Whether this version should replace the champion, and why (not)."""
-    metric = _selected_by(version)
-    value = _value(version, metric)
+    key = _selected_by(version)
+    value = _value(version, key)
     if value is None:
-        return False, f"it has no finite {metric} to compare"
+        return False, f"it has no finite {key} to compare"
     if champion is None:
-        return True, f"there was no champion; {metric} {value:.4f}"
-    named = f"champion version {champion.version}"
-    if _selected_by(champion) != metric:
-        return False, (
-            f"{named} was chosen by {_selected_by(champion)} and this version by {metric}; {_promote_hint(version)}"
-        )
+        return True, f"there was no champion; {key} {value:.4f}"
+    named, other_key = f"champion version {champion.version}", _selected_by(champion)
+    if metric_of(other_key) != metric_of(key):
+        return False, f"{named} was chosen by {other_key} and this version by {key}; {_promote_hint(version)}"
     if champion.tags.get(SET_TAG) != version.tags.get(SET_TAG):
         return False, f"{named} was measured on other images; {_promote_hint(version)}"
-    other = _value(champion, metric)
+    other = _value(champion, other_key)
     if other is None:
-        return False, f"{named} has no {metric} to compare; {_promote_hint(version)}"
-    is_better = better(metric, value, other)
-    compared = f"{metric} {value:.4f} against {other:.4f} of version {champion.version}"
+        return False, f"{named} has no {other_key} to compare; {_promote_hint(version)}"
+    is_better = better(metric_of(key), value, other)
+    compared = f"{key} {value:.4f} against {other:.4f} of version {champion.version}"
     return is_better, f"{'better' if is_better else 'not better'}: {compared}"
 
 
 def _selected_by(version: ModelVersion) -> str:
-    """The metric that chose a version."""
+    """The metric that chose a version, such as psnr_y or Set14/lpips."""
     return str(version.tags.get(SELECTED_TAG, "psnr_y"))
 
 
@@ -212,9 +210,9 @@ def _promote_hint(version: ModelVersion) -> str:
     return f"to promote it: python jobs/promote.py --model-version {version.version}"
 
 
-def _value(version: ModelVersion, metric: str) -> float | None:
+def _value(version: ModelVersion, key: str) -> float | None:
     try:
-        value = float(version.tags[f"{METRIC_TAG}{metric}"])
+        value = float(version.tags[f"{METRIC_TAG}{key}"])
     except (KeyError, ValueError):
         return None
     return value if math.isfinite(value) else None

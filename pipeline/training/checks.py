@@ -7,9 +7,11 @@ from pipeline.errors import UserError, require_package
 from pipeline.metrics import FIDELITY, require
 from pipeline.model import Lite0Features, VGGFeatures
 from pipeline.model.device import require_gpu
+from pipeline.section import flat_fields
 from pipeline.storage import Storage, absolute, is_remote
 from pipeline.training.config import TrainConfig
 from pipeline.training.selection import measured_metrics
+from pipeline.training.validation_config import SetFolders
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
@@ -19,6 +21,8 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
         UserError: a relative path in a job that runs in a temporary copy of the working directory.
     """
     paths = {"storage": config.storage, "data.root": config.data.root}
+    for name, folders in config.validation.sets.items():
+        paths |= flat_fields({f"validation.sets.{name}": _plain(folders)})
     for field, path in paths.items():
         relative = not is_remote(path) and not Path(path).expanduser().is_absolute()
         if relative and in_copied_folder():
@@ -31,8 +35,13 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     if weights not in ("imagenet", "efficientnet_lite0", "random"):
         weights = absolute(weights)
     perceptual = config.perceptual.model_copy(update={"weights": weights})
-    folder = config.validation.weights_folder
-    validation = config.validation.model_copy(update={"weights_folder": folder and absolute(folder)})
+    folder, sets = config.validation.weights_folder, config.validation.sets
+    validation = config.validation.model_copy(
+        update={
+            "weights_folder": folder and absolute(folder),
+            "sets": {name: _absolute_folders(folders) for name, folders in sets.items()},
+        }
+    )
     return config.model_copy(
         update={
             "storage": absolute(config.storage),
@@ -41,6 +50,16 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
             "validation": validation,
         }
     )
+
+
+def _plain(folders: str | SetFolders) -> str | dict[str, str]:
+    return folders if isinstance(folders, str) else folders.model_dump()
+
+
+def _absolute_folders(folders: str | SetFolders) -> str | SetFolders:
+    if isinstance(folders, str):
+        return absolute(folders)
+    return SetFolders(hr=absolute(folders.hr), lr=absolute(folders.lr))
 
 
 def require_metric(field: str, name: str, config: TrainConfig) -> None:

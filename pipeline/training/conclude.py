@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 
 from pipeline.data import Manifest
@@ -15,22 +16,30 @@ from pipeline.tracking.run import TrackedRun
 from pipeline.tracking.spool import images_at
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training.config import TrainConfig
-from pipeline.training.selection import select_by
+from pipeline.training.selection import select_key
 from pipeline.training.state import best_of, of_metric
+from pipeline.training.validation_config import HELD_OUT
+from pipeline.training.validation_sets import SetFiles, deciding_images
 
 
 def conclude(
-    config: TrainConfig, run: Storage, tracked: TrackedRun | None, text: str, manifest: Manifest
+    config: TrainConfig,
+    run: Storage,
+    tracked: TrackedRun | None,
+    text: str,
+    manifest: Manifest,
+    sets: Sequence[SetFiles],
 ) -> TrainingResult:
     """Registers the best generator and writes the result; a generator that cannot be registered is kept in the run."""
     final = checkpoints.newest(run)
     last = config.psnr.steps + config.gan.steps
     if final is None or final.name.step != last:
         raise RuntimeError(f"{run.uri}: training ended, but the last checkpoint is not that of step {last}")
-    chosen = _best(config, run, final)
+    images = deciding_images(config, sets)
+    chosen = _best(config, run, final, images)
     version = None
     if config.tracking.register_model:
-        candidate = _candidate(config, run, chosen, text, manifest)
+        candidate = _candidate(config, run, chosen, text, manifest, images)
         candidate.save(run)
         try:
             if tracked is None:
@@ -71,9 +80,11 @@ def send_later(run: Storage) -> str:
     return f"once the server is back, run: python jobs/send_metrics.py --run {run.uri}"
 
 
-def _best(config: TrainConfig, run: Storage, final: checkpoints.Checkpoint) -> checkpoints.Checkpoint:
+def _best(
+    config: TrainConfig, run: Storage, final: checkpoints.Checkpoint, images: str
+) -> checkpoints.Checkpoint:
     """The best readable checkpoint of the last stage; the last one if there was no validation."""
-    for best in of_metric(best_of(final.scalars), select_by(config, final.name.stage)):
+    for best in of_metric(best_of(final.scalars), select_key(config, final.name.stage), images):
         if best.step == final.name.step:
             return final
         try:
@@ -87,7 +98,12 @@ def _best(config: TrainConfig, run: Storage, final: checkpoints.Checkpoint) -> c
 
 
 def _candidate(
-    config: TrainConfig, run: Storage, chosen: checkpoints.Checkpoint, text: str, manifest: Manifest
+    config: TrainConfig,
+    run: Storage,
+    chosen: checkpoints.Checkpoint,
+    text: str,
+    manifest: Manifest,
+    evaluation_set: str,
 ) -> Candidate:
     """What is to be registered: the chosen generator, and stage 1's result for comparison."""
     generators = [chosen]
@@ -101,15 +117,18 @@ def _candidate(
         )
         for each in generators
     ]
-    images = {key.removeprefix("validation/"): strip for key, strip in images_at(run, best.step).items()}
+    images = {
+        key.removeprefix("validation/"): strip
+        for key, strip in images_at(run, best.step).items()
+        if _is_deciding(config, key.removeprefix("validation/"))
+    }
     licenses = json.loads(manifest.content).get("licenses", {})
     return Candidate(
         model_name=config.tracking.model_name,
         generator=best,
         earlier=tuple(earlier),
-        evaluation_set=hashlib.sha256(
-            "".join(shard.sha256 for shard in manifest.held_out).encode()
-        ).hexdigest(),
+        evaluation_set=evaluation_set
+        or hashlib.sha256("".join(shard.sha256 for shard in manifest.held_out).encode()).hexdigest(),
         card=ModelCard(
             config_text=text,
             data_sha256=manifest.sha256,
@@ -117,6 +136,12 @@ def _candidate(
             license=license_note(licenses),
             images=images,
             example=next((input_example(strip, config.data.scale) for strip in images.values()), None),
-            selected_by=select_by(config, chosen.name.stage),
+            selected_by=select_key(config, chosen.name.stage),
         ),
     )
+
+
+def _is_deciding(config: TrainConfig, image: str) -> bool:
+    """Whether a validation image is one of `validation.select_on`."""
+    first = image.partition("/")[0]
+    return (first if first in config.validation.sets else HELD_OUT) == config.validation.select_on

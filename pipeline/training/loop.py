@@ -7,7 +7,6 @@ from contextlib import ExitStack, closing
 import torch
 import torch.distributed as dist
 
-from pipeline.data import HeldOutPhoto
 from pipeline.data.feed import Feed
 from pipeline.errors import UserError
 from pipeline.model import set_deterministic, set_precision
@@ -23,15 +22,16 @@ from pipeline.training.faults import Diverged
 from pipeline.training.intervals import due
 from pipeline.training.meter import Meter
 from pipeline.training.run_log import RunLog
-from pipeline.training.selection import select_by
+from pipeline.training.selection import select_key
 from pipeline.training.state import Stage, TrainState, begin_gan, new_state, of_metric
 from pipeline.training.stepper import Stepper
+from pipeline.training.validation_sets import ValidationSet, deciding_images
 from pipeline.training.validator import Validator
 from pipeline.training.worker import Worker
 
 
 def train(
-    config: TrainConfig, worker: Worker, run: Storage, feed: Feed, held_out: Sequence[HeldOutPhoto]
+    config: TrainConfig, worker: Worker, run: Storage, feed: Feed, sets: Sequence[ValidationSet]
 ) -> None:
     """Trains from the newest valid checkpoint in `run`, or from the beginning, to the end of both stages.
 
@@ -42,7 +42,7 @@ def train(
         worker: runtime context of this process.
         run: the run's folder, readable by all ranks.
         feed: this rank's share of every step.
-        held_out: validation images; empty: no validation.
+        sets: validation images; empty: no validation.
 
     Raises:
         UserError: no usable checkpoint, missing weights, too many corrupt patches, or a storage that cannot be
@@ -51,13 +51,13 @@ def train(
     """
     set_precision(config.precision)
     set_deterministic(config.deterministic)
-    state = _resume_or_begin(config, worker, run)
+    state = _resume_or_begin(config, worker, run, sets)
     if worker.is_main:
         discard_after(run, state.step)
     last = config.psnr.steps + config.gan.steps
     log = RunLog(config, worker, run)
     log.started(state)
-    validator = Validator(config, worker, run, held_out, log)
+    validator = Validator(config, worker, run, sets, log)
     # Loaded at the start and not after stage 1, so that a node without the weights is found at once.
     features = perceptual_features(config)
     if features is not None:
@@ -112,7 +112,9 @@ def train(
             checkpointer.finish()
 
 
-def _resume_or_begin(config: TrainConfig, worker: Worker, run: Storage) -> TrainState:
+def _resume_or_begin(
+    config: TrainConfig, worker: Worker, run: Storage, sets: Sequence[ValidationSet]
+) -> TrainState:
     """The state of the newest valid checkpoint, the same on all ranks; else a new one."""
     checkpoint = checkpoints.newest(run) if worker.is_main else None
     name = checkpoint.name if checkpoint else None
@@ -133,7 +135,7 @@ def _resume_or_begin(config: TrainConfig, worker: Worker, run: Storage) -> Train
                     f"({error}); storage must be shared by all nodes"
                 ) from None
         state.load(checkpoint.ema, checkpoint.tensors, checkpoint.scalars)
-        state.best = of_metric(state.best, select_by(config, stage))
+        state.best = of_metric(state.best, select_key(config, stage), deciding_images(config, sets))
     return state
 
 

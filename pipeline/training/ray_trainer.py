@@ -12,9 +12,9 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
+from pydantic import TypeAdapter
 from ray.train.v2.api.callback import UserCallback
 
-from pipeline.data import read_held_out
 from pipeline.data.feed.ray_feed import FeedDataConfig
 from pipeline.errors import UserError
 from pipeline.run_folder import REFUSAL, Fault, FaultKind, Refusal
@@ -32,14 +32,21 @@ from pipeline.training.ray_compat import (
 )
 from pipeline.training.restart_policy import Decision, RestartPolicy
 from pipeline.training.stopping import end_save_request, save_requested, stop_requested
+from pipeline.training.validation_sets import SetFiles, open_sets
 from pipeline.training.worker import Worker
 
 ELASTIC_START_S = 30.0
 RESIZE_S = 10.0
 MIN_HUNG_S = 30.0
+_SETS = TypeAdapter(list[SetFiles])
 
 
-def fit(config: TrainConfig, run: Storage, callbacks: Sequence[UserCallback] = ()) -> None:
+def fit(
+    config: TrainConfig,
+    run: Storage,
+    sets: Sequence[SetFiles] = (),
+    callbacks: Sequence[UserCallback] = (),
+) -> None:
     """Trains on Ray's workers until the run is done.
 
     Ray Train's controller replaces a failed worker group, and this function a failed controller; both resume at the
@@ -48,6 +55,7 @@ def fit(config: TrainConfig, run: Storage, callbacks: Sequence[UserCallback] = (
     Args:
         config: the configuration, with absolute paths.
         run: the run's folder.
+        sets: files of `validation.sets`.
         callbacks: further listeners of reports (a trial's link to Ray Tune).
 
     Raises:
@@ -64,7 +72,7 @@ def fit(config: TrainConfig, run: Storage, callbacks: Sequence[UserCallback] = (
         failure = None
         try:
             with _exported_address():
-                _trainer(config, run, callbacks).fit()
+                _trainer(config, run, sets, callbacks).fit()
         except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
             failure = error
         if _decide(config, run, done=failure is None).action == "continue":
@@ -86,13 +94,19 @@ def _decide(config: TrainConfig, run: Storage, done: bool) -> Decision:
     return decision
 
 
-def _trainer(config: TrainConfig, run: Storage, callbacks: Sequence[UserCallback]) -> SavingTrainer:
+def _trainer(
+    config: TrainConfig, run: Storage, sets: Sequence[SetFiles], callbacks: Sequence[UserCallback]
+) -> SavingTrainer:
     low, high = config.worker_range
     return SavingTrainer(
         _worker_loop,
         run=run,
         # Plain values only: each worker opens its own files.
-        train_loop_config={"config": config.model_dump(mode="json"), "run": run.uri},
+        train_loop_config={
+            "config": config.model_dump(mode="json"),
+            "run": run.uri,
+            "sets": _SETS.dump_python(list(sets)),
+        },
         scaling_config=ray.train.ScalingConfig(
             num_workers=high if low == high else (low, high),
             use_gpu=config.use_gpu,
@@ -155,7 +169,8 @@ def _worker_loop(loop_config: Mapping[str, Any]) -> None:
         feed = ray.train.get_dataset_shard("train")
         # Ray logs every report at INFO, from a logger that ignores `logging_config`.
         logging.getLogger(reports.__file__).setLevel(logging.WARNING)
-        train(config, worker, run, feed, read_held_out(config.data.root))
+        sets = open_sets(config, _SETS.validate_python(loop_config["sets"]))
+        train(config, worker, run, feed, sets)
     except UserError as error:
         # A restart cannot help: the worker ends without a failure, and the driver raises the reason.
         REFUSAL.write(run, Refusal(str(error)))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import yaml
 
-from pipeline.data import Manifest, check_source, has_manifest, load_manifest, prepare, read_held_out
+from pipeline.data import Manifest, check_source, has_manifest, load_manifest, plans_held_out, prepare
 from pipeline.data.feed import Feed
 from pipeline.errors import UserError
 from pipeline.run_folder import IDENTITY, RESULT, RunIdentity, TrainingResult
@@ -23,9 +23,10 @@ from pipeline.training.config import TrainConfig
 from pipeline.training.faults import Diverged
 from pipeline.training.identity import check_resume, claim, diff, identity_of, set_tracking_run
 from pipeline.training.loop import train
-from pipeline.training.selection import select_by, with_selection
+from pipeline.training.selection import select_key, with_selection
 from pipeline.training.state import Stage, new_state
 from pipeline.training.stopping import saving_on_sigterm, stop_requested
+from pipeline.training.validation_sets import SetFiles, find_sets, open_sets
 from pipeline.training.worker import Worker
 
 # Fields that only ingest reads: they describe the images, not the patches.
@@ -84,8 +85,10 @@ def run_training(
             flush=True,
         )
         return result
-    config = with_selection(config)
+    has_held_out = bool(manifest.held_out) if manifest else plans_held_out(config.data)
+    config = with_selection(config, has_held_out)
     check_before_start(config, run)
+    sets = find_sets(config)
     if manifest is None:
         check_source(config.data, prepare_command)
     require_tracking(config.tracking, config.storage)
@@ -111,7 +114,7 @@ def run_training(
             print(summary(config, manifest), flush=True)
         if was_prepared:
             config = _without_source(config)
-        return _tracked_training(config, run, manifest, identity, callbacks, parent_run_id)
+        return _tracked_training(config, run, manifest, identity, sets, callbacks, parent_run_id)
 
 
 def summary(config: TrainConfig, manifest: Manifest) -> str:
@@ -125,7 +128,7 @@ def summary(config: TrainConfig, manifest: Manifest) -> str:
     if config.gan.steps:
         networks += f"; discriminator {model.discriminator}, {model.discriminator_num_feat} features"
     steps = {"psnr": config.psnr.steps, "gan": config.gan.steps}
-    chosen = [f"{select_by(config, stage)} ({stage})" for stage, count in steps.items() if count]
+    chosen = [f"{select_key(config, stage)} ({stage})" for stage, count in steps.items() if count]
     low, high = config.worker_range
     count = f"{low} to {high}" if low != high else str(high)
     workers = f"{count} Ray Train worker{'s' * (high != 1)}" if high else "this process, without Ray Train"
@@ -153,6 +156,7 @@ def _tracked_training(
     run: Storage,
     manifest: Manifest,
     identity: RunIdentity,
+    sets: Sequence[SetFiles],
     callbacks: Sequence[Any],
     parent_run_id: str | None,
 ) -> TrainingResult:
@@ -179,14 +183,14 @@ def _tracked_training(
     try:
         with sender:
             with saving_on_sigterm(run):
-                _train(config, run, callbacks)
+                _train(config, run, sets, callbacks)
             left = sender.flush(timeout_s=60.0)
             if left:
                 print(
                     f"{left} segments of metrics could not be sent; {send_later(run)}",
                     flush=True,
                 )
-        result = conclude(config, run, sender.tracked, text, manifest)
+        result = conclude(config, run, sender.tracked, text, manifest, sets)
         status = "FINISHED"
         return result
     except (KeyboardInterrupt, SystemExit):
@@ -200,7 +204,7 @@ def _tracked_training(
         finish_run(sender.tracked, status, run, reason=reason)
 
 
-def _train(config: TrainConfig, run: Storage, callbacks: Sequence[Any]) -> None:
+def _train(config: TrainConfig, run: Storage, sets: Sequence[SetFiles], callbacks: Sequence[Any]) -> None:
     if _is_trained(config, run):
         return
     if config.worker_range[1] == 0:
@@ -208,13 +212,13 @@ def _train(config: TrainConfig, run: Storage, callbacks: Sequence[Any]) -> None:
         device = torch.device("cuda" if config.use_gpu else "cpu")
         worker = Worker(device=device, stopping=lambda: stop_requested(run))
         try:
-            train(config, worker, run, feed, read_held_out(config.data.root))
+            train(config, worker, run, feed, open_sets(config, sets))
         except Diverged as error:
             raise UserError(str(error)) from None
     else:
         from pipeline.training import ray_trainer
 
-        ray_trainer.fit(config, run, callbacks)
+        ray_trainer.fit(config, run, sets, callbacks)
 
 
 def _is_trained(config: TrainConfig, run: Storage) -> bool:

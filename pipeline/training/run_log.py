@@ -1,9 +1,11 @@
 """The run's log: lines on the console, and records that are spooled for MLflow with the next checkpoint."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from pipeline.imaging import Image
+from pipeline.metrics import metric_of
 from pipeline.storage import Storage
 from pipeline.tracking.spool import Event, ImageRecord, Metrics, Record
 from pipeline.tracking.system_metrics import system_metrics
@@ -11,7 +13,8 @@ from pipeline.training.advice import Advisor
 from pipeline.training.config import TrainConfig
 from pipeline.training.meter import progress_line
 from pipeline.training.state import TrainState
-from pipeline.training.validation import Image
+from pipeline.training.validation_config import HELD_OUT
+from pipeline.training.validation_sets import ValidationSet
 from pipeline.training.worker import Worker
 
 
@@ -60,12 +63,23 @@ class RunLog:
         named = {_metric_name(name): value for name, value in values.items()}
         self._metrics(state.step, named | system_metrics(self.run.nearest_folder()))
 
-    def validation(self, state: TrainState, count: int, metrics: Mapping[str, float]) -> None:
-        """Logs the metrics of a validation over `count` images."""
+    def validation(
+        self, state: TrainState, sets: Sequence[ValidationSet], metrics: Mapping[str, float]
+    ) -> None:
+        """Logs the metrics of a validation, a line for each set."""
         if not self.worker.is_main:
             return
-        means = ", ".join(f"{name} {mean:.4f}" for name, mean in metrics.items())
-        print(f"[{state.stage}] step {state.step} validation ({count} images): {means}", flush=True)
+        for each in sets:
+            means = ", ".join(
+                f"{metric_of(key)} {mean:.4f}"
+                for key, mean in metrics.items()
+                if each.key(metric_of(key)) == key
+            )
+            named = "" if each.name == HELD_OUT else f" on {each.name}"
+            print(
+                f"[{state.stage}] step {state.step} validation{named} ({len(each.images)} images): {means}",
+                flush=True,
+            )
         self._metrics(state.step, {f"validation/{name}": mean for name, mean in metrics.items()})
 
     def images(self, step: int, images: Mapping[str, Image]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from pipeline.metrics import METRICS
+from pipeline.metrics import METRICS, metric_of
 from pipeline.model import RRDBNet, UNetDiscriminator, VGGStyleDiscriminator
 from pipeline.model.seeding import seeded
 from pipeline.model.trunk import use_kernels
@@ -28,6 +28,8 @@ class Best:
     value: float
     metric: str
     """The metric that `value` is of, a key of `Validation.metrics`."""
+    images: str = ""
+    """Digest of the images, if they belong to one of `validation.sets`."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class TrainState:
 
     def insert_best(self, result: Best, keep: int) -> None:
         """Inserts a result into the top-`keep` list (ties: the earlier step wins), unless it is NaN."""
-        sign = -1 if METRICS[result.metric].higher_is_better else 1
+        sign = -1 if METRICS[metric_of(result.metric)].higher_is_better else 1
         if not math.isnan(result.value):
             self.best = tuple(sorted([*self.best, result], key=lambda best: sign * best.value)[:keep])
 
@@ -141,9 +143,9 @@ def best_of(scalars: dict[str, Any]) -> tuple[Best, ...]:
     return tuple(Best(**best) for best in scalars["best"])
 
 
-def of_metric(bests: Iterable[Best], metric: str) -> tuple[Best, ...]:
-    """Those of `metric`: values of different metrics are not comparable."""
-    return tuple(best for best in bests if best.metric == metric)
+def of_metric(bests: Iterable[Best], metric: str, images: str) -> tuple[Best, ...]:
+    """Those of `metric` on `images`: others are not comparable."""
+    return tuple(best for best in bests if (best.metric, best.images) == (metric, images))
 
 
 def new_state(config: TrainConfig, stage: Stage, device: torch.device) -> TrainState:

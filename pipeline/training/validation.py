@@ -1,77 +1,100 @@
 """Validation on whole held-out images, distributed over the workers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from pipeline.data import HeldOutPhoto
-from pipeline.imaging import bicubic_upscale, upscale
+from pipeline.imaging import Image, bicubic_upscale, upscale
 from pipeline.metrics import MetricSet
 from pipeline.model import RRDBNet
 from pipeline.training.distributed import rank, sum_in_place, world_size
+from pipeline.training.validation_sets import ValidationImage, ValidationSet
 
 TILE_PX = 512  # LR pixels; larger images are upscaled in tiles
 BATCH_PX = 2**22  # HR pixels that a GPU measures at once
-STRIPS = 4  # comparison strips per validation
+STRIPS = 4  # comparison strips of a set
 _CROP_PX = 48  # side of the crop in a strip, in LR pixels
 
-Image = NDArray[np.uint8]
 
-
-def validate(generator: RRDBNet, photos: Sequence[HeldOutPhoto], metrics: MetricSet) -> dict[str, float]:
-    """Means over images of the metrics.
+def validate(generator: RRDBNet, sets: Sequence[ValidationSet], metrics: MetricSet) -> dict[str, float]:
+    """Means of the metrics over the images of each set, by `ValidationSet.key`.
 
     Batches of images are assigned to ranks by size, the largest first, to balance the load. The result is the same on
     all ranks and does not depend on their number: each batch is measured by one rank, and means are taken in the
     images' order.
     """
-    values = torch.zeros(len(photos), len(metrics.columns), dtype=torch.float64)
-    for batch in _batches(photos, metrics.device)[rank() :: world_size()]:
-        chosen = [photos[index] for index in batch]
-        sr = [upscale(generator, photo.lr, tile_px=TILE_PX, device=metrics.device) for photo in chosen]
-        hr, lr = [photo.hr for photo in chosen], [photo.lr for photo in chosen]
+    return _means(lambda lr: upscale(generator, lr, tile_px=TILE_PX, device=metrics.device), sets, metrics)
+
+
+def bicubic_baseline(sets: Sequence[ValidationSet], metrics: MetricSet, scale: int) -> dict[str, float]:
+    """`validate` of bicubic upscaling."""
+    return _means(lambda lr: bicubic_upscale(lr, scale), sets, metrics)
+
+
+def _means(
+    upscaled: Callable[[Image], Image], sets: Sequence[ValidationSet], metrics: MetricSet
+) -> dict[str, float]:
+    images = [image for each in sets for image in each.images]
+    values = torch.zeros(len(images), len(metrics.columns), dtype=torch.float64)
+    for batch in own_batches(images, metrics.device):
+        chosen = [images[index] for index in batch]
+        sr = [upscaled(image.lr) for image in chosen]
+        hr, lr = [image.hr for image in chosen], [image.lr for image in chosen]
         for index, measured in zip(batch, metrics.measure(*map(np.stack, (sr, hr, lr))), strict=True):
             row = [measured[name] for name in metrics.columns]
             values[index] = torch.tensor(row, dtype=torch.float64)
     # Identical images have infinite PSNR; 100 dB keeps the mean finite.
     values = values.to(metrics.device).nan_to_num(nan=float("nan"), posinf=100.0)
     sum_in_place([values])
-    return dict(zip(metrics.columns, values.mean(0).tolist(), strict=True))
+    means: dict[str, float] = {}
+    first = 0
+    for each in sets:
+        end = first + len(each.images)
+        mean = values[first:end].mean(0).tolist()
+        means |= {each.key(name): value for name, value in zip(metrics.columns, mean, strict=True)}
+        first = end
+    return means
 
 
-def _batches(photos: Sequence[HeldOutPhoto], device: torch.device) -> list[list[int]]:
-    """Indices of images of one size that are measured together, the largest batch first.
+def own_batches(images: Sequence[ValidationImage], device: torch.device) -> list[list[int]]:
+    """Indices of the images that this rank measures; those of a batch have one size, and the largest is the first.
 
     On the CPU every image is a batch, which balances the ranks best.
     """
     limit = BATCH_PX if device.type == "cuda" else 0
-    sizes: dict[tuple[int, ...], list[int]] = {}
-    for index, photo in enumerate(photos):
-        sizes.setdefault(photo.hr.shape, []).append(index)
+    sizes: dict[tuple[int, int], list[int]] = {}
+    for index, image in enumerate(images):
+        sizes.setdefault(image.shape, []).append(index)
     batches = []
-    for (height, width, _), indices in sizes.items():
+    for (height, width), indices in sizes.items():
         count = max(1, limit // (height * width))
         batches += [indices[start : start + count] for start in range(0, len(indices), count)]
-    return sorted(batches, key=lambda batch: -len(batch) * photos[batch[0]].hr.size)
+
+    def pixels(batch: list[int]) -> int:
+        height, width = images[batch[0]].shape
+        return len(batch) * height * width
+
+    return sorted(batches, key=pixels, reverse=True)[rank() :: world_size()]
 
 
 def comparison_strips(
-    generators: Sequence[RRDBNet], photos: Sequence[HeldOutPhoto], scale: int, device: torch.device
+    generators: Sequence[RRDBNet], sets: Sequence[ValidationSet], scale: int, device: torch.device
 ) -> dict[str, Image]:
-    """For each of the first images by name: LR, bicubic, each generator's SR, HR side by side, uint8 (H, W, 3).
+    """For each of the first images of each set: LR, bicubic, each generator's SR, HR side by side, uint8 (H, W, 3).
 
-    All show the same crop, the one with the most detail, at the size of the HR image.
+    All show the same crop, the one with the most detail, at the size of the HR image. Their names are those of the
+    images, by `ValidationSet.key`.
     """
     strips = {}
-    for photo in photos[:STRIPS]:
-        y, x = _most_detailed(photo.lr)
-        lr = np.ascontiguousarray(photo.lr[y : y + _CROP_PX, x : x + _CROP_PX])
-        hr = photo.hr[scale * y : scale * (y + _CROP_PX), scale * x : scale * (x + _CROP_PX)]
-        results = [upscale(generator, lr, device=device) for generator in generators]
-        nearest = lr.repeat(scale, axis=0).repeat(scale, axis=1)
-        strips[photo.name] = _strip([nearest, bicubic_upscale(lr, scale), *results, hr])
+    for each in sets:
+        for image in each.images[:STRIPS]:
+            y, x = _most_detailed(image.lr)
+            lr = np.ascontiguousarray(image.lr[y : y + _CROP_PX, x : x + _CROP_PX])
+            hr = image.hr[scale * y : scale * (y + _CROP_PX), scale * x : scale * (x + _CROP_PX)]
+            results = [upscale(generator, lr, device=device) for generator in generators]
+            nearest = lr.repeat(scale, axis=0).repeat(scale, axis=1)
+            strips[each.key(image.name)] = _strip([nearest, bicubic_upscale(lr, scale), *results, hr])
     return strips
 
 

@@ -2,8 +2,8 @@
 
 import copy
 from collections.abc import Sequence
+from itertools import chain
 
-from pipeline.data import HeldOutPhoto
 from pipeline.errors import UserError
 from pipeline.metrics import MetricSet
 from pipeline.model import RRDBNet
@@ -12,20 +12,21 @@ from pipeline.training import checkpoint as checkpoints
 from pipeline.training.checkpoint import CheckpointName
 from pipeline.training.config import TrainConfig
 from pipeline.training.run_log import RunLog
-from pipeline.training.selection import measured_metrics, select_by
+from pipeline.training.selection import measured_metrics, select_key
 from pipeline.training.state import Best, TrainState, Validation
-from pipeline.training.validation import comparison_strips, validate
+from pipeline.training.validation import comparison_strips, own_batches, validate
+from pipeline.training.validation_sets import ValidationSet, deciding_images
 from pipeline.training.worker import Worker
 
 
 class Validator:
-    """Validates the EMA weights on the held-out set, on all ranks together.
+    """Validates the EMA weights on the validation sets, on all ranks together.
 
     Args:
         config: the run's configuration.
         worker: runtime context of this process.
         run: the run's folder.
-        held_out: the images; empty: `validate` does nothing.
+        sets: the images; empty: `validate` does nothing.
         log: gets metrics and comparison strips.
 
     Raises:
@@ -33,39 +34,43 @@ class Validator:
     """
 
     def __init__(
-        self, config: TrainConfig, worker: Worker, run: Storage, held_out: Sequence[HeldOutPhoto], log: RunLog
+        self, config: TrainConfig, worker: Worker, run: Storage, sets: Sequence[ValidationSet], log: RunLog
     ) -> None:
-        self._config, self._worker, self._run, self._held_out, self._log = config, worker, run, held_out, log
+        self._config, self._worker, self._run, self._sets, self._log = config, worker, run, sets, log
         chosen = config.validation
-        names = measured_metrics(config) if held_out else ()
+        names = measured_metrics(config) if sets else ()
         self._metrics = MetricSet(names, worker.device, config.data.scale, chosen.weights_folder)
-        for photo in held_out:
+        images = [image for each in sets for image in each.images]
+        for image in images:
             try:
-                self._metrics.require_size(*photo.hr.shape[:2])
+                self._metrics.require_size(*image.shape)
             except UserError as error:
-                raise UserError(f"validation image {photo.name}: {error}; see validation.metrics") from None
+                raise UserError(f"validation image {image.name}: {error}; see validation.metrics") from None
+        for index in chain(*own_batches(images, worker.device)):
+            images[index].hr  # noqa: B018 - read now, so that a missing file is found before the first step
         self._stage_one: list[RRDBNet] | None = None
         """Stage 1's result, shown next to stage 2's; empty if it is unreadable, None if it was not read yet."""
 
     def keep_stage_one(self, state: TrainState) -> None:
         """Keeps stage 1's result, at its end, for the strips of stage 2."""
-        if self._worker.is_main and self._config.psnr.steps and self._held_out:
+        if self._worker.is_main and self._config.psnr.steps and self._sets:
             self._stage_one = [copy.deepcopy(state.ema)]
 
     def validate(self, state: TrainState) -> None:
         """Measures the EMA weights and updates `state.validation` and `state.best`."""
-        if not self._held_out:
+        if not self._sets:
             return
         scale, device = self._config.data.scale, self._worker.device
-        metrics = validate(state.ema, self._held_out, self._metrics)
+        metrics = validate(state.ema, self._sets, self._metrics)
         state.validation = Validation(state.step, metrics)
         if state.step:  # Step 0 has no checkpoint that could be the best.
-            metric = select_by(self._config, state.stage)
-            state.insert_best(Best(state.step, metrics[metric], metric), self._config.keep_best_checkpoints)
-        self._log.validation(state, len(self._held_out), metrics)
+            key = select_key(self._config, state.stage)
+            best = Best(state.step, metrics[key], key, deciding_images(self._config, self._sets))
+            state.insert_best(best, self._config.keep_best_checkpoints)
+        self._log.validation(state, self._sets, metrics)
         if self._worker.is_main:
             generators = [state.ema] if state.stage == "psnr" else [*self._read_stage_one(state), state.ema]
-            self._log.images(state.step, comparison_strips(generators, self._held_out, scale, device))
+            self._log.images(state.step, comparison_strips(generators, self._sets, scale, device))
 
     def _read_stage_one(self, state: TrainState) -> list[RRDBNet]:
         """Stage 1's result, from its checkpoint after a resume; empty if there is none or it is unreadable."""

@@ -31,6 +31,7 @@ from pipeline.training.checks import (
 from pipeline.training.config import TrainConfig
 from pipeline.training.run import run_training, summary
 from pipeline.training.selection import with_selection
+from pipeline.training.validation_sets import find_sets
 from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.figure import tradeoff_figure
 from pipeline.tuning.progress import SweepProgress
@@ -69,6 +70,8 @@ def run_sweep(config: TrainConfig, settings: TuneConfig, prepare_command: str | 
     _check_trials(base, settings, sweep)
     has_data = has_manifest(base.data.root)
     _require_held_out(base, settings, has_data)
+    base = with_selection(base, has_held_out=True)
+    find_sets(base)
     if not has_data:
         check_source(base.data, prepare_command)
     require_tracking(base.tracking, base.storage)
@@ -109,7 +112,7 @@ def _trial_base(config: TrainConfig) -> TrainConfig:
     absolute = with_absolute_paths(config)
     uri = resolve_uri(absolute.tracking, absolute.storage)
     tracking = absolute.tracking.model_copy(update={"uri": uri, "register_model": False})
-    return with_selection(absolute.model_copy(update={"tracking": tracking}))
+    return absolute.model_copy(update={"tracking": tracking})
 
 
 def _check_trials(base: TrainConfig, settings: TuneConfig, sweep: Storage) -> None:

@@ -23,6 +23,11 @@ class HeldOutPhoto:
     lr: NDArray[np.uint8]
     """(H / scale, W / scale, 3)."""
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width of the HR image."""
+        return self.hr.shape[0], self.hr.shape[1]
+
 
 def read_held_out(root: str) -> list[HeldOutPhoto]:
     """All held-out images of the data set, in its order; empty if it has none.

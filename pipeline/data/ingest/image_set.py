@@ -99,7 +99,7 @@ def _found(
         if len(hr_paths) == len(lr_paths) == 1:
             (name, path), (lr_path,) = *hr_paths.items(), lr_paths.values()
             return [Pair(name, path, lr_path)], []
-        return _match(hr_paths, lr_paths, scale, lr)
+        return _match(hr_paths, lr_paths, scale, lr, _named(lr_flag, lr))
     if folders is not None:
         chosen = _lr_folders(folders, hr, flags)
         skipped = sorted({*folders.other_lr, *folders.versions}) + (["other files"] if folders.rest else [])
@@ -111,7 +111,8 @@ def _found(
         )
         if chosen:
             lr_paths = _below(storage, [name for folder in chosen for name in folders.lr[folder]], [])
-            return _match(hr_paths, lr_paths, scale, f"{hr}/{chosen[0]}")
+            folder = f"{hr}/{chosen[0]}"
+            return _match(hr_paths, lr_paths, scale, folder, _named(hr_flag, folder))
     adjacent = lr_next_to_hr(hr_paths)
     unmarked = [name for name, other in adjacent.items() if not is_marked_hr(other)]
     if unmarked:
@@ -123,7 +124,7 @@ def _found(
     if adjacent:
         marked = {name: path for name, path in hr_paths.items() if is_marked_hr(name)}
         lr_paths = {name: hr_paths[name] for name in adjacent}
-        pairs, rejected = _match(marked, lr_paths, scale, hr)
+        pairs, rejected = _match(marked, lr_paths, scale, hr, _named(hr_flag, hr))
         rest = [path for name, path in hr_paths.items() if name not in marked and name not in lr_paths]
         return pairs, rejected + [Rejected(path, "neither HR nor LR in its name") for path in rest]
     return [Pair(name, path, None) for name, path in hr_paths.items()], []
@@ -215,7 +216,7 @@ def _below(storage: Storage, names: list[str], folders: list[str]) -> dict[str, 
 
 
 def _match(
-    hr_paths: dict[str, str], lr_paths: dict[str, str], scale: int, folder: str
+    hr_paths: dict[str, str], lr_paths: dict[str, str], scale: int, folder: str, named: str
 ) -> tuple[list[Pair], list[Rejected]]:
     matches = lr_candidates({name: name for name in hr_paths}, {name: name for name in lr_paths}, scale)
     pairs, rejected, free = [], [], dict.fromkeys(lr_paths)
@@ -233,6 +234,6 @@ def _match(
     if not pairs:
         example = PurePosixPath(next(iter(hr_paths), "name.png")).stem
         raise UserError(
-            f"{folder}: no file name matches an HR image; expected names such as {example}x{scale}.png"
+            f"{named}: no file name matches an HR image; expected names such as {example}x{scale}.png"
         )
     return pairs, rejected

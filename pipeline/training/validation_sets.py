@@ -1,0 +1,167 @@
+"""The sets of images that a run is validated on: the data set's held-out images, and those of `validation.sets`.
+
+The driver finds and reads the files before Ray starts, so that unusable ones are refused at once. Workers get the list
+as plain values, and read an image when they first need its pixels: a rank reads only those that it measures or shows.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+from pipeline.data import read_held_out
+from pipeline.data.ingest.cutting import pixels_sha256
+from pipeline.data.ingest.decoding import PhotoRejected
+from pipeline.data.ingest.image_set import Pair, find_pairs, read_pair
+from pipeline.errors import UserError
+from pipeline.imaging import Image
+from pipeline.metrics import MetricSet
+from pipeline.training.config import TrainConfig
+from pipeline.training.selection import measured_metrics, metric_key
+from pipeline.training.validation_config import HELD_OUT, SetFolders
+
+
+class ValidationImage(Protocol):
+    """An image with its low-resolution version; both uint8 (H, W, 3)."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def hr(self) -> Image: ...
+    @property
+    def lr(self) -> Image: ...
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """A set of images with its name, `held_out` or one of `validation.sets`."""
+
+    name: str
+    images: Sequence[ValidationImage]
+    sha256: str = ""
+    """Digest of the images of one of `validation.sets`."""
+
+    def key(self, metric: str) -> str:
+        """The name of a metric on this set among a validation's metrics."""
+        return metric_key(self.name, metric)
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """The files of an image, as the driver found them; plain values."""
+
+    name: str
+    hr: str
+    lr: str | None
+    shape: tuple[int, int]
+    """Height and width of the HR image, in pixels."""
+    sha256: str
+    """Of the pixels in the files."""
+
+
+@dataclass(frozen=True)
+class SetFiles:
+    """The files of a set of `validation.sets`; plain values."""
+
+    name: str
+    images: list[ImageFile]
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the images, whatever their names are."""
+        return hashlib.sha256("".join(sorted(image.sha256 for image in self.images)).encode()).hexdigest()
+
+
+class _Image:
+    """An image of a set, read when its pixels are first needed."""
+
+    def __init__(self, file: ImageFile, field: str, scale: int) -> None:
+        self.name, self.shape = file.name, file.shape
+        self._file, self._field, self._scale = file, field, scale
+
+    @property
+    def hr(self) -> Image:
+        return self._pixels[0]
+
+    @property
+    def lr(self) -> Image:
+        return self._pixels[1]
+
+    @cached_property
+    def _pixels(self) -> tuple[Image, Image]:
+        file = self._file
+        hr, lr, sha256 = _read(Pair(file.name, file.hr, file.lr), self._field, self._scale)
+        if sha256 != file.sha256:
+            raise UserError(f"{self._field}: {file.hr} has changed since the run was started; start it again")
+        return hr, lr
+
+
+def find_sets(config: TrainConfig) -> list[SetFiles]:
+    """Finds and reads the images of `validation.sets`, in the driver.
+
+    Raises:
+        UserError: a folder does not exist or has no pairs, or an image cannot be used; the message names the set. Or
+            the weights of a metric are missing or corrupt.
+    """
+    sets = config.validation.sets
+    if not sets:
+        return []
+    scale, folder = config.data.scale, config.validation.weights_folder
+    metrics = MetricSet(measured_metrics(config), "cpu", scale, folder)
+    return [_find(name, folders, scale, metrics) for name, folders in sets.items()]
+
+
+def open_sets(config: TrainConfig, files: Sequence[SetFiles]) -> list[ValidationSet]:
+    """All sets of a run; the held-out images first, if there are any. Raises UserError like `read_held_out`."""
+    held_out = read_held_out(config.data.root)
+    sets = [ValidationSet(HELD_OUT, held_out)] if held_out else []
+    for each in files:
+        field, scale = _field(each.name), config.data.scale
+        sets.append(
+            ValidationSet(each.name, [_Image(image, field, scale) for image in each.images], each.sha256)
+        )
+    return sets
+
+
+def deciding_images(config: TrainConfig, sets: Sequence[ValidationSet] | Sequence[SetFiles]) -> str:
+    """Digest of the images of `validation.select_on`; empty for the held-out ones, which belong to the data set."""
+    return next((each.sha256 for each in sets if each.name == config.validation.select_on), "")
+
+
+def _find(name: str, folders: str | SetFolders, scale: int, metrics: MetricSet) -> SetFiles:
+    field = _field(name)
+    if isinstance(folders, str):
+        hr, lr, flags = folders, None, (f"{field}=", f"{field}.lr=")
+    else:
+        hr, lr, flags = folders.hr, folders.lr, (f"{field}.hr=", f"{field}.lr=")
+    pairs, rejected = find_pairs(hr, lr, scale, flags)
+    if rejected:
+        first = rejected[0]
+        print(f"note: {field}: {len(rejected)} files are not used; {first.path}: {first.reason}", flush=True)
+    images = []
+    for pair in pairs:
+        pixels, _, sha256 = _read(pair, field, scale)
+        height, width = pixels.shape[:2]
+        try:
+            metrics.require_size(height, width)
+        except UserError as error:
+            raise UserError(f"{field}: {pair.hr}: {error}; see validation.metrics") from None
+        images.append(ImageFile(pair.name, pair.hr, pair.lr, (height, width), sha256))
+    return SetFiles(name, images)
+
+
+def _read(pair: Pair, field: str, scale: int) -> tuple[Image, Image, str]:
+    """HR, LR, and the digest of the pixels in the files. Raises UserError."""
+    try:
+        hr, lr = read_pair(pair, scale, border=scale)
+    except PhotoRejected as error:
+        raise UserError(f"{field}: {pair.hr}: {error}; remove or replace the file") from None
+    # An LR image that is made from the HR image is not in the digest.
+    return hr, lr, pixels_sha256(hr) + (pixels_sha256(lr) if pair.lr else "")
+
+
+def _field(name: str) -> str:
+    return f"validation.sets.{name}"
