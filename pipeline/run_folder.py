@@ -44,6 +44,8 @@ class TrainingResult:
     """Validation metrics of the registered generator."""
     final_metrics: dict[str, float]
     """Validation metrics of the EMA weights at `step`."""
+    bicubic_metrics: dict[str, float] = field(default_factory=dict)
+    """The same metrics of bicubic upscaling."""
 
 
 FaultKind = Literal["died", "error", "diverged"]

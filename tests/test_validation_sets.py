@@ -16,7 +16,7 @@ from tiny import command, fields, flags, train, write_sets
 from pipeline.config import load_config
 from pipeline.data.ingest.image_set import find_pairs, read_pair
 from pipeline.errors import UserError
-from pipeline.imaging import matlab_bicubic_downscale
+from pipeline.imaging import bicubic_upscale, matlab_bicubic_downscale, psnr
 from pipeline.metrics import FIDELITY, MetricSet
 from pipeline.model import RRDBNet, seeded
 from pipeline.storage import Storage
@@ -303,3 +303,22 @@ def test_an_unusable_set_ends_the_command_with_code_2_before_ray(
         assert exit_code(Path(program).stem, *arguments) == 2
         lines = [line for line in capsys.readouterr().err.splitlines() if line]
         assert lines == ["error: validation.sets.Set5=/none: no such folder or file"]
+
+
+def test_the_first_validation_records_bicubic_as_the_baseline(trained: tuple[Path, Any]) -> None:
+    folder, result = trained
+    run = Storage(str(folder / "runs" / "tiny"))
+    baseline = {
+        (record.step, name.removeprefix("bicubic/")): value
+        for step in segment_steps(run)
+        for record in read_segment(run, step).records
+        if isinstance(record, Metrics)
+        for name, value in record.values.items()
+        if name.startswith("bicubic/")
+    }
+    assert baseline == {(0, name): value for name, value in result.bicubic_metrics.items()}
+    assert result.bicubic_metrics.keys() == result.metrics.keys()
+    pairs, _ = find_pairs(str(folder / "set14"), None, 4)
+    images = [read_pair(pair, 4, border=4) for pair in pairs]
+    expected = np.mean([psnr(bicubic_upscale(lr, 4), hr, border=4) for hr, lr in images])
+    assert result.bicubic_metrics["Set14/psnr_y"] == pytest.approx(expected)

@@ -68,6 +68,7 @@ def conclude(
         model_version=version,
         metrics=chosen.scalars["metrics"],
         final_metrics=final.scalars["metrics"],
+        bicubic_metrics=final.scalars.get("bicubic", {}),
     )
     RESULT.write(run, result)
     if version is not None:

@@ -63,24 +63,19 @@ class RunLog:
         named = {_metric_name(name): value for name, value in values.items()}
         self._metrics(state.step, named | system_metrics(self.run.nearest_folder()))
 
+    def baseline(self, state: TrainState, sets: Sequence[ValidationSet]) -> None:
+        """Logs the metrics of bicubic upscaling."""
+        if self.worker.is_main:
+            _print_means(f"[{state.stage}] step {state.step} bicubic", sets, state.bicubic)
+            self._metrics(state.step, {f"bicubic/{name}": mean for name, mean in state.bicubic.items()})
+
     def validation(
         self, state: TrainState, sets: Sequence[ValidationSet], metrics: Mapping[str, float]
     ) -> None:
-        """Logs the metrics of a validation, a line for each set."""
-        if not self.worker.is_main:
-            return
-        for each in sets:
-            means = ", ".join(
-                f"{metric_of(key)} {mean:.4f}"
-                for key, mean in metrics.items()
-                if each.key(metric_of(key)) == key
-            )
-            named = "" if each.name == HELD_OUT else f" on {each.name}"
-            print(
-                f"[{state.stage}] step {state.step} validation{named} ({len(each.images)} images): {means}",
-                flush=True,
-            )
-        self._metrics(state.step, {f"validation/{name}": mean for name, mean in metrics.items()})
+        """Logs the metrics of a validation."""
+        if self.worker.is_main:
+            _print_means(f"[{state.stage}] step {state.step} validation", sets, metrics)
+            self._metrics(state.step, {f"validation/{name}": mean for name, mean in metrics.items()})
 
     def images(self, step: int, images: Mapping[str, Image]) -> None:
         """Records validation images."""
@@ -105,6 +100,16 @@ class RunLog:
 
     def _metrics(self, step: int, values: Mapping[str, float]) -> None:
         self._records.append(Metrics(step, _now_ms(), dict(values)))
+
+
+def _print_means(what: str, sets: Sequence[ValidationSet], metrics: Mapping[str, float]) -> None:
+    """Prints metrics, a line for each set."""
+    for each in sets:
+        means = ", ".join(
+            f"{metric_of(key)} {mean:.4f}" for key, mean in metrics.items() if each.key(metric_of(key)) == key
+        )
+        named = "" if each.name == HELD_OUT else f" on {each.name}"
+        print(f"{what}{named} ({len(each.images)} images): {means}", flush=True)
 
 
 def _metric_name(name: str) -> str:

@@ -61,6 +61,8 @@ class TrainState:
     """The best first."""
     validation: Validation | None = None
     """The latest one."""
+    bicubic: dict[str, float] = field(default_factory=dict)
+    """The metrics of a validation, of bicubic upscaling: the baseline; empty before the first validation."""
     corrupt_patches: int = 0
     """Corrupt patches replaced so far, over all workers."""
     skipped: Tensor = field(default_factory=lambda: torch.zeros(2))
@@ -99,6 +101,7 @@ class TrainState:
             "corrupt_patches": self.corrupt_patches,
             "metrics": latest.metrics if latest else {},
             "metrics_step": latest.step if latest else None,
+            "bicubic": self.bicubic,
         }
 
     @torch.no_grad()
@@ -134,6 +137,7 @@ class TrainState:
         self.stage, self.step = scalars["stage"], scalars["step"]
         self.corrupt_patches = scalars["corrupt_patches"]
         self.best = best_of(scalars)
+        self.bicubic = scalars.get("bicubic", {})  # missing in checkpoints of earlier versions
         step = scalars["metrics_step"]
         self.validation = None if step is None else Validation(step, scalars["metrics"])
 

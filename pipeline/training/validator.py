@@ -14,7 +14,7 @@ from pipeline.training.config import TrainConfig
 from pipeline.training.run_log import RunLog
 from pipeline.training.selection import measured_metrics, select_key
 from pipeline.training.state import Best, TrainState, Validation
-from pipeline.training.validation import comparison_strips, own_batches, validate
+from pipeline.training.validation import bicubic_baseline, comparison_strips, own_batches, validate
 from pipeline.training.validation_sets import ValidationSet, deciding_images
 from pipeline.training.worker import Worker
 
@@ -57,11 +57,14 @@ class Validator:
             self._stage_one = [copy.deepcopy(state.ema)]
 
     def validate(self, state: TrainState) -> None:
-        """Measures the EMA weights and updates `state.validation` and `state.best`."""
+        """Measures the EMA weights and updates `state.validation` and `state.best`; the first time, also bicubic."""
         if not self._sets:
             return
         scale, device = self._config.data.scale, self._worker.device
         metrics = validate(state.ema, self._sets, self._metrics)
+        if not metrics.keys() <= state.bicubic.keys():
+            state.bicubic = bicubic_baseline(self._sets, self._metrics, scale)
+            self._log.baseline(state, self._sets)
         state.validation = Validation(state.step, metrics)
         if state.step:  # Step 0 has no checkpoint that could be the best.
             key = select_key(self._config, state.stage)
