@@ -1,24 +1,17 @@
 """Resolves a model spec: a registered version, a run, a checkpoint, a weight file, or `bicubic`."""
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
-import pyarrow
 import torch
 
 from pipeline.errors import UserError
 from pipeline.imaging import DeepImage, bicubic_upscale, upscale
 from pipeline.model import RRDBNet, decode_generator, set_precision
-from pipeline.storage import Storage, is_remote
 from pipeline.tracking.lookup import pull_generator
-from pipeline.training import checkpoint
+from pipeline.training.model_source import GENERATOR_FILE, read_model_file
 
 BICUBIC = "bicubic"
-WEIGHTS = "generator.safetensors"
-SUFFIXES = (".safetensors", ".pth.tar", ".pth", ".pt", ".ckpt")
 # Low-resolution pixels up to which an image is upscaled without tiles (about 2.2 GB for the paper's network).
 WHOLE_UP_TO_PX = 512 * 512
 AUTO_TILE_PX = 256
@@ -99,7 +92,7 @@ def open_model(
         path = pull_generator(source, tracking_uri)
         content = path.read_bytes()
     else:
-        content = _weights(source)
+        content = read_model_file(source, GENERATOR_FILE, f"--model {source}")
     generator, info = decode_generator(content, source)
     return Model(source, generator.scale, generator.eval(), info, device, precision, label)
 
@@ -186,51 +179,3 @@ def choose_device(name: str, workers: int = 0) -> str:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from None
     return name
-
-
-def _weights(source: str) -> bytes:
-    """The bytes of the generator at `source`."""
-    if source.lower().endswith(SUFFIXES):
-        folder, _, name = source.rpartition("/")
-        storage = Storage(folder or ("/" if source.startswith("/") else "."))
-        try:
-            return storage.read_bytes(name)
-        except (OSError, pyarrow.ArrowException):
-            raise UserError(f"--model {source}: no such file, or it cannot be read") from None
-    if not is_remote(source) and "://" not in source and Path(source).expanduser().is_file():
-        hint = " (an .onnx file's source is one)" if source.lower().endswith(".onnx") else ""
-        raise UserError(f"--model {source}: weights are {', '.join(SUFFIXES)} files{hint}")
-    storage = Storage(source)
-    if storage.exists(WEIGHTS):
-        return _from_checkpoint(storage)
-    corrupt = ""
-    for listed in reversed(checkpoint.listed(storage)):
-        try:
-            return _from_checkpoint(storage / listed.folder)
-        except UserError as error:
-            corrupt = corrupt or f"; {error}"
-    if storage.exists():
-        raise UserError(
-            f"--model {source}: neither a checkpoint ({WEIGHTS}) nor a run with one (checkpoints/){corrupt}"
-        )
-    raise UserError(
-        f"--model {source}: no such file or folder; give models:/NAME@ALIAS, a checkpoint's or run's folder, "
-        "a weight file (.safetensors, .pth, .pt, .ckpt), or bicubic"
-    )
-
-
-def _from_checkpoint(folder: Storage) -> bytes:
-    """The generator in a checkpoint, verified against the manifest."""
-    try:
-        content = folder.read_bytes(WEIGHTS)
-        expected = json.loads(folder.read_bytes("manifest.json"))["files"][WEIGHTS]["sha256"]
-    except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException):
-        raise UserError(
-            f"{folder.uri}: not a finished checkpoint (its manifest.json is missing or corrupt); "
-            f"to use it anyway, give the path of its {WEIGHTS}"
-        ) from None
-    if hashlib.sha256(content).hexdigest() != expected:
-        raise UserError(
-            f"{folder.path(WEIGHTS)}: differs from its checksum in manifest.json; use another checkpoint"
-        )
-    return content

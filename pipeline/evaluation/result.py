@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from pipeline.data.ingest.image_set import Rejected
-from pipeline.evaluation.models import SUFFIXES, WEIGHTS, Model
+from pipeline.evaluation.models import Model
 from pipeline.evaluation.scoring import ImageScore, Settings
 from pipeline.evaluation.statistics import Comparison, Values, bootstrap_intervals, compare
 from pipeline.metrics import METRICS
+from pipeline.training.model_source import GENERATOR_FILE, SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def _short_term(term: str, parts: int) -> str:
     if source.startswith("models:/"):
         return factor + times + source.removeprefix("models:/")
     # These two names are the same in every run.
-    path = [part for part in PurePosixPath(source).parts if part not in ("/", "checkpoints", WEIGHTS)]
+    path = [part for part in PurePosixPath(source).parts if part not in ("/", "checkpoints", GENERATOR_FILE)]
     short = "/".join(path[-parts:]) or source
     suffix = next((suffix for suffix in SUFFIXES if short.endswith(suffix)), "")
     return factor + times + short.removesuffix(suffix)

@@ -1,0 +1,69 @@
+"""Reads the weights that a model source names: a weight file, a checkpoint's folder, or a run's folder."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pyarrow
+
+from pipeline.errors import UserError
+from pipeline.storage import Storage, is_remote
+from pipeline.training import checkpoint
+
+GENERATOR_FILE, TRAINING_FILE = "generator.safetensors", "training.safetensors"
+SUFFIXES = (".safetensors", ".pth.tar", ".pth", ".pt", ".ckpt")
+
+
+def read_model_file(source: str, file: str, name: str) -> bytes:
+    """The bytes of a weight file, local or in an object store.
+
+    Args:
+        source: a weight file, a checkpoint's folder, or a run's folder (its newest valid checkpoint).
+        file: which of a checkpoint's files.
+        name: what errors call the source.
+
+    Raises:
+        UserError: missing, unreadable or, in a checkpoint, corrupt.
+    """
+    if source.lower().endswith(SUFFIXES):
+        folder, _, base = source.rpartition("/")
+        storage = Storage(folder or ("/" if source.startswith("/") else "."))
+        try:
+            return storage.read_bytes(base)
+        except (OSError, pyarrow.ArrowException):
+            raise UserError(f"{name}: no such file, or it cannot be read") from None
+    if not is_remote(source) and "://" not in source and Path(source).expanduser().is_file():
+        hint = " (an .onnx file's source is one)" if source.lower().endswith(".onnx") else ""
+        raise UserError(f"{name}: weights are {', '.join(SUFFIXES)} files{hint}")
+    storage = Storage(source)
+    if storage.exists(file):
+        return _from_checkpoint(storage, file)
+    corrupt = ""
+    for listed in reversed(checkpoint.listed(storage)):
+        try:
+            return _from_checkpoint(storage / listed.folder, file)
+        except UserError as error:
+            corrupt = corrupt or f"; {error}"
+    if storage.exists():
+        raise UserError(f"{name}: neither a checkpoint ({file}) nor a run with one (checkpoints/){corrupt}")
+    raise UserError(
+        f"{name}: no such file or folder; give models:/NAME@ALIAS, a checkpoint's or run's folder, "
+        "or a weight file (.safetensors, .pth, .pt, .ckpt)"
+    )
+
+
+def _from_checkpoint(folder: Storage, file: str) -> bytes:
+    """A file of a checkpoint, verified against the manifest."""
+    try:
+        content = folder.read_bytes(file)
+        expected = json.loads(folder.read_bytes("manifest.json"))["files"][file]["sha256"]
+    except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException):
+        raise UserError(
+            f"{folder.uri}: not a finished checkpoint (its manifest.json is missing or corrupt); "
+            f"to use it anyway, give the path of its {file}"
+        ) from None
+    if hashlib.sha256(content).hexdigest() != expected:
+        raise UserError(
+            f"{folder.path(file)}: differs from its checksum in manifest.json; use another checkpoint"
+        )
+    return content
