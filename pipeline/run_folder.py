@@ -11,6 +11,24 @@ from pipeline.json_file import JsonFile
 
 
 @dataclass(frozen=True)
+class InitialWeights:
+    """Given weights that a network starts from; `initial/NETWORK.safetensors` is a copy of them."""
+
+    source: str
+    """The value of init.generator or init.discriminator."""
+    sha256: str
+    """Over the bytes of the tensors in float32, names sorted."""
+    residual_scale: float | None = None
+    """The generator's, if its file has it."""
+    version: str = ""
+    """models:/NAME/VERSION, for a registered model."""
+    model_id: str = ""
+    """MLflow's id of its logged model."""
+    run_id: str = ""
+    """MLflow's id of the run that made it."""
+
+
+@dataclass(frozen=True)
 class RunIdentity:
     """What must be equal when a run is resumed, unless the user accepts the change."""
 
@@ -24,6 +42,8 @@ class RunIdentity:
     """MLflow's run id."""
     versions: dict[str, str] = field(default_factory=dict)
     """Versions of the packages that may change the result."""
+    initial: dict[str, InitialWeights] = field(default_factory=dict)
+    """Initial weights of `generator` and `discriminator`, if given."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +178,8 @@ class CandidateDescription:
     """Titles of the model card's images, in the order of their files."""
     example: bool
     """Whether there is an input example."""
+    initial: dict[str, str] = field(default_factory=dict)
+    """Origin of the initial weights, as in the model card."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +188,8 @@ class SweepIdentity:
 
     fields: dict[str, Any]
     """The search space, the metric, and the configuration fields that decide what a trial learns."""
+    initial: dict[str, InitialWeights] = field(default_factory=dict, compare=False)
+    """Initial weights of the trials, if given; `fields` has their digests."""
 
 
 @dataclass(frozen=True)
@@ -233,6 +257,7 @@ JSON_FILES: tuple[JsonFile[Any], ...] = (
 )  # fmt: skip
 OTHER_FILES = {
     "config.yaml": "The whole configuration of the latest submission, without secrets.",
+    "initial/{network}.safetensors": "Copy of given initial weights; `generator` or `discriminator`.",
     ".lock": "Locked by the process that trains the run (not in an object store).",
     "stop": "Present while a graceful stop is requested.",
     "save": "Present while a checkpoint is requested before an elastic worker group is resized.",

@@ -112,7 +112,7 @@ def test_workers_in_the_environment_are_a_number_or_a_range(text: str, range_: t
         (
             ["--psnr.steps", "0"],
             {},
-            "psnr.steps=0: stage 2 would start from a random generator; set psnr.steps",
+            "psnr.steps=0: stage 2 would start from a random generator; set init.generator or psnr.steps",
         ),
         (
             ["--tracking.model_name", "team/esrgan"],

@@ -104,11 +104,10 @@ def load_generator(path: str | os.PathLike[str]) -> tuple[RRDBNet, dict[str, str
 
 def decode_generator(source: bytes | Path, name: str) -> tuple[RRDBNet, dict[str, str]]:
     """`load_generator` for a file's path or content; `name` is its name in error messages."""
-    tensors, metadata = read_tensors(source, name)
-    state = generator_names(tensors)
+    state, metadata = read_generator_tensors(source, name)
     if other := other_network(state):
         raise UserError(f"{name}: {other}")
-    sizes = _sizes(state, metadata, name)
+    sizes = generator_sizes(state, metadata, name)
     # On the meta device no weights are allocated or initialized, and no random number is drawn.
     with torch.device("meta"):
         generator = RRDBNet(**sizes)
@@ -119,6 +118,12 @@ def decode_generator(source: bytes | Path, name: str) -> tuple[RRDBNet, dict[str
     origin = "metadata" if "residual_scale" in metadata else "default"
     info = {**metadata, **sizes_as_text(generator), "residual_scale_source": origin}
     return generator, info
+
+
+def read_generator_tensors(source: bytes | Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """`read_tensors` with RRDBNet's names; neither complete nor of known sizes."""
+    tensors, metadata = read_tensors(source, name)
+    return generator_names(tensors), metadata
 
 
 def generator_sha256(state_dict: Mapping[str, Tensor]) -> str:
@@ -209,8 +214,12 @@ def _require_finite(tensors: Mapping[str, Tensor], name: str) -> None:
             raise UserError(f"{name}: {key} holds non-finite values (NaN or infinity); use other weights")
 
 
-def _sizes(state: Mapping[str, Tensor], metadata: Mapping[str, str], name: str) -> dict[str, Any]:
-    """RRDBNet's arguments, from names and shapes; the residual scale from the metadata, default 0.2 (the paper's)."""
+def generator_sizes(state: Mapping[str, Tensor], metadata: Mapping[str, str], name: str) -> dict[str, Any]:
+    """RRDBNet's arguments, from names and shapes; the residual scale from the metadata, default 0.2 (the paper's).
+
+    Raises:
+        UserError: not the weights of an RRDBNet.
+    """
     first, dense = state.get("conv_first.weight"), state.get("body.0.rdb1.conv1.weight")
     if first is None or dense is None or first.ndim != 4 or dense.ndim != 4:
         missing = "conv_first.weight" if first is None or first.ndim != 4 else "body.0.rdb1.conv1.weight"

@@ -56,6 +56,7 @@ class Candidate:
             license=self.card.license,
             images=list(self.card.images),
             example=self.card.example is not None,
+            initial=dict(self.card.initial),
         )
         CANDIDATE.write(run, description)
 
@@ -74,7 +75,14 @@ class Candidate:
         except (FileNotFoundError, ValueError) as error:
             raise UserError(f"{run.path(CANDIDATE_FOLDER)}: corrupt ({error}); {CANDIDATE.remedy}") from None
         card = ModelCard(
-            saved.config_text, saved.data_sha256, saved.data, saved.license, images, example, saved.metric
+            saved.config_text,
+            saved.data_sha256,
+            saved.data,
+            saved.license,
+            images,
+            example,
+            saved.metric,
+            saved.initial,
         )
         return Candidate(saved.model_name, saved.generator, tuple(saved.earlier), saved.evaluation_set, card)
 

@@ -31,6 +31,7 @@ EXAMPLE_PX = (24, 32)  # smaller than the input in a validation image
 LICENSE_CHARACTERS = 1500
 IMAGE_CAPTION = "From left to right: input, bicubic, the result of each stage, original."
 NO_LICENSE = "Not stated. Whether weights may be redistributed depends on the training images."
+INITIAL_LICENSE = "\n\nTraining started from other weights (see Origin); their license applies as well."
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class ModelCard:
     """A small low-resolution image, (H, W, 3) uint8, that becomes the input example."""
     selected_by: str = "psnr_y"
     """The metric that chose the generator among the run's checkpoints, such as psnr_y or Set14/lpips."""
+    initial: Mapping[str, str] = field(default_factory=dict)
+    """Source and digest of the weights that training started from; empty: random."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ def log_model(
         **({"data": card.data} if card.data else {}),
         "data_sha256": card.data_sha256,
         "evaluation_set": evaluation_set,
+        **{key: without_secrets(value) for key, value in card.initial.items()},
     }
     # MLflow's page cannot show the model's own files in a description.
     description = card_text(name, card, metrics, origin, embed_images=False)
@@ -241,7 +245,7 @@ Requires torch, or onnxruntime alone: `artifacts/generator.onnx` has the same in
 - the whole configuration: `config.yaml`
 
 ## License
-{card.license}
+{card.license}{INITIAL_LICENSE if card.initial else ""}
 
 ## Limits
 It invents plausible detail. Do not read text, faces or measurements from its results.{images}

@@ -25,12 +25,34 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 CHAMPION = "champion"
+_MODEL_ID = re.compile(r"\bm-[0-9a-f]{32}\b")
 _URI = re.compile(
     r"^models:/(?:(?P<model_id>m-[0-9a-f]{32})|(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+)))$"
 )
 
 
+@dataclass(frozen=True)
+class PulledGenerator:
+    """A registered generator on this machine, and its origin."""
+
+    path: Path
+    """Its .safetensors file; the contents match the digest in the registry."""
+    version: str
+    """models:/NAME/VERSION; empty for a logged model that is not registered."""
+    model_id: str
+    """MLflow's id of the logged model; may be empty."""
+    run_id: str
+    """MLflow's id of the run that made it; may be empty."""
+
+
 def pull_generator(uri: str, tracking_uri: str | None = None, folder: Path | None = None) -> Path:
+    """`pull_with_origin`, for the path alone."""
+    return pull_with_origin(uri, tracking_uri, folder).path
+
+
+def pull_with_origin(
+    uri: str, tracking_uri: str | None = None, folder: Path | None = None
+) -> PulledGenerator:
     """Downloads a registered generator's weights.
 
     Args:
@@ -39,20 +61,17 @@ def pull_generator(uri: str, tracking_uri: str | None = None, folder: Path | Non
         folder: where to write the file; without it a folder that is removed when the process ends. A file that is on
             this machine already is not copied.
 
-    Returns:
-        Path of generator.safetensors; its contents match the digest in the registry.
-
     Raises:
         UserError: no such model, alias or version, the server is unreachable, or the file is corrupt or not finite.
     """
-    with _located(uri, tracking_uri) as (location, tags):
+    with _located(uri, tracking_uri) as (location, tags, origin):
         path = _download(uri, location, f"artifacts/{WEIGHTS}", tracking_uri, folder)
     generator, _ = decode_generator(path, f"{uri}: {path}")
     if tags.get(SHA_TAG) not in (None, generator_sha256(generator.state_dict())):
         raise UserError(
             f"{uri}: {path} is corrupt: it differs from the digest in the registry; register it again"
         )
-    return path
+    return PulledGenerator(path, *origin)
 
 
 @dataclass(frozen=True)
@@ -69,7 +88,7 @@ class RegisteredCard:
 
 def pull_card(uri: str, tracking_uri: str | None = None) -> RegisteredCard:
     """Downloads a registered generator's model card; arguments and errors are those of `pull_generator`."""
-    with _located(uri, tracking_uri) as (location, _):
+    with _located(uri, tracking_uri) as (location, _, _):
         text, model, config = (
             _download(uri, location, name, tracking_uri).read_text(encoding="utf-8")
             for name in ("README.md", "MLmodel", "config.yaml")
@@ -78,8 +97,13 @@ def pull_card(uri: str, tracking_uri: str | None = None) -> RegisteredCard:
 
 
 @contextmanager
-def _located(uri: str, tracking_uri: str | None) -> Iterator[tuple[str, dict[str, str]]]:
-    """Where a registered model's files are, and its tags; MLflow's errors inside are UserErrors of one line."""
+def _located(
+    uri: str, tracking_uri: str | None
+) -> Iterator[tuple[str, dict[str, str], tuple[str, str, str]]]:
+    """Where a registered model's files are, its tags, and its version, model and run as in `PulledGenerator`.
+
+    MLflow's errors inside are UserErrors of one line.
+    """
     parts = _URI.match(uri)
     if parts is None:
         raise UserError(f"{uri}: not a registered model; write models:/NAME@{CHAMPION} or models:/NAME/3")
@@ -88,11 +112,16 @@ def _located(uri: str, tracking_uri: str | None) -> Iterator[tuple[str, dict[str
         client = connect_existing(server)
         if parts["model_id"]:
             model = client.get_logged_model(parts["model_id"])
-            yield model.artifact_location, dict(model.tags)
+            origin = ("", model.model_id, model.source_run_id or "")
+            yield model.artifact_location, dict(model.tags), origin
         else:
             version = resolve(client, parts["name"], parts["alias"], parts["version"])
             location = client.get_model_version_download_uri(parts["name"], str(version.version))
-            yield location, dict(version.tags)
+            # A database returns versions without model_id; the source contains it.
+            found = _MODEL_ID.search(version.source or "")
+            model_id = version.model_id or (found[0] if found else "")
+            registered = f"models:/{parts['name']}/{version.version}"
+            yield location, dict(version.tags), (registered, model_id, version.run_id or "")
 
 
 def _download(

@@ -7,7 +7,7 @@ import logging
 import re
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from pipeline.run_folder import TrackingDescription
+from pipeline.run_folder import InitialWeights, TrackingDescription
 from pipeline.tracking.connection import bounded_requests, cause, has_code
 from pipeline.tracking.spool import Event, ImageRecord, Metrics, Segment
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric
 
 DATA_TAG = "esrgan.data"
+INIT_TAG, INIT_MODEL_TAG = "esrgan.init", "esrgan.init.generator.model_id"
 FAILURE_TAG, CHANGED_TAG = "esrgan.failure", "esrgan.changed_on_resume"
 EVENTS, EVENTS_TAG = "events.txt", "esrgan.events"
 # MLflow rejects longer parameters, tags and data set digests.
@@ -34,10 +35,20 @@ _IMAGE_NAMES = uuid.UUID("0f6d0e2c-6a37-4c0e-9c0b-6f0a4f2f7a11")
 logger = logging.getLogger(__name__)
 
 
+def initial_tags(initial: Mapping[str, InitialWeights]) -> dict[str, str]:
+    """Tags of a run that starts from given weights: digest and, for a registered model, its version and run."""
+    tags = {}
+    for network, weights in initial.items():
+        tags[f"{INIT_TAG}.{network}"] = weights.sha256
+        origin = {"version": weights.version, "model_id": weights.model_id, "run_id": weights.run_id}
+        tags |= {f"{INIT_TAG}.{network}.{name}": value for name, value in origin.items() if value}
+    return tags
+
+
 def log_description(
     client: MlflowClient, run_id: str, description: TrackingDescription, last_step: int
 ) -> None:
-    """Logs status, tags, parameters, configuration and data set.
+    """Logs status, tags, parameters, configuration, data set, and the registered model that training starts from.
 
     Args:
         client: MLflow's client.
@@ -45,9 +56,10 @@ def log_description(
         description: what to log.
         last_step: step of the event for a run that failed while the server was unreachable.
     """
-    from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
+    from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, Param, RunTag
 
-    logged = client.get_run(run_id).data
+    run = client.get_run(run_id)
+    logged = run.data
     new = [Param(key, value) for key, value in description.parameters.items() if key not in logged.params]
     # MLflow rejects another value of a logged parameter: changes on resume are logged as a tag.
     changed = {
@@ -72,6 +84,10 @@ def log_description(
         source = json.dumps({"uri": description.parameters.get("data.root", "")})
         data = Dataset("training-data", digest[:DIGEST_CHARACTERS], "local", source)
         client.log_inputs(run_id, [DatasetInput(data, [InputTag("mlflow.data.context", "training")])])
+    model_id = description.tags.get(INIT_MODEL_TAG)
+    known = {model.model_id for model in run.inputs.model_inputs or []} if run.inputs else set()
+    if model_id and model_id not in known:
+        client.log_inputs(run_id, models=[LoggedModelInput(model_id)])
 
 
 def log_end(

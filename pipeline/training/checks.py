@@ -9,7 +9,7 @@ from pipeline.model import Lite0Features, VGGFeatures
 from pipeline.model.device import require_gpu
 from pipeline.section import flat_fields
 from pipeline.storage import Storage, absolute, is_remote
-from pipeline.training.config import TrainConfig
+from pipeline.training.config import NETWORKS, TrainConfig
 from pipeline.training.selection import measured_metrics
 from pipeline.training.validation_config import SetFolders
 
@@ -34,6 +34,9 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     weights = config.perceptual.weights
     if weights not in ("imagenet", "efficientnet_lite0", "random"):
         weights = absolute(weights)
+    init = config.init.model_copy(
+        update={name: _absolute_source(f"init.{name}", getattr(config.init, name)) for name in NETWORKS}
+    )
     perceptual = config.perceptual.model_copy(update={"weights": weights})
     folder, sets = config.validation.weights_folder, config.validation.sets
     validation = config.validation.model_copy(
@@ -46,6 +49,7 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
         update={
             "storage": absolute(config.storage),
             "data": data,
+            "init": init,
             "perceptual": perceptual,
             "validation": validation,
         }
@@ -60,6 +64,16 @@ def _absolute_folders(folders: str | SetFolders) -> str | SetFolders:
     if isinstance(folders, str):
         return absolute(folders)
     return SetFolders(hr=absolute(folders.hr), lr=absolute(folders.lr))
+
+
+def _absolute_source(field: str, source: str | None) -> str | None:
+    """A model source with a local path made absolute; it is read before a copied working directory is deleted."""
+    if source is None or source.startswith("models:/"):
+        return source
+    try:
+        return absolute(source)
+    except UserError as error:
+        raise UserError(f"{field}={error}, or models:/NAME@ALIAS") from None
 
 
 def require_metric(field: str, name: str, config: TrainConfig) -> None:

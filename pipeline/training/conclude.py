@@ -8,7 +8,7 @@ from contextlib import suppress
 from pipeline.data import Manifest
 from pipeline.errors import UserError
 from pipeline.model.weights import generator_sha256
-from pipeline.run_folder import RESULT, TrainingResult
+from pipeline.run_folder import IDENTITY, RESULT, TrainingResult
 from pipeline.storage import Storage
 from pipeline.tracking.candidate import Candidate, register_candidate, trained_generator
 from pipeline.tracking.logged_model import ModelCard, input_example, license_note
@@ -136,6 +136,7 @@ def _candidate(
             data=manifest.facts()["source"],
             license=license_note(licenses),
             images=images,
+            initial=_initial_facts(run),
             example=next((input_example(strip, config.data.scale) for strip in images.values()), None),
             selected_by=select_key(config, chosen.name.stage),
         ),
@@ -146,3 +147,13 @@ def _is_deciding(config: TrainConfig, image: str) -> bool:
     """Whether a validation image is one of `validation.select_on`."""
     first = image.partition("/")[0]
     return (first if first in config.validation.sets else HELD_OUT) == config.validation.select_on
+
+
+def _initial_facts(run: Storage) -> dict[str, str]:
+    """The given initial weights, for the model card."""
+    identity = IDENTITY.read(run)
+    facts = {}
+    for network, weights in identity.initial.items() if identity else ():
+        facts[f"initial_{network}"] = weights.version or weights.source
+        facts[f"initial_{network}_sha256"] = weights.sha256
+    return facts

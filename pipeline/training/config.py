@@ -39,6 +39,31 @@ class Schedule(Section):
     )
 
 
+NETWORKS = ("generator", "discriminator")
+
+
+class InitConfig(Section):
+    """Initial weights from files or the registry; read once, before training starts."""
+
+    generator: str | None = Field(
+        None,
+        min_length=1,
+        description="Initial weights of the generator: models:/NAME@ALIAS, models:/NAME/VERSION, a run's or "
+        "checkpoint's folder, a .safetensors, .pth, .pt or .ckpt file, also in an object store. Default: random.",
+    )
+    discriminator: str | None = Field(
+        None,
+        min_length=1,
+        description="Initial weights of the discriminator: a run's or checkpoint's folder (stage 2), a .safetensors or "
+        ".pth file with BasicSR's names. Default: random.",
+    )
+    partial: bool = Field(
+        False,
+        description="Take only the layers that fit by name and shape (another scale, more or fewer blocks).",
+    )
+    adopt_sizes: bool = Field(False, description="Take the network sizes in `model` from the files.")
+
+
 class PsnrStage(Section):
     """Stage 1: the generator alone, on the pixel loss (ESRGAN, sec. 4.1)."""
 
@@ -64,7 +89,8 @@ class GanStage(Section):
 
     steps: int = Field(400_000, ge=0, description="Optimizer steps of stage 2; 0 skips it.")
     allow_random_start: bool = Field(
-        False, description="Accept psnr.steps=0, which starts stage 2 from a randomly initialized generator."
+        False,
+        description="Accept psnr.steps=0 without init.generator: stage 2 starts from a randomly initialized generator.",
     )
     learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of both networks in stage 2.")
     schedule: Schedule = Field(
@@ -184,6 +210,7 @@ class TrainConfig(Section):
     )
     data: DataConfig = Field(DataConfig(), description="The data set.")
     model: ModelConfig = Field(ModelConfig(), description="Network sizes.")
+    init: InitConfig = Field(InitConfig(), description="Initial weights.")
     batch_size: int = Field(16, ge=1, description="Patches in a step, over all workers.")
     crop_px: int = Field(128, ge=16, description="Side of the high-resolution crop, in pixels.")
     shuffle_channels: bool = Field(
@@ -247,6 +274,18 @@ class TrainConfig(Section):
             )
         if self.psnr.steps + self.gan.steps == 0:
             raise ValueError("psnr.steps=0 and gan.steps=0: nothing to train")
+        if (self.init.partial or self.init.adopt_sizes) and not (
+            self.init.generator or self.init.discriminator
+        ):
+            name = "partial" if self.init.partial else "adopt_sizes"
+            raise ValueError(
+                f"init.{name}=true: no weights are given; set init.generator or init.discriminator"
+            )
+        if self.init.discriminator and not self.gan.steps:
+            raise ValueError(
+                f"init.discriminator={self.init.discriminator}: gan.steps=0 trains no discriminator; set gan.steps, or "
+                "remove it"
+            )
         if self.gan.steps:
             self._require_stage_two()
         return self
@@ -267,9 +306,9 @@ class TrainConfig(Section):
                 f"batch_size={self.batch_size}: batch norm in model.discriminator={name} needs at least {least} "
                 f"patches of crop_px={self.crop_px}; use batch_size={least}"
             )
-        if self.psnr.steps == 0 and not self.gan.allow_random_start:
+        if self.psnr.steps == 0 and not (self.init.generator or self.gan.allow_random_start):
             raise ValueError(
-                "psnr.steps=0: stage 2 would start from a random generator; set psnr.steps, or set "
+                "psnr.steps=0: stage 2 would start from a random generator; set init.generator or psnr.steps, or set "
                 "gan.allow_random_start=true if that is intended"
             )
 

@@ -1,17 +1,17 @@
 """Run identity: settings that must match on resume unless --accept-changes."""
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.run_folder import IDENTITY, RESULT, RunIdentity
+from pipeline.run_folder import IDENTITY, RESULT, InitialWeights, RunIdentity
 from pipeline.section import flat_fields
 from pipeline.storage import Storage
 from pipeline.training import checkpoint as checkpoints
-from pipeline.training.config import TrainConfig
+from pipeline.training.config import NETWORKS, TrainConfig
 
 # Packages of which another version may compute different bits.
 PACKAGES = ("esrgan-ray", "torch")
@@ -24,10 +24,13 @@ LEARNING_FIELDS = (
 )  # fmt: skip
 
 
-def identity_of(config: TrainConfig, manifest_sha256: str) -> RunIdentity:
-    """The identity of a new run."""
+def identity_of(
+    config: TrainConfig, manifest_sha256: str, initial: Mapping[str, InitialWeights] | None = None
+) -> RunIdentity:
+    """The identity of a new run; `initial` has its given initial weights by network."""
     versions = {name: _version(name) for name in PACKAGES}
-    return RunIdentity(uuid.uuid4().hex, learning_fields(config), manifest_sha256, versions=versions)
+    key, fields = uuid.uuid4().hex, learning_fields(config)
+    return RunIdentity(key, fields, manifest_sha256, versions=versions, initial=dict(initial or {}))
 
 
 def _version(package: str) -> str:
@@ -55,6 +58,7 @@ def diff(old: RunIdentity, new: RunIdentity) -> list[str]:
         flat_fields(defaults)
         | flat_fields(each.fields)
         | each.versions
+        | {f"init.{network}": f"sha256 {weights.sha256[:12]}" for network, weights in each.initial.items()}
         | {"data set (its manifest)": each.manifest_sha256[:12]}
         for each in (old, new)
     )
@@ -66,16 +70,21 @@ def diff(old: RunIdentity, new: RunIdentity) -> list[str]:
 
 
 def check_resume(
-    config: TrainConfig, run: Storage, old: RunIdentity, changes: Sequence[str], accept: bool
+    config: TrainConfig,
+    run: Storage,
+    old: RunIdentity,
+    new: RunIdentity,
+    changes: Sequence[str],
+    accept: bool,
 ) -> None:
-    """Decides whether a run may resume although `changes` were made.
+    """Decides whether a run may resume although its identity changes from `old` to `new`.
 
     A run without a checkpoint and without a result has nothing to lose, so it may always change.
 
     Raises:
         UserError: the changes were not accepted, or the run cannot resume with them.
     """
-    if not changes or not _has_begun(run):
+    if not changes or not has_begun(run):
         return
     name = f"run_name={config.run_name}"
     if not accept:
@@ -90,6 +99,11 @@ def check_resume(
         )
     names = checkpoints.listed(run)
     step, in_stage_two = (names[-1].step, names[-1].stage == "gan") if names else (0, False)
+    for network in NETWORKS if in_stage_two else ("generator",):
+        before, now = (each.initial.get(network) for each in (old, new))
+        if (before and before.sha256) != (now and now.sha256):
+            began = f"from {before.source}" if before else "with random weights"
+            raise UserError(f"init.{network}: the {network} of {name} began {began}; choose another run_name")
     old_psnr_steps = old.fields["psnr"]["steps"]
     if in_stage_two and old_psnr_steps != config.psnr.steps:
         raise UserError(
@@ -114,7 +128,7 @@ def claim(run: Storage, old: RunIdentity | None, new: RunIdentity, changes: Sequ
     """
     if old is not None and not changes:
         return old
-    if old is not None and _has_begun(run):
+    if old is not None and has_begun(run):
         print(f"resuming with changes: {'; '.join(changes)}", flush=True)
         new = replace(new, key=old.key, tracking_run_id=old.tracking_run_id)
     IDENTITY.write(run, new)
@@ -127,5 +141,6 @@ def set_tracking_run(run: Storage, identity: RunIdentity, tracking_run_id: str) 
         IDENTITY.write(run, replace(identity, tracking_run_id=tracking_run_id))
 
 
-def _has_begun(run: Storage) -> bool:
+def has_begun(run: Storage) -> bool:
+    """Whether a run has something to lose: a checkpoint or a result."""
     return checkpoints.can_resume(run) or run.exists(RESULT.path)

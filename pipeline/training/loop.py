@@ -19,6 +19,7 @@ from pipeline.training.checks import perceptual_features
 from pipeline.training.config import TrainConfig
 from pipeline.training.distributed import world_size
 from pipeline.training.faults import Diverged
+from pipeline.training.initial import load_initial
 from pipeline.training.intervals import due
 from pipeline.training.meter import Meter
 from pipeline.training.run_log import RunLog
@@ -45,8 +46,8 @@ def train(
         sets: validation images; empty: no validation.
 
     Raises:
-        UserError: no usable checkpoint, missing weights, too many corrupt patches, or a storage that cannot be
-            written; the message names the field to change.
+        UserError: no usable checkpoint, missing or corrupt weights, too many corrupt patches, or a storage that cannot
+            be written; the message names the field to change.
         Diverged: gradients stay non-finite.
     """
     set_precision(config.precision)
@@ -57,6 +58,8 @@ def train(
     last = config.psnr.steps + config.gan.steps
     log = RunLog(config, worker, run)
     log.started(state)
+    if state.step == 0:
+        log.initialized(state, load_initial("generator", state, config, run))
     validator = Validator(config, worker, run, sets, log)
     # Loaded at the start and not after stage 1, so that a node without the weights is found at once.
     features = perceptual_features(config)
@@ -77,6 +80,7 @@ def train(
             if state.stage == "psnr" and state.step >= config.psnr.steps:
                 validator.keep_stage_one(state)
                 begin_gan(state, config, worker.device)
+                log.initialized(state, load_initial("discriminator", state, config, run))
 
             fetch_began = time.perf_counter()
             raw = next(batches)

@@ -16,12 +16,14 @@ from pipeline.storage import Storage, only_writer
 from pipeline.tracking.run import finish_run, open_run, require_tracking
 from pipeline.tracking.sender import Sender
 from pipeline.tracking.spool import published_step
+from pipeline.tracking.upload import initial_tags
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training.checks import check_before_start, with_absolute_paths
 from pipeline.training.conclude import conclude, send_later
 from pipeline.training.config import TrainConfig
 from pipeline.training.faults import Diverged
 from pipeline.training.identity import check_resume, claim, diff, identity_of, set_tracking_run
+from pipeline.training.initial import origins, resolve_for_run, store
 from pipeline.training.loop import train
 from pipeline.training.selection import select_key, with_selection
 from pipeline.training.state import Stage, new_state
@@ -41,6 +43,7 @@ def run_training(
     accept_changes: bool = False,
     compare_versions: bool = True,
     prepare_command: str | None = None,
+    initial_from: str | None = None,
 ) -> TrainingResult:
     """Runs both stages (resuming an earlier attempt if present) and registers the best generator.
 
@@ -51,6 +54,7 @@ def run_training(
         accept_changes: resume although the configuration, the data set or package versions have changed.
         compare_versions: whether a different package version counts as a change.
         prepare_command: refuse a missing data set with this command in the message, instead of preparing it.
+        initial_from: folder of the sweep whose copies of the initial weights take the place of their sources.
 
     Returns:
         The result. For a run that already finished: its stored result; nothing is modified.
@@ -63,18 +67,20 @@ def run_training(
     run = Storage(config.storage) / config.run_name
     old, result = IDENTITY.read(run), RESULT.read(run)
     finished = result is not None and result.step == config.psnr.steps + config.gan.steps
+    shared = Storage(initial_from) if initial_from else None
+    config, initial = resolve_for_run(config, run, old, shared)
     manifest = None if finished or not has_manifest(config.data.root) else load_manifest(config.data.root)
 
     def require_resumable(manifest: Manifest | None) -> tuple[RunIdentity, list[str]]:
         """The identity that this configuration gives, and its changes, checked; without a manifest all others."""
         sha256 = manifest.sha256 if manifest else (old.manifest_sha256 if old else "")
-        new = identity_of(config, sha256)
+        new = identity_of(config, sha256, origins(initial))
         if old is None:
             return new, []
         if finished or not compare_versions:
             new = replace(new, versions=old.versions)
         changes = diff(old, new)
-        check_resume(config, run, old, changes, accept_changes)
+        check_resume(config, run, old, new, changes, accept_changes)
         return new, changes
 
     new, changes = require_resumable(manifest)
@@ -110,6 +116,7 @@ def run_training(
         if accept_changes:
             _require_loadable(config, run)
         identity = claim(run, old, new, changes)
+        store(run, initial)
         if parent_run_id is None:
             print(summary(config, manifest), flush=True)
         if was_prepared:
@@ -125,8 +132,12 @@ def summary(config: TrainConfig, manifest: Manifest) -> str:
         f"RRDBNet x{manifest.scale}, {model.num_block} blocks, {model.num_feat} features, {model.num_grow_ch} growth "
         f"channels, residual scale {model.residual_scale:g}"
     )
+    if config.init.generator:
+        networks += f", from {config.init.generator}"
     if config.gan.steps:
         networks += f"; discriminator {model.discriminator}, {model.discriminator_num_feat} features"
+        if config.init.discriminator:
+            networks += f", from {config.init.discriminator}"
     steps = {"psnr": config.psnr.steps, "gan": config.gan.steps}
     chosen = [f"{select_key(config, stage)} ({stage})" for stage, count in steps.items() if count]
     low, high = config.worker_range
@@ -170,8 +181,9 @@ def _tracked_training(
         parameters=flat_fields(
             config.model_dump(mode="json", exclude={"tracking": True, "data": _INGEST_ONLY})
         )
-        | {f"data.{name}": value for name, value in manifest.facts().items()},
-        tags={"esrgan.key": identity.key, "esrgan.data": manifest.sha256},
+        | {f"data.{name}": value for name, value in manifest.facts().items()}
+        | {f"init.{network}_sha256": each.sha256 for network, each in identity.initial.items()},
+        tags={"esrgan.key": identity.key, "esrgan.data": manifest.sha256} | initial_tags(identity.initial),
         config_text=text,
         parent_run_id=parent_run_id,
         run_id=identity.tracking_run_id,

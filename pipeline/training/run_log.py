@@ -42,6 +42,11 @@ class RunLog:
                 f"resuming at step {state.step} ({state.stage} stage, {workers} worker{plural}){reason}",
             )
 
+    def initialized(self, state: TrainState, text: str) -> None:
+        """Logs which given weights a network starts from; an empty `text` is not logged."""
+        if text:
+            self.event(state.step, f"initialized {text}")
+
     def interval(self, state: TrainState, values: Mapping[str, float]) -> None:
         """Logs an interval: means, rates, warnings.
 

@@ -154,12 +154,9 @@ def of_metric(bests: Iterable[Best], metric: str, images: str) -> tuple[Best, ..
 
 def new_state(config: TrainConfig, stage: Stage, device: torch.device) -> TrainState:
     """A state at the beginning of `stage`, with weights initialized from the seed, for this worker group."""
-    size = config.model
 
     def build() -> RRDBNet:
-        return RRDBNet(
-            size.num_feat, size.num_block, size.num_grow_ch, size.residual_scale, scale=config.data.scale
-        )
+        return build_generator(config)
 
     generator = _placed(seeded(config.seed, build), config, device)
     use_kernels(generator)
@@ -181,6 +178,22 @@ def new_state(config: TrainConfig, stage: Stage, device: torch.device) -> TrainS
     return state
 
 
+def build_generator(config: TrainConfig) -> RRDBNet:
+    """The configured generator, with weights from torch's global random state."""
+    size = config.model
+    return RRDBNet(
+        size.num_feat, size.num_block, size.num_grow_ch, size.residual_scale, scale=config.data.scale
+    )
+
+
+def build_discriminator(config: TrainConfig) -> nn.Module:
+    """The configured discriminator, with weights from torch's global random state."""
+    feat = config.model.discriminator_num_feat
+    if config.model.discriminator == "unet":
+        return UNetDiscriminator(num_feat=feat)
+    return VGGStyleDiscriminator(input_px=config.crop_px, num_feat=feat)
+
+
 def begin_gan(state: TrainState, config: TrainConfig, device: torch.device) -> None:
     """Turns the end of stage 1 into the beginning of stage 2.
 
@@ -194,12 +207,8 @@ def begin_gan(state: TrainState, config: TrainConfig, device: torch.device) -> N
 
 
 def _add_discriminator(state: TrainState, config: TrainConfig, device: torch.device) -> None:
-    feat = config.model.discriminator_num_feat
-
     def build() -> nn.Module:
-        if config.model.discriminator == "unet":
-            return UNetDiscriminator(num_feat=feat)
-        return VGGStyleDiscriminator(input_px=config.crop_px, num_feat=feat)
+        return build_discriminator(config)
 
     # Different seed from the generator's, so that the initial weights are uncorrelated.
     network = _placed(seeded(config.seed + 1, build), config, device)

@@ -5,6 +5,7 @@ by PSNR is its first one, before the GAN losses had an effect, so its ranking of
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import optuna
@@ -17,7 +18,8 @@ from ray.tune.search.optuna import OptunaSearch
 
 from pipeline.data import check_source, has_manifest, load_manifest, plans_held_out, prepare
 from pipeline.errors import UserError, without_secrets
-from pipeline.run_folder import TRIAL_VALUES, TrialOutcome
+from pipeline.run_folder import SWEEP, TRIAL_VALUES, TrialOutcome
+from pipeline.section import with_fields
 from pipeline.storage import Storage
 from pipeline.tracking.run import TrackedRun, finish_run, open_parent, require_tracking
 from pipeline.tracking.uri import resolve_uri
@@ -29,6 +31,7 @@ from pipeline.training.checks import (
     with_absolute_paths,
 )
 from pipeline.training.config import TrainConfig
+from pipeline.training.initial import Initial, origins, require_fit, resolve, store
 from pipeline.training.run import run_training, summary
 from pipeline.training.selection import with_selection
 from pipeline.training.validation_sets import find_sets
@@ -67,7 +70,11 @@ def run_sweep(config: TrainConfig, settings: TuneConfig, prepare_command: str | 
     if base.worker_range[1] == 0:
         raise UserError("workers=0: a sweep's trials run on Ray Train; give at least 1")
     sweep = Storage(base.storage) / settings.name
-    _check_trials(base, settings, sweep)
+    known = SWEEP.read(sweep)
+    base, initial = resolve(base, sweep, known.initial if known else {}, begun=known is not None)
+    # The sizes are adopted now; a trial that searches other sizes must not adopt them again.
+    base = with_fields(base, {"init.adopt_sizes": False})
+    _check_trials(base, settings, sweep, initial)
     has_data = has_manifest(base.data.root)
     _require_held_out(base, settings, has_data)
     base = with_selection(base, has_held_out=True)
@@ -75,7 +82,8 @@ def run_sweep(config: TrainConfig, settings: TuneConfig, prepare_command: str | 
     if not has_data:
         check_source(base.data, prepare_command)
     require_tracking(base.tracking, base.storage)
-    claim(sweep, base, settings)
+    claim(sweep, base, settings, origins(initial))
+    store(sweep, initial)
     ended = outcomes(sweep)
 
     ray_cluster.connect(base)
@@ -115,7 +123,9 @@ def _trial_base(config: TrainConfig) -> TrainConfig:
     return absolute.model_copy(update={"tracking": tracking})
 
 
-def _check_trials(base: TrainConfig, settings: TuneConfig, sweep: Storage) -> None:
+def _check_trials(
+    base: TrainConfig, settings: TuneConfig, sweep: Storage, initial: Mapping[str, Initial]
+) -> None:
     """Preflight checks of all trials. Raises UserError."""
     trials = [trial_config(base, values) for values in extremes(settings)]
     check_before_start(base, sweep)
@@ -123,6 +133,10 @@ def _check_trials(base: TrainConfig, settings: TuneConfig, sweep: Storage) -> No
     for trial in trials:
         if trial.perceptual not in checked and perceptual_features(trial):
             checked.append(trial.perceptual)
+        if trial.init == base.init:
+            require_fit(trial, initial)
+        else:
+            resolve(trial, sweep, {}, begun=False)
 
 
 def _require_held_out(base: TrainConfig, settings: TuneConfig, has_data: bool) -> None:
@@ -176,7 +190,11 @@ def _search(
         TRIAL_VALUES.at(name=name).write(sweep, values)
         # A sweep that resumes after an upgrade compares trials, not bits.
         result = run_training(
-            trial, callbacks=[TuneReportCallback()], parent_run_id=parent_run_id, compare_versions=False
+            trial,
+            callbacks=[TuneReportCallback()],
+            parent_run_id=parent_run_id,
+            compare_versions=False,
+            initial_from=sweep.uri,
         )
         final = result.final_metrics
         keep_outcome(sweep, TrialOutcome(name, result.run_id, values, "finished", result.step, final))

@@ -4,7 +4,7 @@ Ray Tune's own snapshot is not used for resuming: it lags behind, and it does no
 """
 
 from pipeline.errors import UserError
-from pipeline.run_folder import OUTCOME, SWEEP, TRIAL_VALUES, SweepIdentity, TrialOutcome
+from pipeline.run_folder import OUTCOME, SWEEP, TRIAL_VALUES, InitialWeights, SweepIdentity, TrialOutcome
 from pipeline.storage import Storage
 from pipeline.training.config import TrainConfig
 from pipeline.training.identity import learning_fields
@@ -12,10 +12,15 @@ from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.space import Values
 
 
-def claim(sweep: Storage, base: TrainConfig, settings: TuneConfig) -> None:
-    """Writes the sweep's identity, or checks that it is unchanged. Raises UserError."""
+def claim(
+    sweep: Storage, base: TrainConfig, settings: TuneConfig, initial: dict[str, InitialWeights] | None = None
+) -> None:
+    """Writes the sweep's identity, or checks that it is unchanged; `initial`: given weights. Raises UserError."""
     search = settings.model_dump(mode="json", include={"space", "metric", "mode"})
-    new = SweepIdentity({f"tune.{name}": value for name, value in search.items()} | learning_fields(base))
+    fields = {f"tune.{name}": value for name, value in search.items()} | learning_fields(base)
+    initial = initial or {}
+    fields |= {f"init.{network}": weights.sha256 for network, weights in initial.items()}
+    new = SweepIdentity(fields, initial)
     old = SWEEP.read(sweep)
     if old is None:
         SWEEP.write(sweep, new)
