@@ -1,6 +1,7 @@
 """Whole runs that start from given weights: exact metrics, exact resume, provenance, other sizes and scales."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +106,8 @@ def test_the_origin_is_recorded_in_the_run_in_mlflow_and_in_the_card(
     assert "their license applies as well" in version.description
 
 
-def test_stage_two_alone_starts_from_both_networks_and(
-    folder: Path, stage_one: TrainingResult, capsys: pytest.CaptureFixture[str]
+def test_stage_two_alone_starts_from_both_networks_and_logs_bicubic(
+    folder: Path, stage_one: TrainingResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     earlier = train(folder, run_name="both", **{"init.generator": str(folder / "runs" / "one")})
     capsys.readouterr()
@@ -123,8 +124,25 @@ def test_stage_two_alone_starts_from_both_networks_and(
         in printed
     )
     assert f"initialized discriminator from {earlier.checkpoint} (sha256 " in printed
+    found = re.search(r"stage 2 starts from a generator with psnr_y ([\d.]+) \(bicubic ([\d.]+)\)", printed)
+    assert found is not None
+    bicubic = evaluated(folder, "bicubic", tmp_path / "out")
+    assert float(found[1]) == pytest.approx(stage_one.final_metrics["psnr_y"], abs=1e-4)
+    assert float(found[2]) == pytest.approx(bicubic["psnr_y"], abs=1e-4)
     # It began where stage 1 had ended.
     assert at_step_zero(Storage(str(folder / "runs" / "two"))) == stage_one.final_metrics
+
+
+def test_a_start_below_bicubic_is_a_warning(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(
+        folder, run_name="poor", **{"init.generator": published(folder / "p.pth"), "init.adopt_sizes": True}
+    )
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert [line for line in lines if "below bicubic" in line and "validation is" in line] == [
+        line for line in lines if "validation is below bicubic: psnr_y" in line
+    ]
+    assert sum("validation is below bicubic" in line for line in lines) == 1
+    assert sum("below bicubic: stage 2 starts from" in line for line in lines) == 1
 
 
 @pytest.fixture(scope="module")

@@ -81,6 +81,7 @@ def train(
                 validator.keep_stage_one(state)
                 begin_gan(state, config, worker.device)
                 log.initialized(state, load_initial("discriminator", state, config, run))
+                validator.begin_stage_two(state)
 
             fetch_began = time.perf_counter()
             raw = next(batches)

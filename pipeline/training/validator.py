@@ -9,6 +9,7 @@ from pipeline.metrics import MetricSet
 from pipeline.model import RRDBNet
 from pipeline.storage import Storage
 from pipeline.training import checkpoint as checkpoints
+from pipeline.training.baseline import comparison, is_below
 from pipeline.training.checkpoint import CheckpointName
 from pipeline.training.config import TrainConfig
 from pipeline.training.run_log import RunLog
@@ -65,15 +66,37 @@ class Validator:
         if not metrics.keys() <= state.bicubic.keys():
             state.bicubic = bicubic_baseline(self._sets, self._metrics, scale)
             self._log.baseline(state, self._sets)
+        was_below = self._was_below(state)
         state.validation = Validation(state.step, metrics)
         if state.step:  # Step 0 has no checkpoint that could be the best.
             key = select_key(self._config, state.stage)
             best = Best(state.step, metrics[key], key, deciding_images(self._config, self._sets))
             state.insert_best(best, self._config.keep_best_checkpoints)
         self._log.validation(state, self._sets, metrics)
+        if is_below(metrics, state.bicubic) and not was_below:
+            self._log.event(
+                state.step, f"warning: validation is below bicubic: {comparison(metrics, state.bicubic)}"
+            )
         if self._worker.is_main:
             generators = [state.ema] if state.stage == "psnr" else [*self._read_stage_one(state), state.ema]
             self._log.images(state.step, comparison_strips(generators, self._sets, scale, device))
+
+    def begin_stage_two(self, state: TrainState) -> None:
+        """Logs the metrics of the generator that stage 2 starts from next to bicubic's."""
+        if state.validation is None or state.validation.step != state.step:
+            return  # no validation images
+        metrics, bicubic = state.validation.metrics, state.bicubic
+        warning = "warning: below bicubic: " if is_below(metrics, bicubic) else ""
+        self._log.event(
+            state.step, f"{warning}stage 2 starts from a generator with {comparison(metrics, bicubic)}"
+        )
+
+    def _was_below(self, state: TrainState) -> bool:
+        """Whether the validation before was below bicubic, or may have been: one warning for each fall below it."""
+        if state.validation is not None:
+            return is_below(state.validation.metrics, state.bicubic)
+        # Random weights are below it; a stage 2 that begins at step 0 logs the comparison itself.
+        return state.step == 0 and (self._config.init.generator is None or self._config.psnr.steps == 0)
 
     def _read_stage_one(self, state: TrainState) -> list[RRDBNet]:
         """Stage 1's result, from its checkpoint after a resume; empty if there is none or it is unreadable."""
