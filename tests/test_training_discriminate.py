@@ -116,7 +116,7 @@ def test_bf16_rounds_as_separate_passes_do(device: str) -> None:
     assert {value.dtype for value in found.values()} == {torch.float32, torch.int64}
     rounding = largest_difference(expected, exact)
     # 8 significant bits: a smaller difference would mean that nothing was computed in bfloat16.
-    assert 1e-3 < largest_difference(found, exact) < 2 * rounding
+    assert 1e-3 < largest_difference(found, exact) < 1.5 * rounding
 
 
 def test_without_a_gradient_for_the_fake_images_there_is_none() -> None:
@@ -179,7 +179,13 @@ def test_workers_with_unequal_shares_have_the_statistics_of_the_global_batch(
     shares = run_workers(world_size, share_of_a_pass, dtype)
     expected = separately(network_of("vgg"), *inputs("vgg"))
     assert [int(share["reduces"]) for share in shares] == [18] * world_size
-    limit = 1e-12 if dtype == torch.float64 else 0.1
+    limit = 1e-12
+    if dtype == torch.bfloat16:
+        # Half as much again as the rounding of one worker's separate passes.
+        single = [tensor.float() for tensor in inputs("vgg")]
+        with torch.autocast("cpu", dtype):
+            rounded = separately(network_of("vgg", torch.float32), *single)
+        limit = 1.5 * largest_difference(rounded, expected)
     assert largest_difference(joined(shares), expected) < limit
 
 
