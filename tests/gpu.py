@@ -1,5 +1,6 @@
 """Shared by the GPU tests: a small step on any device. The same tests run on the CPU, which checks their logic."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,9 @@ from pipeline.training.config import TrainConfig
 from pipeline.training.distributed import unwrap
 from pipeline.training.state import TrainState, begin_gan, new_state
 from pipeline.training.step import Batch, GanWeights, StepSettings, gan_step, psnr_step
+
+# Read when cuBLAS starts, which is before the first deterministic test.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 requires_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 GPU = pytest.param("cuda", marks=[pytest.mark.gpu, requires_gpu])

@@ -1,7 +1,9 @@
 """Checkpoints: atomic, verified, kept by rule, never silently skipped."""
 
 import json
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,11 +11,14 @@ import torch
 from pipeline.errors import UserError
 from pipeline.model import load_generator
 from pipeline.storage import Storage
+from pipeline.tracking.spool import Event, read_segment
 from pipeline.training import checkpoint as checkpoints
+from pipeline.training import checkpointer as checkpointer_module
 from pipeline.training.checkpoint import Checkpoint, CheckpointName
 from pipeline.training.checkpointer import Checkpointer, CheckpointWriter
 from pipeline.training.config import TrainConfig
 from pipeline.training.run_log import RunLog
+from pipeline.training.snapshot import Snapshot
 from pipeline.training.state import Best, TrainState, begin_gan, new_state
 from pipeline.training.step import Batch, StepSettings, psnr_step
 from pipeline.training.worker import Worker
@@ -243,10 +248,59 @@ def test_failed_writes_that_are_waited_for_are_consecutive(
     with Checkpointer(CONFIG, run, trained_state(), log) as checkpointer:
         for _ in range(CONFIG.faults.max_failed_saves):
             checkpointer.save()
-            assert not checkpointer.wait()
+            assert not checkpointer.written()
         checkpointer.save()
         with pytest.raises(UserError, match="could not be written"):
-            checkpointer.wait()
+            checkpointer.written()
+
+
+def test_training_does_not_wait_for_a_slow_write(run: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    release, state, log = threading.Event(), trained_state(), RunLog(CONFIG, Worker(), run)
+    monkeypatch.setattr(checkpointer_module, "MAX_WAIT_S", 0.0)
+    write = checkpoints.write
+
+    def slow(*arguments: Any) -> None:
+        assert release.wait(60)
+        write(*arguments)
+
+    monkeypatch.setattr(checkpointer_module, "write", slow)
+    with Checkpointer(CONFIG, run, state, log) as checkpointer:
+        state.insert_best(Best(1, 20.0, "psnr_y"), 1)
+        assert checkpointer.save()
+        state.step = 2
+        state.insert_best(Best(2, 21.0, "psnr_y"), 1)
+        assert not checkpointer.save()
+        assert not checkpointer.written()
+        assert [best.step for best in state.best] == [1]
+        state.step = 3
+        threading.Timer(0, release.set).start()
+        assert checkpointer.save(last=True)
+        checkpointer.finish()
+    assert [name.step for name in checkpoints.listed(run)] == [1, 3]
+    text = " ".join(record.text for record in read_segment(run, 3).records if isinstance(record, Event))
+    assert "skipped the checkpoint of step 2: the previous one is still being written" in text
+
+
+def test_a_snapshot_keeps_values_and_memory_formats_and_its_buffers() -> None:
+    snapshot = Snapshot()
+    tensors = {
+        "weights": torch.rand(3, 5, 4, 4).to(memory_format=torch.channels_last),
+        "slice": torch.rand(4, 6)[:, ::2],
+        "count": torch.tensor(3),
+        "double": torch.rand(7, dtype=torch.float64),
+    }
+    fetched = snapshot.take(tensors)()
+    expected = {name: value.clone() for name, value in tensors.items()}
+    tensors["weights"].zero_()
+    assert fetched.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(fetched[name], value)
+        assert fetched[name].dtype == value.dtype
+    assert fetched["weights"].is_contiguous(memory_format=torch.channels_last)
+    again = snapshot.take(tensors)()
+    assert again["weights"].data_ptr() == fetched["weights"].data_ptr()
+    assert not again["weights"].any()
+    assert snapshot.take({"other": torch.ones(2)})()["other"].tolist() == [1, 1]
 
 
 def test_another_architecture_is_refused(run: Storage) -> None:

@@ -113,7 +113,7 @@ def test_bf16_on_a_cpu_without_support_gives_a_note(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_it: bool, lines: int
 ) -> None:
     path = str(write_generator(tmp_path / "g.safetensors"))
-    monkeypatch.setattr(models, "_cpu_has_bf16", lambda: has_it)
+    monkeypatch.setattr(models, "emulates_bf16", lambda device: not has_it)
     assert len(notes([open_model(path, precision="bf16")])) == lines
     assert notes([open_model(path)]) == []
 

@@ -8,6 +8,7 @@ import torch
 from pipeline.errors import UserError
 from pipeline.imaging import DeepImage, bicubic_upscale, upscale
 from pipeline.model import RRDBNet, decode_generator, set_precision
+from pipeline.model.device import emulates_bf16
 from pipeline.tracking.lookup import pull_generator
 from pipeline.training.model_source import GENERATOR_FILE, read_model_file
 
@@ -138,8 +139,12 @@ def interpolated(first: Model, second: Model, alpha: float) -> Model:
 
 def notes(models: Sequence[Model]) -> list[str]:
     """Warnings about how the files were read and how they are computed, one line each."""
-    slow = (
-        any(model.precision == "bf16" and model.device == "cpu" for model in models) and not _cpu_has_bf16()
+    # Those of Ray's workers are unknown here.
+    slow = any(
+        model.precision == "bf16"
+        and model.device not in ("", "auto")
+        and emulates_bf16(torch.device(model.device))
+        for model in models
     )
     lines = [
         f"{model.name}: the file has no residual scale; {model.info['residual_scale']} is assumed"
@@ -147,16 +152,8 @@ def notes(models: Sequence[Model]) -> list[str]:
         if model.info.get("residual_scale_source") == "default"
     ]
     if slow:
-        lines.append("--precision bf16: this CPU emulates bfloat16 in software (slow); use fp32")
+        lines.append("--precision bf16: this device emulates bfloat16 (slow); use fp32")
     return lines
-
-
-def _cpu_has_bf16() -> bool:
-    """Whether the CPU supports convolutions in bfloat16 (x86: AVX-512 or newer)."""
-    try:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    except (AttributeError, RuntimeError):
-        return True  # unknown: no warning
 
 
 def choose_device(name: str, workers: int = 0) -> str:

@@ -1,4 +1,4 @@
-"""Whether torch can use this machine's GPU, and why not."""
+"""What torch can do on this machine: whether it can use the GPU, and why not; whether bfloat16 is fast."""
 
 import torch
 
@@ -25,6 +25,16 @@ def require_gpu(needed_for: str, instead: str) -> None:
         raise UserError(
             f"{needed_for}: torch cannot use a GPU here ({reason}); {_remedy()}, or {instead}"
         ) from None
+
+
+def emulates_bf16(device: torch.device) -> bool:
+    """Whether convolutions in bfloat16 are slower than in float32: CPUs before AVX-512, GPUs before Ampere."""
+    if device.type == "cuda":
+        return not torch.cuda.is_bf16_supported(including_emulation=False)
+    try:
+        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    except (AttributeError, RuntimeError):
+        return False  # unknown
 
 
 def _remedy() -> str:

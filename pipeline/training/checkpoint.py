@@ -13,6 +13,7 @@ A folder without a manifest, or with a file that does not match it, is never use
 import hashlib
 import logging
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,6 +154,14 @@ def newest(run: Storage) -> Checkpoint | None:
             f"{run.path(FOLDER)}: none of {len(folders)} checkpoints has its manifest.json; restore one, "
             "or remove the run's folder to start again"
         )
+    return None
+
+
+def newest_if_valid(run: Storage) -> Checkpoint | None:
+    """The newest checkpoint; None if it is corrupt or there is none."""
+    names = listed(run)
+    with suppress(CorruptCheckpoint):
+        return read(run, names[-1]) if names else None
     return None
 
 

@@ -2,7 +2,9 @@
 
 import logging
 from collections.abc import Callable
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -16,7 +18,11 @@ from pipeline.training.checkpoint import FOLDER, Checkpoint, CheckpointName, lis
 from pipeline.training.config import TrainConfig
 from pipeline.training.faults import Diverged
 from pipeline.training.run_log import RunLog
+from pipeline.training.snapshot import Snapshot
 from pipeline.training.state import TrainState
+
+# Longer than any local write. Meanwhile other ranks wait in a collective, and the device idles.
+MAX_WAIT_S = 10.0
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +45,7 @@ class CheckpointWriter:
         self._run, self._keep, self._metadata = run, keep, metadata
         self._corrupt = {name for name in listed(run) if name.step > first_step}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._snapshot = Snapshot()
         self._pending: Future[None] | None = None
 
     def __enter__(self) -> "CheckpointWriter":
@@ -77,12 +84,17 @@ class CheckpointWriter:
             OSError: an earlier write failed.
         """
         self.wait()
-        checkpoint = Checkpoint(name, _copied(ema), _copied(tensors), scalars)
+        named = {f"ema.{key}": value for key, value in ema.items()} | tensors
+        # A GPU's state is copied on the GPU, and fetched in the thread.
+        on_gpu = next(iter(named.values())).is_cuda
+        copies = self._snapshot.take(named) if on_gpu else partial(dict, _copied(named))
 
         def work() -> None:
             before()
+            fetched = copies()
+            weights = {key: fetched.pop(f"ema.{key}") for key in ema}
             try:
-                write(self._run, checkpoint, self._metadata)
+                write(self._run, Checkpoint(name, weights, fetched, scalars), self._metadata)
             except BaseException:
                 self._run.remove(
                     name.folder
@@ -92,6 +104,10 @@ class CheckpointWriter:
             self._remove_old(keep | {name.step})
 
         self._pending = self._thread.submit(work)
+
+    def is_writing(self, wait_s: float) -> bool:
+        """Whether the current write takes longer than this."""
+        return self._pending is not None and not futures.wait([self._pending], wait_s).done
 
     def wait(self) -> bool:
         """Waits for the current write, and raises its exception. Returns whether there was one."""
@@ -127,6 +143,9 @@ class Checkpointer:
     def __init__(self, config: TrainConfig, run: Storage, state: TrainState, log: RunLog) -> None:
         self._config, self._run, self._state, self._log = config, run, state, log
         self._writer = CheckpointWriter(run, config.keep_checkpoints, sizes_as_text(state.ema), state.step)
+        self._max_wait_s = min(MAX_WAIT_S, config.faults.collective_timeout_s / 4)
+        self._best = state.stage, state.best
+        """The best validations whose checkpoints were saved, and their stage."""
         self._unwritten: list[Record] = []
         """Records handed to the writer, until it has written them."""
         self._failures = 0
@@ -140,15 +159,33 @@ class Checkpointer:
     ) -> None:
         self._writer.__exit__(kind, error, trace)
 
-    def save(self) -> None:
-        """Saves the state in the background, after the previous write has finished.
+    def save(self, last: bool = False) -> bool:
+        """Saves the state in the background.
+
+        If the previous write is still under way after some seconds (a slow object store), this checkpoint is skipped.
+
+        Args:
+            last: whether training ends here; then the previous write is waited for.
+
+        Returns:
+            Whether it is saved.
 
         Raises:
             UserError: `faults.max_failed_saves` was exceeded.
             Diverged: the weights of the previous checkpoint were not finite.
         """
         state = self._state
-        self.wait()
+        if not last and self._writer.is_writing(self._max_wait_s):
+            self._log.event(
+                state.step,
+                f"warning: skipped the checkpoint of step {state.step}: the previous one is still being written "
+                f"to storage={self._config.storage}",
+            )
+            # A validation without a checkpoint cannot be the best.
+            state.best = self._best[1] if self._best[0] == state.stage else ()
+            return False
+        self._wait(self._config.faults.max_failed_saves)
+        self._best = state.stage, state.best
         records = self._unwritten = self._log.take()
         step = state.step
         self._writer.save(
@@ -159,9 +196,12 @@ class Checkpointer:
             before=lambda: write_segment(self._run, step, records),
             keep=frozenset({self._config.psnr.steps} | {best.step for best in state.best}),
         )
+        return True
 
-    def wait(self) -> bool:
-        """Waits for the current write and returns whether it succeeded. Raises like `save`."""
+    def written(self) -> bool:
+        """Waits some seconds for the current write; returns whether it has succeeded. Raises like `save`."""
+        if self._writer.is_writing(self._max_wait_s):
+            return False
         return self._wait(max_failures=self._config.faults.max_failed_saves)
 
     def finish(self) -> None:

@@ -105,11 +105,11 @@ def train(
                     validator.validate(state)
             if save or resize:
                 if checkpointer is not None:
-                    checkpointer.save()
+                    checkpointer.save(last=stop or state.step == last)
                 # Only what was measured at this step: the report must not depend on memory that a restart loses.
                 if state.validation is not None and state.validation.step == state.step:
                     worker.report({"step": float(state.step), **state.validation.metrics})
-                if resize and checkpointer is not None and checkpointer.wait():
+                if resize and checkpointer is not None and checkpointer.written():
                     worker.ready_to_resize()
             if stop:
                 break
@@ -121,7 +121,8 @@ def _resume_or_begin(
     config: TrainConfig, worker: Worker, run: Storage, sets: Sequence[ValidationSet]
 ) -> TrainState:
     """The state of the newest valid checkpoint, the same on all ranks; else a new one."""
-    checkpoint = checkpoints.newest(run) if worker.is_main else None
+    # All ranks read at the same time: none waits for another's download in a collective.
+    checkpoint = checkpoints.newest(run) if worker.is_main else checkpoints.newest_if_valid(run)
     name = checkpoint.name if checkpoint else None
     if world_size() > 1:
         code = torch.tensor([name.step, name.stage == "gan"] if name else [-1, 0], device=worker.device)
@@ -131,7 +132,7 @@ def _resume_or_begin(
     stage: Stage = "gan" if name and name.stage == "gan" else "psnr"
     state = new_state(config, stage, worker.device)
     if name is not None:
-        if checkpoint is None:
+        if checkpoint is None or checkpoint.name != name:
             try:
                 checkpoint = checkpoints.read(run, name)
             except checkpoints.CorruptCheckpoint as error:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from pipeline.imaging import Image
 from pipeline.metrics import metric_of
+from pipeline.model.device import emulates_bf16
 from pipeline.storage import Storage
 from pipeline.tracking.spool import Event, ImageRecord, Metrics, Record
 from pipeline.tracking.system_metrics import system_metrics
@@ -31,7 +32,7 @@ class RunLog:
     """Total up to the last interval."""
 
     def started(self, state: TrainState) -> None:
-        """Logs the step at which a run resumes, and why the worker group was restarted."""
+        """Logs the step at which a run resumes, why the worker group was restarted, and an unsuitable precision."""
         self._skipped_steps = float(state.skipped[1])
         if state.step or self.worker.reason:
             workers = self.worker.world_size
@@ -41,6 +42,8 @@ class RunLog:
                 state.step,
                 f"resuming at step {state.step} ({state.stage} stage, {workers} worker{plural}){reason}",
             )
+        if self.config.precision == "bf16" and emulates_bf16(self.worker.device):
+            self.event(state.step, "warning: precision=bf16: this device emulates bfloat16 (slow); use fp32")
 
     def initialized(self, state: TrainState, text: str) -> None:
         """Logs which given weights a network starts from; an empty `text` is not logged."""
