@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.imaging import bicubic_upscale, to_tensor, to_uint8, upscale
+from pipeline.imaging import bicubic_upscale, prepared, to_tensor, to_uint8, upscale
 from pipeline.model import RRDBNet, seeded
 
 
@@ -110,6 +110,19 @@ def test_the_network_is_not_modified(generator: RRDBNet) -> None:
     upscale(generator, photo(6, 6), tile_px=4)
     assert generator.training
     assert all(p.requires_grad and p.is_contiguous() for p in generator.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prepared_weights_give_the_same_pixels_and_are_a_copy(generator: RRDBNet, dtype: torch.dtype) -> None:
+    lr = bicubic_upscale(photo(4, 5))
+    ready = prepared(generator, "cpu", dtype)
+    one, other = upscale(ready, lr, dtype=dtype), upscale(generator, lr, dtype=dtype)
+    assert np.abs(one.astype(int) - other).max() <= 1  # channels-last weights are added in another order
+    assert {parameter.dtype for parameter in generator.parameters()} == {torch.float32}
+    assert ready.conv_body.weight.dtype == dtype
+    assert ready.conv_last.weight.dtype == torch.float32
+    assert ready.conv_body.weight.is_contiguous(memory_format=torch.channels_last)
+    assert not ready.training
 
 
 def test_invalid_input_raises_a_clear_error(generator: RRDBNet) -> None:

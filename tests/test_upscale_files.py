@@ -2,6 +2,7 @@
 
 import io
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,8 @@ from evaluation_helpers import (
 )
 from PIL import Image, ImageCms
 
-from pipeline.evaluation.models import open_model
-from pipeline.evaluation.upscaling import Upscaler, plan, upscale_all
+from pipeline.evaluation.models import Model, open_model
+from pipeline.evaluation.upscaling import Outcome, Task, Upscaler, Work, plan, upscale_all
 from pipeline.imaging import bicubic_upscale, upscale
 
 
@@ -267,3 +268,41 @@ def test_more_workers_than_cpus_are_an_error(tmp_path: Path, weights: Path, ray_
         "64",
     )
     assert "--workers 64" in user_error("upscale", *arguments)
+
+
+def test_images_are_read_and_written_while_another_is_upscaled(
+    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in").mkdir()
+    for index in range(5):
+        Image.fromarray(synthetic_image(20, 24, index)).save(tmp_path / "in" / f"{index}.png")
+    output, tasks = plan(str(tmp_path / "in"), str(tmp_path / "out"), "png")
+    model = open_model(str(weights))
+    upscaler = Upscaler(model, output, "png", None, 200.0)
+    read, written = [threading.Event() for _ in tasks], [threading.Event() for _ in tasks]
+    numbers = {task.target: index for index, task in enumerate(tasks)}
+    calls = iter(range(len(tasks)))
+    upscale_image, read_task, write_work = Model.upscale, Upscaler.read, Upscaler.write
+
+    def upscaled(self: Model, lr: np.ndarray, tile_px: int | None = None) -> np.ndarray:
+        number = next(calls)
+        # These would never be set if one image were finished before the next.
+        assert number + 1 == len(tasks) or read[number + 1].wait(60)
+        assert number == 0 or written[number - 1].wait(60)
+        return upscale_image(self, lr, tile_px)
+
+    def reading(self: Upscaler, task: Task) -> Work:
+        work = read_task(self, task)
+        read[numbers[task.target]].set()
+        return work
+
+    def writing(self: Upscaler, work: Work) -> Outcome:
+        outcome = write_work(self, work)
+        written[numbers[work.task.target]].set()
+        return outcome
+
+    monkeypatch.setattr(Model, "upscale", upscaled)
+    monkeypatch.setattr(Upscaler, "read", reading)
+    monkeypatch.setattr(Upscaler, "write", writing)
+    assert [outcome.task for outcome in upscaler.all(tasks)] == tasks
+    assert len(list((tmp_path / "out").glob("*.png"))) == 5

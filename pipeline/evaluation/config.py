@@ -48,10 +48,10 @@ TilePx = Annotated[
 ]
 Device = Annotated[str, Field(description="auto, cpu or cuda.")]
 Precision = Annotated[
-    Literal["fp32", "tf32", "bf16"],
+    Literal["fp32", "tf32", "bf16", "fp16"],
     Field(
-        description="fp32: IEEE float32. tf32 (GPUs) and bf16 (GPUs, and CPUs that support it) are faster; some pixels "
-        "differ by a gray level."
+        description="fp32: IEEE float32. tf32 and fp16 (GPUs) and bf16 (GPUs, and CPUs that support it) are faster; "
+        "some pixels differ by a gray level."
     ),
 ]
 Workers = Annotated[

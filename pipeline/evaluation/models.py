@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
+from torch import nn
 
 from pipeline.errors import UserError
-from pipeline.imaging import DeepImage, bicubic_upscale, upscale
+from pipeline.imaging import DeepImage, bicubic_upscale, prepared, upscale
 from pipeline.model import RRDBNet, decode_generator, set_precision
 from pipeline.model.device import emulates_bf16
 from pipeline.tracking.lookup import pull_generator
@@ -32,7 +34,7 @@ class Model:
     device: str = "cpu"
     """A torch device for the generator; auto: a GPU if the computing process has one."""
     precision: str = "fp32"
-    """fp32, tf32 or bf16; see `set_precision`."""
+    """fp32, tf32, bf16 or fp16; see `set_precision`."""
     label: str = ""
     """Name in tables and reports; empty: a short form of `name`."""
 
@@ -52,17 +54,26 @@ class Model:
             tile_px = AUTO_TILE_PX if lr.shape[0] * lr.shape[1] > WHOLE_UP_TO_PX else 0
         # Here and not in `open_model`: Ray's workers are other processes.
         set_precision(self.precision)
-        device = choose_device("auto") if self.device == "auto" else self.device
-        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         try:
             return upscale(
-                self.generator, lr, tile_px=tile_px or None, device=device, dtype=dtype, require_finite=True
+                self._prepared, lr, tile_px=tile_px or None, dtype=self._dtype, require_finite=True
             )
         except FloatingPointError:
-            hint = "use --precision fp32" if self.precision == "bf16" else "use another model"
+            hint = "use --precision fp32" if self._dtype != torch.float32 else "use another model"
             raise FloatingPointError(
                 f"{self.name} computes non-finite values (NaN or infinity) for it; {hint}"
             ) from None
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision, torch.float32)
+
+    @cached_property
+    def _prepared(self) -> nn.Module:
+        """The generator on its device, in its precision."""
+        assert self.generator is not None
+        device = choose_device("auto") if self.device == "auto" else self.device
+        return prepared(self.generator, device, self._dtype)
 
 
 def open_model(
@@ -80,7 +91,7 @@ def open_model(
             checkpoint), a .safetensors or .pth file, or `bicubic`; LABEL=SOURCE sets the label.
         tracking_uri: the MLflow tracking server of models:/; by default the environment's.
         device: a torch device, for the generator.
-        precision: fp32, tf32 or bf16.
+        precision: fp32, tf32, bf16 or fp16.
         bicubic_scale: the scale of `bicubic`.
 
     Raises:

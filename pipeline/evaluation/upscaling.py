@@ -1,9 +1,13 @@
 """Upscales images of any size: files, folders, object stores. The same call resumes an interrupted one."""
 
 import errno
-from collections import Counter
-from collections.abc import Iterable, Sequence
+import os
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -14,13 +18,16 @@ from pipeline.data.ingest.image_set import images_in
 from pipeline.data.ingest.sources import PhotoFile
 from pipeline.errors import UserError, require_package
 from pipeline.evaluation.config import UpscaleConfig
-from pipeline.evaluation.image_files import SUFFIXES, encode_output, read_source
+from pipeline.evaluation.image_files import SUFFIXES, SourceImage, encode_output, read_source
 from pipeline.evaluation.models import Model, choose_device, notes, open_model
 from pipeline.evaluation.output_record import OutputRecord, claim
-from pipeline.imaging import bicubic_upscale
+from pipeline.imaging import DeepImage, bicubic_upscale
 from pipeline.model import generator_sha256
 from pipeline.progress import progress_bar
 from pipeline.storage import Storage
+
+READ_AHEAD = 2
+MAX_WAITING_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -80,27 +87,93 @@ class Upscaler:
         }
 
     def __call__(self, task: Task) -> Outcome:
-        """Reads, upscales and writes; the output is written atomically."""
+        """Reads, upscales and writes one image; the output is written atomically."""
+        return self.write(self.compute(self.read(task)))
+
+    def read(self, task: Task) -> "Work":
+        """Decodes the image."""
+        work = Work(task)
+        with work.failures():
+            work.image = read_source(task.photo.read(), self.max_megapixels)
+        return work
+
+    def compute(self, work: "Work") -> "Work":
+        """Upscales it on the device."""
+        with work.failures():
+            if work.image is not None:
+                work.pixels = self.model.upscale(work.image.rgb, self.tile_px)
+        return work
+
+    def write(self, work: "Work") -> Outcome:
+        """Encodes and writes the output."""
+        content = b""
+        with work.failures():
+            if work.image is not None and work.pixels is not None:
+                alpha, scale = work.image.alpha, self.model.scale
+                alpha = alpha if alpha is None or scale == 1 else bicubic_upscale(alpha, scale)
+                content = encode_output(work.pixels, alpha, work.image, self.form)
+        work.pixels = None
+        if work.error:
+            return Outcome(work.task, error=work.error)
         try:
-            image = read_source(task.photo.read(), self.max_megapixels)
-            pixels = self.model.upscale(image.rgb, self.tile_px)
-            scale = self.model.scale
-            alpha = image.alpha if image.alpha is None or scale == 1 else bicubic_upscale(image.alpha, scale)
-            content = encode_output(pixels, alpha, image, self.form)
+            self.output.write_bytes(work.task.target, content)
+        except (OSError, pyarrow.ArrowException) as error:
+            if getattr(error, "errno", None) == errno.ENAMETOOLONG:
+                return Outcome(work.task, error=f"the output's name is too long ({work.task.target})")
+            return Outcome(work.task, write_error=str(error).splitlines()[0])
+        return Outcome(work.task)
+
+    def all(self, tasks: Sequence[Task]) -> Iterator[Outcome]:
+        """Every task's outcome, in order; while one image is computed, others are decoded and encoded by threads.
+
+        At most READ_AHEAD decoded images and MAX_WAITING_BYTES of computed ones are in memory in addition to it.
+        """
+        encoders = max(1, (os.cpu_count() or 1) - 1)
+        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(encoders) as writer:
+            names = iter(tasks)
+            reads = deque(reader.submit(self.read, task) for task in islice(names, READ_AHEAD))
+            writes: deque[tuple[int, Future[Outcome]]] = deque()
+            try:
+                while reads:
+                    work = self.compute(reads.popleft().result())
+                    reads.extend(reader.submit(self.read, task) for task in islice(names, 1))
+                    size = 0 if work.pixels is None else work.pixels.nbytes
+                    writes.append((size, writer.submit(self.write, work)))
+                    while writes and (
+                        writes[0][1].done() or sum(size for size, _ in writes) > MAX_WAITING_BYTES
+                    ):
+                        yield writes.popleft()[1].result()
+                for _, written in writes:
+                    yield written.result()
+            finally:
+                # What was computed is still written.
+                for unread in reads:
+                    unread.cancel()
+
+
+@dataclass
+class Work:
+    """An image between two stages."""
+
+    task: Task
+    image: SourceImage | None = None
+    pixels: DeepImage | None = None
+    error: str = ""
+    """Why it failed; the other stages then do nothing."""
+
+    @contextmanager
+    def failures(self) -> Iterator[None]:
+        """Records what can be wrong with one image; the others are still upscaled."""
+        try:
+            yield
         except (PhotoRejected, FloatingPointError) as error:
-            return Outcome(task, error=str(error))
+            self.error = str(error)
+        except (OSError, pyarrow.ArrowException) as error:
+            self.error = str(error).splitlines()[0]
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
                 raise
-            return Outcome(task, error="out of memory; lower --tile")
-        try:
-            self.output.write_bytes(task.target, content)
-        except (OSError, pyarrow.ArrowException) as error:
-            reason = str(error).splitlines()[0]
-            if getattr(error, "errno", None) == errno.ENAMETOOLONG:
-                return Outcome(task, error=f"the output's name is too long ({task.target})")
-            return Outcome(task, write_error=reason)
-        return Outcome(task)
+            self.error = "out of memory; lower --tile"
 
 
 def upscale_images(config: UpscaleConfig) -> Upscaled:
@@ -208,7 +281,7 @@ def upscale_all(
 
 def _outcomes(upscaler: Upscaler, tasks: Sequence[Task], workers: int) -> Iterable[Outcome]:
     if workers == 0 or not tasks:
-        return map(upscaler, tasks)
+        return upscaler.all(tasks)
     require_package("ray", f"--workers {workers}", "use --workers 0")
     from pipeline.evaluation.ray_workers import map_on_ray
 

@@ -9,7 +9,7 @@ from pipeline.imaging.bicubic import (
 )
 from pipeline.imaging.bicubic_batch import downscale_batch
 from pipeline.imaging.metrics import Channel, luma, psnr, ssim
-from pipeline.imaging.tiling import upscale
+from pipeline.imaging.tiling import prepared, upscale
 
 __all__ = [
     "Channel",
@@ -21,6 +21,7 @@ __all__ = [
     "float_bicubic_downscale",
     "luma",
     "matlab_bicubic_downscale",
+    "prepared",
     "psnr",
     "ssim",
     "to_tensor",

@@ -48,14 +48,10 @@ def to_uint8(images: Tensor) -> Image:
 
     NaN becomes 0.
     """
-    return _to_levels(images, torch.uint8)
+    return to_levels(images, torch.uint8).contiguous().cpu().numpy()
 
 
-def to_uint16(images: Tensor) -> NDArray[np.uint16]:
-    """Like `to_uint8` with 16 bits."""
-    return _to_levels(images, torch.uint16)
-
-
-def _to_levels(images: Tensor, dtype: torch.dtype) -> Any:
+def to_levels(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """As `to_uint8`, on the device and in uint8 or uint16."""
     levels = images.detach().float().nan_to_num(0.0).clamp(0, 1).mul(torch.iinfo(dtype).max).round().to(dtype)
-    return levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return levels.permute(0, 2, 3, 1)

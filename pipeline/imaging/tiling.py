@@ -1,5 +1,6 @@
 """Super-resolving an image of any size within bounded memory."""
 
+import copy
 from collections.abc import Iterator
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pipeline.imaging.arrays import DeepImage, require_deep_image, to_tensor, to_uint8, to_uint16
+from pipeline.imaging.arrays import DeepImage, require_deep_image, to_levels
 
 
 def upscale(
@@ -23,15 +24,16 @@ def upscale(
     """Super-resolves `lr`, whole or in tiles.
 
     A tile is computed with an overlap of `halo_px` on each side, which is cropped from the result: with 48, the
-    difference from the whole is at most one level. Peak memory depends on the tile, not on the image.
+    difference from the whole is at most one level. Peak memory depends on the tile and the image's 8-bit pixels.
 
     Args:
-        generator: an RRDBNet, or a module with its `scale` and `unshuffle`; it is moved to `device`.
+        generator: an RRDBNet (as it is, or `prepared`), or a module with its `scale` and `unshuffle`; it is moved to
+            `device`.
         lr: uint8 or uint16 RGB (H, W, 3), at least 1 x 1.
         tile_px: side of a tile, in LR pixels; None: the whole image at once.
         halo_px: overlap around each tile, in LR pixels.
         device: default: the generator's.
-        dtype: float32, or bfloat16 by autocast.
+        dtype: float32, or bfloat16 or float16 by autocast.
         channels_last: memory format of the activations; faster, same result up to rounding.
         require_finite: raise if the output is not finite, instead of converting NaN to black.
 
@@ -53,16 +55,17 @@ def upscale(
     scale, multiple = int(generator.scale), int(generator.unshuffle)  # type: ignore[arg-type]
     height, width = lr.shape[:2]
     sr = np.empty((height * scale, width * scale, 3), lr.dtype)
-    to_levels = to_uint16 if lr.dtype == np.uint16 else to_uint8
-    for rows in _spans(height, tile_px, halo_px, multiple):
-        for columns in _spans(width, tile_px, halo_px, multiple):
-            (top, bottom, above, below), (left, right, before, after) = rows, columns
-            x = to_tensor(lr[above:below, before:after]).to(target)
+    pixels = torch.from_numpy(np.require(lr, requirements=["C", "W"])).to(target)
+    for top, bottom, above, below in _spans(height, tile_px, halo_px, multiple):
+        # A row of tiles is collected on the device, so that the host waits once for it and not for every tile.
+        band = torch.empty((bottom - top) * scale, width * scale, 3, dtype=pixels.dtype, device=target)
+        finite = torch.ones((), dtype=torch.bool, device=target)
+        for left, right, before, after in _spans(width, tile_px, halo_px, multiple):
+            x = pixels[above:below, before:after].permute(2, 0, 1)[None].float().div_(np.iinfo(lr.dtype).max)
             # Pixel unshuffle needs multiples of its factor.
             missing = (0, -x.shape[3] % multiple, 0, -x.shape[2] % multiple)
             x = functional.pad(x, missing, mode="replicate") if any(missing) else x
-            if channels_last:
-                x = x.contiguous(memory_format=torch.channels_last)
+            x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
             with torch.inference_mode(), torch.autocast(target.type, dtype, enabled=dtype != torch.float32):
                 y = generator(x)
             y = y[
@@ -71,10 +74,31 @@ def upscale(
                 (top - above) * scale : (bottom - above) * scale,
                 (left - before) * scale : (right - before) * scale,
             ]
-            if require_finite and not bool(torch.isfinite(y).all()):
-                raise FloatingPointError("the generator's output holds non-finite values (NaN or infinity)")
-            sr[top * scale : bottom * scale, left * scale : right * scale] = to_levels(y)[0]
+            finite &= torch.isfinite(y).all()
+            band[:, left * scale : right * scale] = to_levels(y, band.dtype)[0]
+        if require_finite and not bool(finite):
+            raise FloatingPointError("the generator's output holds non-finite values (NaN or infinity)")
+        torch.from_numpy(sr[top * scale : bottom * scale]).copy_(band)
     return sr
+
+
+def prepared(generator: nn.Module, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+    """A copy of an RRDBNet for inference: on the device, channels-last, its convolutions' weights in `dtype`.
+
+    Autocast would cast, and a GPU reorder, all weights for every tile.
+
+    Args:
+        generator: an RRDBNet.
+        device: where to.
+        dtype: float32, bfloat16 or float16. The last convolution stays in float32.
+    """
+    copied = copy.deepcopy(generator).eval().requires_grad_(False)
+    copied.to(device).to(memory_format=torch.channels_last)
+    if dtype != torch.float32:
+        for name, module in copied.named_modules():
+            if isinstance(module, nn.Conv2d) and name != "conv_last":
+                module.to(dtype)
+    return copied
 
 
 def _spans(length: int, tile: int | None, halo: int, multiple: int) -> Iterator[tuple[int, int, int, int]]:

@@ -17,8 +17,8 @@ def set_precision(precision: str) -> None:
     `allow_tf32` flags, nor `torch.backends.cudnn.flags`, which reads them: torch (2.14) raises for a mixture.
 
     Args:
-        precision: fp32: IEEE float32. tf32: inputs are rounded to 10 bits. bf16: tf32 for those convolutions that
-            autocast does not run in bfloat16.
+        precision: fp32: IEEE float32. tf32: inputs are rounded to 10 bits. bf16, fp16: tf32 for those convolutions that
+            autocast does not run in 16 bits.
     """
     mode = "ieee" if precision == "fp32" else "tf32"
     cudnn: Any = torch.backends.cudnn  # mypy does not see its operators
