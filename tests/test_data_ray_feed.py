@@ -62,6 +62,24 @@ def test_every_rank_gets_its_own_feed_and_the_choice_is_printed(
     assert capsys.readouterr().out == "data.feed: thread (as configured)\n"
 
 
+@pytest.mark.parametrize(
+    ("codec", "expected"),
+    [("raw", "thread (raw patches on a local disk)"), ("webp", "ray (8 spare CPUs per worker)")],
+)
+def test_auto_uses_ray_data_only_where_patches_are_decoded_or_downloaded(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    codec: str,
+    expected: str,
+) -> None:
+    node = {"NodeID": "a", "Alive": True, "Resources": {"CPU": 9.0}}
+    monkeypatch.setattr(ray, "nodes", lambda: [node])
+    root = write_patches(tmp_path, 3, codec=codec)
+    FeedDataConfig(root=root, **FIELDS).configure({"train": None}, 1)
+    assert capsys.readouterr().out == f"data.feed: {expected}\n"
+
+
 @pytest.mark.parametrize("steps", [1, 7, 8, 9, 400_000])
 def test_read_tasks_cover_every_step_once_and_stay_few(tmp_path: Path, steps: int) -> None:
     feed = Feed(write_patches(tmp_path, 3), **FIELDS)

@@ -5,6 +5,7 @@ import itertools
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from pipeline.data.config import DataConfig
 from pipeline.data.feed import Feed
 from pipeline.data.feed.fetch import REQUESTS
 from pipeline.data.format import reader
+from pipeline.data.format.local_copy import local_copy
 from pipeline.data.format.reader import CorruptPatch, PatchReader, StoreUnreachable, _RemoteFile
 from pipeline.data.format.verify import verify
 from pipeline.data.ingest import prepare as prepare_module
@@ -217,3 +219,52 @@ def test_mistakes_on_s3_are_one_line(bucket: str, tmp_path: Path) -> None:
         check_source(config(source="s3://no-such-bucket/x", root=f"{bucket}/x"))
     with pytest.raises(UserError, match="remove keys and options from the address"):
         check_source(config(source="s3://key:secret@bucket/x", root=f"{bucket}/x"))
+
+
+def test_a_remote_data_set_is_copied_once_per_node_and_verified(
+    bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    local = write_patches(tmp_path / "data", 13, rows=5)
+    upload(tmp_path / "data", f"{bucket}/set")
+    fields = {"seed": 3, "batch_size": 4, "crop_px": 16}
+    expected = [batch.hr.tobytes() for batch in Feed(local, **fields).batches(0, 6)]
+    cache = tmp_path / "cache"
+
+    def batches() -> list[bytes]:
+        feed = Feed(f"{bucket}/set", **fields, local_cache=str(cache))
+        return [batch.hr.tobytes() for batch in feed.batches(0, 6)]
+
+    assert batches() == expected
+    assert capsys.readouterr().out.startswith("copying ")
+    (copy,) = (path for path in cache.iterdir() if path.is_dir())
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == {
+        path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()
+    }
+    # An interrupted copy: no manifest, and a shard that is not complete.
+    (copy / "manifest.json").unlink()
+    (copy / "patches-00001.parquet").write_bytes(b"part")
+    kept = (copy / "patches-00000.parquet").stat().st_mtime_ns
+    assert batches() == expected
+    assert (copy / "patches-00000.parquet").stat().st_mtime_ns == kept
+    capsys.readouterr()
+    assert batches() == expected
+    assert capsys.readouterr().out == ""
+    assert local_copy(local, str(cache)) == local
+
+
+def test_a_copy_that_differs_or_does_not_fit_is_refused(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_patches(tmp_path / "data", 6, rows=3)
+    upload(tmp_path / "data", f"{bucket}/set")
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10))
+        with pytest.raises(UserError, match=r"data\.local_cache=.*0\.0 GiB free"):
+            local_copy(f"{bucket}/set", str(tmp_path / "cache"))
+    shard = Storage(f"{bucket}/set").read_bytes("patches-00001.parquet")
+    Storage(f"{bucket}/set").write_bytes("patches-00001.parquet", shard[:-1] + b"?")
+    with pytest.raises(UserError, match=r"patches-00001\.parquet: differs from its checksum"):
+        local_copy(f"{bucket}/set", str(tmp_path / "cache"))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"data\.local_cache=.*cannot be written"):
+        local_copy(f"{bucket}/set", str(tmp_path / "file"))

@@ -29,7 +29,7 @@ LAYERS = {
     "data.config": "section",
     "data.format": "errors progress storage imaging",
     "data.ingest": "errors progress storage imaging data.config data.format",
-    "data.feed": "errors data.format",
+    "data.feed": "errors storage data.format",
     "data": "data.config data.format data.ingest",
     # Tracking and training.
     "tracking": "errors section storage json_file run_folder model metrics",

@@ -3,14 +3,20 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
+import time
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import ray.train
 import tiny
+import torch
 from ray.exceptions import RayActorError
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
@@ -18,9 +24,11 @@ from tiny import write_sets
 
 from pipeline.config import load_config
 from pipeline.errors import UserError
+from pipeline.run_folder import REFUSAL, Refusal
 from pipeline.storage import Storage
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training import faults
+from pipeline.training.ray_compat import CheckedTorchConfig, SavingTrainer
 from pipeline.training.run import TrainingResult, run_training
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -176,3 +184,60 @@ def test_divergence_is_one_line_after_a_second_try(ray_cluster: str, folder: Pat
         train(folder, run_name=name, **{"psnr.learning_rate": 1e38, "faults.max_skipped_steps": 1})
     noted = faults.load(Storage(str(folder / "runs" / name)))
     assert [fault.kind for fault in noted] == ["diverged", "diverged"]
+
+
+def test_a_refusal_ends_workers_that_wait_in_a_collective(ray_cluster: str, tmp_path: Path) -> None:
+    """A worker that ended normally would leave the others in it until the time-out, with NCCL."""
+    run, began = Storage(str(tmp_path / "run")), time.monotonic()
+
+    def work() -> None:
+        import torch
+        import torch.distributed as dist
+
+        from pipeline.training.ray_trainer import _refuse
+
+        if dist.get_rank() == 1:
+            _refuse(run.uri, "data.root: no such folder on this node")
+        dist.all_reduce(torch.ones(1), group=dist.new_group([0, 1], timeout=timedelta(hours=1)))
+
+    trainer = SavingTrainer(
+        work,
+        run=run,
+        scaling_config=ray.train.ScalingConfig(num_workers=2),
+        torch_config=CheckedTorchConfig(backend="gloo", timeout_s=3600),
+        run_config=ray.train.RunConfig(
+            storage_path=str(tmp_path), failure_config=ray.train.FailureConfig(max_failures=-1)
+        ),
+    )
+    with pytest.raises(ray.train.TrainingFailedError):
+        trainer.fit()
+    assert time.monotonic() - began < 300
+    assert REFUSAL.read(run) == Refusal("data.root: no such folder on this node")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_a_driver_that_does_not_fit_is_found_before_the_group_starts(tmp_path: Path) -> None:
+    script = (
+        "import ray, sys, tiny\n"
+        "from pathlib import Path\n"
+        "from pipeline.errors import UserError\n"
+        # Ray schedules on GPUs that torch cannot use.
+        "ray.init(address='local', num_cpus=2, num_gpus=2, include_dashboard=False, object_store_memory=100 * 2**20)\n"
+        "try:\n"
+        "    tiny.train(Path(sys.argv[1]), workers=2, use_gpu=True, **{'tracking.uri': 'none'})\n"
+        "except UserError as error:\n"
+        "    print('refused:', error)\n"
+    )
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{Path(tiny.__file__).parent}:{os.environ.get('PYTHONPATH', '')}",
+    }
+    environment.pop("RAY_ADDRESS", None)
+    environment["RAY_AUTH_MODE"] = "disabled"
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(write_sets(tmp_path))],
+        env=environment, capture_output=True, text=True, check=False, timeout=500,
+    )  # fmt: skip
+    assert "refused: use_gpu=true, " in result.stdout, result.stdout + result.stderr
+    assert "torch cannot use a GPU here (" in result.stdout
+    assert "resuming at step" not in result.stdout

@@ -81,6 +81,11 @@ class DataConfig(Section):
     )
     feed: Literal["auto", "ray", "thread"] = Field(
         "auto",
-        description="Source of a worker's batches: Ray Data, a prefetch thread in the worker, or (auto) Ray Data if "
-        "the cluster has spare CPUs.",
+        description="Source of a worker's batches: a prefetch thread in the worker, Ray Data, or (auto) Ray Data if "
+        "the patches are WebP or in an object store, and the cluster has spare CPUs.",
+    )
+    local_cache: str | None = Field(
+        None,
+        description="Folder on every node's own disk for a verified copy of a remote data.root, made once per node; "
+        "the prefetch thread reads it.",
     )

@@ -1,5 +1,6 @@
 """Preflight checks: what can be checked before Ray starts."""
 
+import platform
 import shutil
 from pathlib import Path
 
@@ -30,7 +31,9 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
                 f"{field}={path}: relative to a copy of the working directory, which Ray deletes after the job; "
                 f"give an absolute path or an s3:// prefix, for example --{field} {Path.home() / path}"
             )
-    data = config.data.model_copy(update={"root": absolute(config.data.root)})
+    cache = config.data.local_cache
+    changes = {"root": absolute(config.data.root), "local_cache": None if cache is None else absolute(cache)}
+    data = config.data.model_copy(update=changes)
     weights = config.perceptual.weights
     if weights not in ("imagenet", "efficientnet_lite0", "random"):
         weights = absolute(weights)
@@ -126,14 +129,18 @@ def _require_space(config: TrainConfig, run: Storage) -> None:
             f"storage={config.storage}: {free / 2**20:.0f} MiB free, and checkpoints take about "
             f"{needed / 2**20:.0f} MiB; free some space, choose another storage, or lower keep_checkpoints"
         )
-    shared_memory = Path("/dev/shm")
-    if (
-        config.worker_range[1] > 1
-        and shared_memory.is_dir()
-        and shutil.disk_usage(shared_memory).free < 2**26
-    ):
+
+
+def require_shared_memory(use_gpu: bool) -> None:
+    """Raises UserError if several workers on this machine would not have enough of it.
+
+    GPUs without direct access to each other exchange gradients through /dev/shm; containers have 64 MiB by default.
+    """
+    folder, needed = Path("/dev/shm"), 2**30 if use_gpu else 2**26
+    if folder.is_dir() and (free := shutil.disk_usage(folder).free) < needed:
         raise UserError(
-            f"/dev/shm: less than 64 MiB free, too little for {config.worker_range[1]} workers; enlarge it"
+            f"/dev/shm on {platform.node()}: {free / 2**20:.0f} MiB free, and several workers need "
+            f"{needed / 2**20:.0f}; enlarge it (docker run --shm-size=2g)"
         )
 
 

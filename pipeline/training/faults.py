@@ -12,6 +12,14 @@ class Diverged(Exception):
     """Gradients stay non-finite. Retried once from the newest checkpoint; then the run fails with this message."""
 
 
+class Refused(Exception):
+    """Bad input that only a worker can see. Its message is in the run's folder; Ray Train ends all workers at once.
+
+    A worker that ended without an exception would leave the others waiting in a collective: with NCCL on one machine
+    they get no error.
+    """
+
+
 def record(run: Storage, step: int, kind: FaultKind, text: str) -> Fault:
     """Appends a failure. Raises OSError."""
     fault = Fault(step, kind, text, time.time_ns() // 1_000_000)

@@ -71,7 +71,7 @@ def train(
 
     with ExitStack() as stack:
         checkpointer = stack.enter_context(Checkpointer(config, run, state, log)) if worker.is_main else None
-        batches = stack.enter_context(closing(feed.batches(state.step, last)))
+        batches = stack.enter_context(closing(feed.batches(state.step, last, worker.device.type == "cuda")))
         if state.step == 0:
             validator.validate(state)
         # Created last: the first interval's rates exclude the time of loading and of the validation at step 0.

@@ -1,16 +1,20 @@
 """All uses of Ray's internals in training; checked against Ray 2.60, the upper bound in pyproject.toml."""
 
 import logging
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray._private.state import state as cluster_state
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from ray.train.v2._internal.execution import context as reports
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import (
     ElasticScalingPolicy,
     NoopDecision,
@@ -19,11 +23,13 @@ from ray.train.v2._internal.execution.scaling_policy import (
 )
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
+from pipeline.run_folder import REFUSAL
 from pipeline.storage import Storage
 from pipeline.training.stopping import end_save_request, request_save, save_requested
 
 __all__ = [
     "ENV_VARS_TO_PROPAGATE",
+    "CheckedTorchConfig",
     "PlacementGroupCleanup",
     "SavingTrainer",
     "remove_orphaned_placement_groups",
@@ -75,8 +81,49 @@ class PlacementGroupCleanup(WorkerGroupCallback, ControllerCallback):
         remove_orphaned_placement_groups(of_actor=ray.get_runtime_context().get_actor_id())
 
 
+@dataclass
+class CheckedTorchConfig(TorchConfig):
+    """A TorchConfig that calls a function on every worker before they join their process group."""
+
+    prepare_worker: Callable[[], str] = str
+    """Returns why its worker cannot train; empty if it can."""
+    refuse: Callable[[str], None] = print
+    """Called in the controller with the first reason; raises."""
+
+    @property
+    def backend_cls(self) -> type[_TorchBackend]:
+        """The class that starts the process group."""
+        return _CheckedBackend
+
+
+class _CheckedBackend(_TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: CheckedTorchConfig) -> None:
+        for reason in worker_group.execute(_called, backend_config.prepare_worker):
+            if reason:
+                backend_config.refuse(reason)
+        super().on_start(worker_group, backend_config)
+
+
+def _called(function: Callable[[], str]) -> str:
+    """Ray names its tasks by the function's name, which a partial lacks."""
+    return function()
+
+
+class _EndAtRefusal(DefaultFailurePolicy):
+    """Ray's policy, which retries, except that a worker's refusal ends the run."""
+
+    def __init__(self, failure_config: Any, run: Storage) -> None:
+        super().__init__(failure_config)
+        self._run = run
+
+    def make_decision(self, training_failed_error: Any) -> FailureDecision:
+        if REFUSAL.read(self._run) is not None:
+            return FailureDecision.RAISE
+        return super().make_decision(training_failed_error)
+
+
 class SavingTrainer(TorchTrainer):
-    """A TorchTrainer whose elastic worker group saves a checkpoint before it is resized."""
+    """A TorchTrainer that a refusal ends, and whose elastic worker group saves a checkpoint before it is resized."""
 
     def __init__(self, *arguments: Any, run: Storage, **options: Any) -> None:
         """
@@ -89,6 +136,7 @@ class SavingTrainer(TorchTrainer):
         self._run = run
 
     def _initialize_and_run_controller(self, **controller: Any) -> Any:
+        controller["failure_policy"] = _EndAtRefusal(self.run_config.failure_config, self._run)
         if self.scaling_config.elasticity_enabled:
             controller["scaling_policy"] = _SaveFirst(self.scaling_config, self._run)
         return super()._initialize_and_run_controller(**controller)

@@ -2,29 +2,34 @@
 
 import logging
 import os
+import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import ray
 import ray.train
 import ray.train.torch
 import torch
-import torch.distributed as dist
 from pydantic import TypeAdapter
 from ray.train.v2.api.callback import UserCallback
 
 from pipeline.data.feed.ray_feed import FeedDataConfig
+from pipeline.data.format.local_copy import local_copy
 from pipeline.errors import UserError
+from pipeline.model.device import require_gpu
 from pipeline.run_folder import REFUSAL, Fault, FaultKind, Refusal
 from pipeline.storage import Storage
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training import faults
+from pipeline.training.checks import require_shared_memory
 from pipeline.training.config import TrainConfig
 from pipeline.training.loop import train
 from pipeline.training.ray_compat import (
     ENV_VARS_TO_PROPAGATE,
+    CheckedTorchConfig,
     PlacementGroupCleanup,
     SavingTrainer,
     remove_orphaned_placement_groups,
@@ -39,6 +44,7 @@ ELASTIC_START_S = 30.0
 RESIZE_S = 10.0
 MIN_HUNG_S = 30.0
 _SETS = TypeAdapter(list[SetFiles])
+NCCL_HEARTBEAT_S = 60
 
 
 def fit(
@@ -113,8 +119,13 @@ def _trainer(
             resources_per_worker={"CPU": config.cpus_per_worker, **({"GPU": 1} if config.use_gpu else {})},
             elastic_resize_monitor_interval_s=10.0,
         ),
-        torch_config=ray.train.torch.TorchConfig(
-            backend="nccl" if config.use_gpu else "gloo", timeout_s=round(config.faults.collective_timeout_s)
+        torch_config=CheckedTorchConfig(
+            backend="nccl" if config.use_gpu else "gloo",
+            timeout_s=round(config.faults.collective_timeout_s),
+            prepare_worker=partial(
+                _prepare_worker, config.use_gpu, high > 1, config.data.root, config.data.local_cache
+            ),
+            refuse=partial(_refuse, run.uri),
         ),
         datasets={"train": lambda: None},
         dataset_config=FeedDataConfig(
@@ -124,6 +135,7 @@ def _trainer(
             crop_px=config.crop_px,
             feed=config.data.feed,
             cpus_per_worker=config.cpus_per_worker,
+            local_cache=config.data.local_cache,
         ),
         run_config=ray.train.RunConfig(
             # A unique name: runs resume from our checkpoints, never from Ray Train's own state.
@@ -172,11 +184,32 @@ def _worker_loop(loop_config: Mapping[str, Any]) -> None:
         sets = open_sets(config, _SETS.validate_python(loop_config["sets"]))
         train(config, worker, run, feed, sets)
     except UserError as error:
-        # A restart cannot help: the worker ends without a failure, and the driver raises the reason.
-        REFUSAL.write(run, Refusal(str(error)))
-        # Other ranks may be waiting in a collective: without this rank's connections they fail at once.
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        _refuse(run.uri, str(error))
+
+
+def _refuse(run: str, reason: str) -> None:
+    """Ends the run: a restart cannot help, and the driver raises the reason. Raises Refused."""
+    REFUSAL.write(Storage(run), Refusal(reason))
+    raise faults.Refused(reason)
+
+
+def _prepare_worker(use_gpu: bool, several: bool, root: str, local_cache: str | None) -> str:
+    """Checks this worker's machine before it joins the process group; returns what is missing.
+
+    The copy of the data set takes minutes: in the group, others would wait for it in a collective.
+    """
+    # A collective that timed out ends the process; without these the watchdog first collects state for minutes.
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
+    os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(NCCL_HEARTBEAT_S))
+    try:
+        if several:
+            require_shared_memory(use_gpu)
+        if use_gpu:
+            require_gpu(f"use_gpu=true, {platform.node()}", "set use_gpu=false")
+        local_copy(root, local_cache)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def _await_resize(config: TrainConfig, run: Storage) -> None:
@@ -197,6 +230,8 @@ class _FaultLog(UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """One or more workers failed."""
         run = Storage(self._run)
+        if REFUSAL.read(run) is not None:
+            return  # the driver raises it
         rank, error = min(
             worker_exceptions.items(), key=lambda item: (_ROOT_CAUSES.index(_kind(item[1])), item[0])
         )

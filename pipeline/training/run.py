@@ -220,7 +220,13 @@ def _train(config: TrainConfig, run: Storage, sets: Sequence[SetFiles], callback
     if _is_trained(config, run):
         return
     if config.worker_range[1] == 0:
-        feed = Feed(config.data.root, config.seed, config.batch_size, config.crop_px, rank=0, world_size=1)
+        feed = Feed(
+            config.data.root,
+            config.seed,
+            config.batch_size,
+            config.crop_px,
+            local_cache=config.data.local_cache,
+        )
         device = torch.device("cuda" if config.use_gpu else "cpu")
         worker = Worker(device=device, stopping=lambda: stop_requested(run))
         try:

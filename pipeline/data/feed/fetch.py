@@ -40,7 +40,12 @@ class RawBatch:
 
 
 def fetch_steps(
-    reader: PatchReader, samples: Samples, steps: Sequence[int], first: int, last: int
+    reader: PatchReader,
+    samples: Samples,
+    steps: Sequence[int],
+    first: int,
+    last: int,
+    pinned: bool = False,
 ) -> Generator[RawBatch, None, None]:
     """The result of `fetch` for each of `steps`, in order; from an object store, several are fetched concurrently.
 
@@ -49,13 +54,15 @@ def fetch_steps(
     """
     if not reader.remote:
         for step in steps:
-            yield fetch(reader, samples, step, first, last)
+            yield fetch(reader, samples, step, first, last, pinned=pinned)
         return
     requests, steps_pool = ThreadPoolExecutor(REQUESTS), ThreadPoolExecutor(CONCURRENT_STEPS)
     pending: deque[Future[RawBatch]] = deque()
     try:
         for step in steps:
-            pending.append(steps_pool.submit(fetch, reader, samples, step, first, last, requests.map))
+            pending.append(
+                steps_pool.submit(fetch, reader, samples, step, first, last, requests.map, pinned=pinned)
+            )
             if len(pending) == CONCURRENT_STEPS:
                 yield pending.popleft().result()
         while pending:
@@ -72,6 +79,7 @@ def fetch(
     first: int,
     last: int,
     for_each: Callable[[Callable[[int], int], Iterable[int]], Iterable[int]] = map,
+    pinned: bool = False,
 ) -> RawBatch:
     """Samples at positions first..last of the global batch of `step`.
 
@@ -80,14 +88,15 @@ def fetch(
 
     Args:
         for_each: `map`, or that of an executor whose threads fetch the samples concurrently.
+        pinned: allocate the batch in pinned memory, which a GPU reads without waiting for the host.
 
     Raises:
         UserError: ATTEMPTS consecutive draws were corrupt.
         StoreUnreachable: an object store does not answer.
     """
     count, side, scale = last - first, samples.crop_px, samples.scale
-    hr = np.empty((count, side, side, 3), np.uint8)
-    lr = np.empty((count, side // scale, side // scale, 3), np.uint8)
+    hr = empty_images((count, side, side, 3), pinned)
+    lr = empty_images((count, side // scale, side // scale, 3), pinned)
     draws = samples.of_step(step, first, last)
     positions = list(
         zip(draws.patch.tolist(), draws.y.tolist(), draws.x.tolist(), draws.flips.tolist(), strict=True)
@@ -115,6 +124,16 @@ def fetch(
 
     corrupt = sum(for_each(fill, range(count)))
     return RawBatch(lr, hr, corrupt)
+
+
+def empty_images(shape: tuple[int, ...], pinned: bool) -> NDArray[np.uint8]:
+    """An uninitialized array, in pinned memory if that is requested (which needs a GPU)."""
+    if not pinned:
+        return np.empty(shape, np.uint8)
+    import torch  # Ray Data's tasks do without
+
+    # torch's allocator keeps the memory until copies from it have finished.
+    return torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy()
 
 
 def flipped(pixels: np.ndarray, flips: int) -> np.ndarray:

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from pipeline.data.feed.fetch import RawBatch, fetch_steps, opened
 from pipeline.data.feed.samples import rank_share
+from pipeline.data.format.local_copy import local_copy
 from pipeline.data.format.manifest import load_manifest
 
 # Prefetch depth, in steps: enough to hide a slow read; more would only take memory.
@@ -27,20 +28,29 @@ class Feed:
     crop_px: int
     rank: int = 0
     world_size: int = 1
+    local_cache: str | None = None
+    """Folder for a copy of a remote data set on this node's disk."""
 
-    def batches(self, first_step: int, last_step: int) -> Generator[RawBatch, None, None]:
+    def batches(
+        self, first_step: int, last_step: int, pinned: bool = False
+    ) -> Generator[RawBatch, None, None]:
         """Batches of steps first_step..last_step - 1. Closing the generator stops the prefetch.
+
+        Args:
+            first_step: the first step.
+            last_step: the step after the last one.
+            pinned: whether the batches are in pinned memory, for a GPU.
 
         Raises:
             UserError: no usable data set at `root`, a crop that does not fit it, or nearly all patches are corrupt.
         """
-        yield from prefetched(self._fetched(first_step, last_step), PREFETCH_STEPS)
+        yield from prefetched(self._fetched(first_step, last_step, pinned), PREFETCH_STEPS)
 
-    def _fetched(self, first_step: int, last_step: int) -> Generator[RawBatch, None, None]:
-        manifest = load_manifest(self.root)
+    def _fetched(self, first_step: int, last_step: int, pinned: bool) -> Generator[RawBatch, None, None]:
+        manifest = load_manifest(local_copy(self.root, self.local_cache))
         share = rank_share(self.batch_size, self.rank, self.world_size)
         with opened(manifest, self.seed, self.batch_size, self.crop_px) as (reader, samples):
-            yield from fetch_steps(reader, samples, range(first_step, last_step), *share)
+            yield from fetch_steps(reader, samples, range(first_step, last_step), *share, pinned=pinned)
 
 
 def prefetched(items: Generator[_T, None, None], depth: int) -> Generator[_T, None, None]:
