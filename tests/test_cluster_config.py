@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 import yaml
 from tracking_helpers import free_port
 
@@ -55,12 +56,30 @@ def test_gpu_recipes_fit_the_gpu_nodes(cluster: dict[str, Any]) -> None:
     from pipeline.config import load_config
 
     node = cluster["available_node_types"]["gpu_worker"]
-    for name in ("esrgan_x4.yaml", "tune_x4.yaml"):
+    for name in ("esrgan_x4.yaml", "esrgan_x4_8gpu.yaml", "tune_x4.yaml"):
         config, _ = load_config([], description="", default_file=ROOT / "configs" / name, environment={})
         assert config.use_gpu
-        assert config.cpus_per_worker <= node["resources"]["CPU"]
-        assert config.worker_range[1] <= node["max_workers"]
+        gpus = node["resources"]["GPU"]
+        assert config.cpus_per_worker * min(gpus, config.worker_range[1]) <= node["resources"]["CPU"]
+        assert config.worker_range[1] <= gpus * node["max_workers"]
         assert config.wait_for_nodes_s > 0
+
+
+def test_gpu_nodes_have_an_image_whose_driver_fits_and_enough_shared_memory(cluster: dict[str, Any]) -> None:
+    from pipeline.model.device import _DRIVERS
+
+    torch_cuda = torch.version.cuda
+    assert torch_cuda is None or _DRIVERS[torch_cuda.split(".")[0]] == "580"
+    for node in cluster["available_node_types"].values():
+        if node["resources"].get("GPU"):
+            # Without an ImageId, Ray takes an image of 2022. This one's driver is updated with every release.
+            image = node["node_config"]["ImageId"]
+            assert image.startswith(
+                "resolve:ssm:/aws/service/deeplearning/ami/x86_64/base-oss-nvidia-driver-gpu-"
+            )
+            assert image.endswith("/latest/ami-id")
+            assert node["resources"]["GPU"] > 1
+    assert "--shm-size=16g" in cluster["docker"]["run_options"]
 
 
 def test_every_node_gets_the_token(cluster: dict[str, Any]) -> None:
