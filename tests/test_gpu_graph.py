@@ -29,9 +29,16 @@ def restored() -> Iterator[None]:
 
 
 def config_of(discriminator: str, precision: str, graph: str) -> TrainConfig:
-    """Sizes for which the trunk's kernels apply in bf16; a rate that changes in every step."""
+    """Sizes for which the trunk's kernels apply in bf16; a rate that changes in every step.
+
+    With the U-Net discriminator, the losses and rates are not the default ones.
+    """
     fields = small_config(discriminator).model_dump()
     fields["model"] |= {"num_feat": 32, "num_grow_ch": 16}
+    losses: dict[str, object] = {}
+    if discriminator == "unet":
+        losses = {"pixel_loss": "charbonnier", "ms_ssim_weight": 0.5, "loss": "vanilla"}
+        losses["discriminator_learning_rate"] = 1e-4
     return TrainConfig.model_validate(
         fields
         | {
@@ -40,7 +47,7 @@ def config_of(discriminator: str, precision: str, graph: str) -> TrainConfig:
             "deterministic": True,
             "perceptual": {"layers": {"conv1_1": 1.0}},
             "psnr": {"steps": 100, "learning_rate": 1e-3, "schedule": {"shape": "cosine"}},
-            "gan": {"steps": 100, "learning_rate": 1e-3, "schedule": {"shape": "cosine"}},
+            "gan": {"steps": 100, "learning_rate": 1e-3, "schedule": {"shape": "cosine"}, **losses},
         }
     )
 

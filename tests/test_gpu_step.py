@@ -26,7 +26,7 @@ from gpu import (
 from torch import Tensor
 
 from pipeline.data.feed import RawBatch
-from pipeline.model import VGGFeatures, set_deterministic, set_precision
+from pipeline.model import VGGFeatures, ms_ssim_loss, set_deterministic, set_precision
 from pipeline.model.weights import sizes_as_text
 from pipeline.storage import Storage
 from pipeline.training import checkpoint as checkpoints
@@ -90,6 +90,16 @@ def test_fp32_is_not_tf32_on_a_gpu() -> None:
         each: distance(first_step("psnr", "cuda", precision=each), exact, "generator") for each in LIMITS
     }
     assert rounded["fp32"] < 0.1 * rounded["tf32"] < rounded["bf16"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_ms_ssim_is_not_computed_in_tf32(device: str) -> None:
+    set_precision("tf32")
+    generator = torch.Generator().manual_seed(0)
+    hr = torch.rand(2, 3, 128, 128, generator=generator, dtype=torch.float64)
+    sr = hr + 0.01 * torch.randn(hr.shape, generator=generator, dtype=torch.float64)
+    loss = ms_ssim_loss(sr.float().to(device), hr.float().to(device))
+    assert loss.item() == pytest.approx(ms_ssim_loss(sr, hr).item(), abs=1e-6)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -132,16 +132,6 @@ def test_ms_ssim_loss_reduces_one_value_for_each_image() -> None:
     assert shapes == [(4,)]
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_ms_ssim_loss_is_not_computed_in_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "tf32")
-    hr = torch.rand(2, 3, 128, 128, dtype=torch.float64)
-    sr = hr + 0.01 * torch.randn_like(hr)
-    loss = ms_ssim_loss(sr.float().cuda(), hr.float().cuda())
-    assert loss.item() == pytest.approx(ms_ssim_loss(sr, hr).item(), abs=1e-6)
-
-
 def test_perceptual_loss_weighs_the_layers() -> None:
     sr = {"conv1_2": torch.zeros(1, 2, 4, 4), "conv2_2": torch.zeros(1, 3, 2, 2)}
     hr = {"conv1_2": torch.ones(1, 2, 4, 4), "conv2_2": torch.full((1, 3, 2, 2), -2.0)}

@@ -221,8 +221,8 @@ def interval(**changes: float) -> dict[str, float]:
     ("bad", "words"),
     [
         ({"data_wait_share": 0.5}, "wait 50% of the time for data"),
-        ({"discriminator_accuracy": 1.0}, "its gradient vanishes"),
-        ({"discriminator_accuracy": 0.5}, "close to chance level"),
+        ({"discriminator_accuracy": 1.0}, "lower gan.discriminator_learning_rate"),
+        ({"discriminator_accuracy": 0.5}, "raise gan.discriminator_learning_rate"),
         ({"loss_pixel": 0.25}, "has not changed"),
     ],
 )

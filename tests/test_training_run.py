@@ -23,6 +23,7 @@ from pipeline.storage import Storage
 from pipeline.tracking.spool import Metrics, read_segment, segment_steps
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training import loop
+from pipeline.training.state import new_state
 from pipeline.training.validation_sets import open_sets
 from pipeline.training.worker import Worker
 
@@ -369,6 +370,21 @@ def test_fields_select_the_losses_of_both_stages(folder: Path, undisturbed: Trai
     # A new discriminator's logits are about 0: the vanilla loss is the sum of two terms of log 2.
     assert found[7]["loss/discriminator"] == pytest.approx(2 * math.log(2), abs=0.3)
     assert default[7]["loss/discriminator"] == pytest.approx(math.log(2), abs=0.3)
+
+
+def test_the_discriminator_learns_at_the_rate_of_its_field(folder: Path) -> None:
+    changes = {"gan.discriminator_learning_rate": 1e-9, "gan.learning_rate": 1e-3}
+    train(folder, run_name="slow", **changes)
+    config, _ = load_config(flags(fields(folder, **changes)), description="", environment={})
+    newest = checkpoints.newest(Storage(str(folder / "runs" / "slow")))
+    assert newest is not None
+    first = new_state(config.alone(), "gan", torch.device("cpu")).tensors()
+    names = [name for name in first if name.startswith("discriminator.") and name.endswith("weight")]
+    assert names
+    for name in names:
+        # Six steps of at most 1e-9, of which float32 keeps nothing in most weights.
+        torch.testing.assert_close(newest.tensors[name], first[name], rtol=0, atol=1e-7)
+    assert newest.tensors["discriminator_optimizer." + names[0].removeprefix("discriminator.") + ".step"] == 6
 
 
 def test_a_gan_without_perceptual_loss_needs_no_perceptual_weights(

@@ -237,6 +237,23 @@ def test_stage_two_starts_from_the_ema_weights() -> None:
     assert not state.generator_optimizer.state
 
 
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_the_discriminator_has_its_own_learning_rate(as_tensor: bool) -> None:
+    def change(settings: StepSettings, kind: str) -> float:
+        state = double_state()
+        network = unwrap(getattr(state, kind))
+        before = copy.deepcopy(network.state_dict())
+        gan_step(state, share(0, 1, 0), SmallFeatures(), {"conv": 1.0}, WEIGHTS, settings)
+        # Adam's first update of a weight is the learning rate, in the direction of the gradient.
+        return max(float((value - before[name]).abs().max()) for name, value in network.named_parameters())
+
+    rate = torch.tensor(1e-3, dtype=torch.float64) if as_tensor else 1e-3
+    own = replace(SETTINGS, learning_rate=rate, discriminator_rate=0.1)
+    assert change(own, "discriminator") == pytest.approx(1e-4, rel=1e-4)
+    assert change(own, "generator") == pytest.approx(1e-3, rel=1e-4)
+    assert change(SETTINGS, "discriminator") == pytest.approx(1e-3, rel=1e-4)
+
+
 def test_ema_weights_decay_towards_the_generator() -> None:
     state = new_state(CONFIG, "psnr", torch.device("cpu"))
     before = state.ema.conv_last.weight.clone()

@@ -54,14 +54,14 @@ class Advisor:
                 (
                     "wins",
                     min(accuracy) > WINS,
-                    f"the discriminator accuracy is {accuracy[-1]:.0%}: its gradient vanishes; "
-                    "lower gan.learning_rate, or train stage 1 longer",
+                    f"the discriminator accuracy is {accuracy[-1]:.0%}: the generator cannot follow it; "
+                    "lower gan.discriminator_learning_rate, for example to a tenth, or train stage 1 longer",
                 ),
                 (
                     "loses",
                     max(accuracy) < LOSES,
-                    f"the discriminator accuracy is {accuracy[-1]:.0%}, close to chance level; "
-                    "it adds noise rather than detail",
+                    f"the discriminator accuracy is {accuracy[-1]:.0%}, close to chance level: it adds noise rather "
+                    "than detail; raise gan.discriminator_learning_rate",
                 ),
             ]
         return checks

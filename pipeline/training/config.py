@@ -92,10 +92,13 @@ class GanStage(Section):
         False,
         description="Accept psnr.steps=0 without init.generator: stage 2 starts from a randomly initialized generator.",
     )
-    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of both networks in stage 2.")
+    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of stage 2.")
+    discriminator_learning_rate: float | None = Field(
+        None, gt=0, description="The discriminator's peak learning rate. Default: gan.learning_rate."
+    )
     schedule: Schedule = Field(
         Schedule(shape="halving", milestones=(50_000, 100_000, 200_000, 300_000)),
-        description="Learning rate over stage 2.",
+        description="Learning rates of both networks over stage 2.",
     )
     select_by: MetricName | None = Field(
         None,

@@ -51,6 +51,8 @@ class StepSettings:
     ms_ssim_weight: float = 0.0
     gan_loss: str = "relativistic"
     """`relativistic` or `vanilla`."""
+    discriminator_rate: float = 1.0
+    """The discriminator's learning rate as a multiple of the generator's."""
 
     def autocast(self, device: torch.device) -> AbstractContextManager[None]:
         """The context of the networks' forward passes."""
@@ -159,7 +161,7 @@ def gan_step(
     discriminator_norm, discriminator_finite = _gradient_norm(discriminator, settings.clip_norm)
     finite = generator_finite & discriminator_finite
     _update(state.generator_optimizer, settings.learning_rate, finite)
-    _update(state.discriminator_optimizer, settings.learning_rate, finite)
+    _update(state.discriminator_optimizer, settings.learning_rate * settings.discriminator_rate, finite)
     _restore_unless(finite, buffers, saved_buffers)
     state.count_skipped(finite)
     _update_ema(state.ema, state.generator, settings.ema_decay, finite)

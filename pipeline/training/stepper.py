@@ -99,6 +99,7 @@ class Stepper:
         settings = StepSettings(
             rate, config.ema_decay, config.precision, config.adam.clip_norm,
             stage.pixel_loss, stage.ms_ssim_weight, config.gan.loss,
+            (config.gan.discriminator_learning_rate or config.gan.learning_rate) / config.gan.learning_rate,
         )  # fmt: skip
         if state.stage == "psnr":
             return psnr_step(state, batch, settings)
