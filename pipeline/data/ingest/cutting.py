@@ -131,6 +131,7 @@ def _load(job: ImageJob, config: DataConfig, paired: bool) -> tuple[np.ndarray, 
     """HR and LR image, cut to a multiple of the scale, and the manifest's facts. Raises PhotoRejected."""
     # Imported here: listing and reading data sets does not need it.
     from pipeline.imaging import matlab_bicubic_downscale
+    from pipeline.imaging.alignment import pair_fault
 
     # From the listing's size: a huge file is never read into memory.
     reject_large_file(job.photo.size, config.max_megapixels)
@@ -168,6 +169,8 @@ def _load(job: ImageJob, config: DataConfig, paired: bool) -> tuple[np.ndarray, 
             f"not {expected[1]} x {expected[0]}"
         )
     facts["degradation"] = match_degradation(hr, lr, config.scale)
+    if facts["degradation"] == "other" and (fault := pair_fault(hr, lr, config.scale)):
+        raise PhotoRejected(f"{fault} ({job.low.name})")
     return hr, np.ascontiguousarray(lr), facts
 
 

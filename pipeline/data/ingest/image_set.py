@@ -19,6 +19,7 @@ from pipeline.data.ingest.layout import (
 from pipeline.data.ingest.sources import Listing, PhotoFile, list_folder, one_file
 from pipeline.errors import UserError
 from pipeline.imaging import Image, matlab_bicubic_downscale
+from pipeline.imaging.alignment import pair_fault
 from pipeline.imaging.metrics import SSIM_WINDOW_PX
 from pipeline.storage import Storage, is_remote
 
@@ -156,7 +157,10 @@ def read_pair(pair: Pair, scale: int, border: int, max_megapixels: float = 200.0
     if not (0 <= hr.shape[0] - height < scale and 0 <= hr.shape[1] - width < scale):
         raise PhotoRejected(size_mismatch((hr.shape[1], hr.shape[0]), (lr.shape[1], lr.shape[0]), scale))
     _require_size(height, width, border)
-    return np.ascontiguousarray(hr[:height, :width]), lr
+    hr = np.ascontiguousarray(hr[:height, :width])
+    if fault := pair_fault(hr, lr, scale):
+        raise PhotoRejected(fault)
+    return hr, lr
 
 
 def size_mismatch(hr: tuple[int, int], lr: tuple[int, int], scale: int) -> str:
