@@ -2,6 +2,10 @@
 
 import io
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -22,7 +26,7 @@ from pipeline.evaluation.models import (
     open_model,
     split_label,
 )
-from pipeline.evaluation.result import Evaluation, short_labels
+from pipeline.evaluation.result import Evaluation, origin_of, short_labels
 from pipeline.evaluation.scoring import Failure, ImageScore, Scorer, Settings
 from pipeline.imaging import Image
 from pipeline.json_file import json_text
@@ -44,6 +48,7 @@ def run_evaluation(config: EvaluateConfig) -> Evaluation:
     out = Storage(config.out)
     out.require_writable("--out")
     models, scale = _open_models(config)
+    _require_different_labels(models)
     pairs, rejected = find_pairs(config.hr, config.lr, scale)
     unknown = config.crop.keys() - {pair.name for pair in pairs}
     if unknown:
@@ -57,6 +62,11 @@ def run_evaluation(config: EvaluateConfig) -> Evaluation:
     device = choose_device(config.device, config.workers)
     result = evaluate(
         Scorer(models, settings, metrics, device), pairs[: config.limit], rejected, config.workers
+    )
+    result = replace(
+        result,
+        origins=[origin_of(model) for model in models],
+        protocol=_protocol(config, settings, result, pairs),
     )
     _write_results(result, out)
     return result
@@ -80,6 +90,33 @@ def _open_models(config: EvaluateConfig) -> tuple[list[Model], int]:
     scale = config.scale or next((model.scale for model in [*networks.values(), *mixed]), 4)
     models = [networks[source] if source in networks else opened(source, scale) for source in config.model]
     return [*models, *mixed], scale
+
+
+def _require_different_labels(models: Sequence[Model]) -> None:
+    labels = short_labels(models)
+    for label in labels:
+        if labels.count(label) > 1:
+            raise UserError(f"--model: two models have the label {label!r}; distinguish them by LABEL=M")
+
+
+def _protocol(
+    config: EvaluateConfig, settings: Settings, result: Evaluation, pairs: Sequence[Pair]
+) -> dict[str, Any]:
+    """What determines the numbers in addition to the models, and when and with what they were computed."""
+    with_lr = config.lr or config.hr
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "hr": Storage(config.hr).uri,
+        "lr": Storage(with_lr).uri if pairs[0].lr else "computed from the HR images by MATLAB's bicubic",
+        "images": len(result.images),
+        "scale": settings.scale,
+        "border": settings.border,
+        "y": "BT.601 luma, 16 to 235, not rounded",
+        "tile_px": settings.tile_px,
+        "precision": config.precision,
+        "device": config.device,
+        "versions": {name: metadata.version(name) for name in ("torch", "numpy", "pillow", "scikit-image")},
+    }
 
 
 def _metrics(config: EvaluateConfig) -> tuple[tuple[str, ...], list[str]]:

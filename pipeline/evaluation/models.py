@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -11,8 +12,8 @@ from pipeline.errors import UserError
 from pipeline.imaging import DeepImage, bicubic_upscale, prepared, upscale
 from pipeline.model import RRDBNet, decode_generator, set_precision
 from pipeline.model.device import emulates_bf16
-from pipeline.tracking.lookup import pull_generator
-from pipeline.training.model_source import GENERATOR_FILE, read_model_file
+from pipeline.tracking.lookup import pull_generator, version_uri
+from pipeline.training.model_source import GENERATOR_FILE, find_model_file
 
 BICUBIC = "bicubic"
 # Low-resolution pixels up to which an image is upscaled without tiles (about 2.2 GB for the paper's network).
@@ -37,6 +38,8 @@ class Model:
     """fp32, tf32, bf16 or fp16; see `set_precision`."""
     label: str = ""
     """Name in tables and reports; empty: a short form of `name`."""
+    origin: str = ""
+    """What `name` was when it was opened: the version of an alias, the checkpoint of a run; empty for bicubic."""
 
     def upscale(self, lr: DeepImage, tile_px: int | None = None) -> DeepImage:
         """RGB (H, W, 3) to (H * scale, W * scale, 3) of the same dtype.
@@ -101,20 +104,23 @@ def open_model(
     if source == BICUBIC:
         return Model(BICUBIC, bicubic_scale, label=label)
     if source.startswith("models:/"):
-        path = pull_generator(source, tracking_uri)
-        content = path.read_bytes()
+        origin = version_uri(source, tracking_uri)
+        content = pull_generator(origin, tracking_uri).read_bytes()
     else:
-        content = read_model_file(source, GENERATOR_FILE, f"--model {source}")
+        content, origin = find_model_file(source, GENERATOR_FILE, f"--model {source}")
     generator, info = decode_generator(content, source)
-    return Model(source, generator.scale, generator.eval(), info, device, precision, label)
+    return Model(source, generator.scale, generator.eval(), info, device, precision, label, origin)
 
 
 def split_label(source: str) -> tuple[str, str]:
-    """The two parts of LABEL=SOURCE; without a label it is empty. Paths may contain equals signs."""
-    label, equals, rest = source.partition("=")
-    if equals and label and rest and not any(sign in label for sign in "/:."):
-        return label, rest
-    return "", source
+    """The two parts of LABEL=SOURCE; without a label it is empty.
+
+    A path that exists is not split; a label may hold anything but slashes and colons.
+    """
+    label, _, rest = source.partition("=")
+    if not rest or not label or "/" in label or ":" in label or Path(source).expanduser().exists():
+        return "", source
+    return label, rest
 
 
 def interpolated(first: Model, second: Model, alpha: float) -> Model:
@@ -145,7 +151,8 @@ def interpolated(first: Model, second: Model, alpha: float) -> Model:
             float(info["residual_scale"]), first.scale,
         )  # fmt: skip
     generator.load_state_dict(mixed, assign=True)
-    return replace(first, name=name, generator=generator.eval(), info=info, label="")
+    origin = f"{1 - alpha:.4g} * {first.origin} + {alpha:.4g} * {second.origin}"
+    return replace(first, name=name, generator=generator.eval(), info=info, label="", origin=origin)
 
 
 def notes(models: Sequence[Model]) -> list[str]:

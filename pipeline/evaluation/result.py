@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any
@@ -14,6 +14,8 @@ from pipeline.evaluation.models import Model
 from pipeline.evaluation.scoring import ImageScore, Settings
 from pipeline.evaluation.statistics import Comparison, Values, bootstrap_intervals, compare
 from pipeline.metrics import METRICS
+from pipeline.model import generator_sha256
+from pipeline.model.weights import SIZES
 from pipeline.training.model_source import GENERATOR_FILE, SUFFIXES
 
 
@@ -29,6 +31,10 @@ class Evaluation:
     images: list[ImageScore]
     """Sorted by name."""
     rejected: list[Rejected]
+    origins: Sequence[Mapping[str, Any]] = ()
+    """For each model, what it was exactly; see `origin_of`."""
+    protocol: Mapping[str, Any] = field(default_factory=dict)
+    """How the images were made and scored."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -79,6 +85,8 @@ class Evaluation:
                 "images": [{"name": image.name, **image.metrics[number]} for image in self.images],
                 "border": self.settings.border,
                 "model": name,
+                "label": self.labels[number],
+                **(self.origins[number] if self.origins else {}),
             }
             | ({"interval": self.intervals[number]} if self.intervals[number] else {})
             | (
@@ -89,6 +97,8 @@ class Evaluation:
             for number, (name, mean) in enumerate(zip(self.names, self.means, strict=True))
         ]
         result: dict[str, Any] = entries[0] if len(entries) == 1 else {"models": entries}
+        if self.protocol:
+            result["protocol"] = dict(self.protocol)
         if self.rejected:
             result["refused"] = [{"path": each.path, "reason": each.reason} for each in self.rejected]
         return result
@@ -128,6 +138,17 @@ class Evaluation:
 
 def _as_json(comparisons: Mapping[str, Comparison]) -> dict[str, Any]:
     return {name: asdict(comparison) for name, comparison in comparisons.items()}
+
+
+def origin_of(model: Model) -> dict[str, Any]:
+    """What a model was exactly: the resolved address, the digest of its weights, and its sizes; empty for bicubic."""
+    if model.generator is None:
+        return {}
+    return {
+        "origin": model.origin,
+        "generator_sha256": generator_sha256(model.generator.state_dict()),
+        **{key: model.info[key] for key in SIZES},
+    }
 
 
 def short_labels(models: Sequence[Model]) -> list[str]:

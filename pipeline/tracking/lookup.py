@@ -146,6 +146,21 @@ def _download(
     return Path(path)
 
 
+def version_uri(uri: str, tracking_uri: str | None = None) -> str:
+    """models:/NAME/VERSION of models:/NAME@ALIAS, which may move; other addresses are returned unchanged.
+
+    Raises:
+        UserError: no such model or alias, or the server is unreachable.
+    """
+    parts = _URI.match(uri)
+    if parts is None or parts["alias"] is None:
+        return uri
+    server = known_uri(tracking_uri)
+    with one_line_errors(uri, server), bounded_requests(timeout_s=60, retries=2):
+        version = resolve(connect_existing(server), parts["name"], parts["alias"], None)
+    return f"models:/{parts['name']}/{version.version}"
+
+
 def by_alias(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
     """The version with this alias; None without one."""
     from mlflow.exceptions import MlflowException

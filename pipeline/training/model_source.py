@@ -15,7 +15,12 @@ SUFFIXES = (".safetensors", ".pth.tar", ".pth", ".pt", ".ckpt")
 
 
 def read_model_file(source: str, file: str, name: str) -> bytes:
-    """The bytes of a weight file, local or in an object store.
+    """The first result of `find_model_file`."""
+    return find_model_file(source, file, name)[0]
+
+
+def find_model_file(source: str, file: str, name: str) -> tuple[bytes, str]:
+    """The bytes of a weight file, local or in an object store, and the address of the file or checkpoint.
 
     Args:
         source: a weight file, a checkpoint's folder, or a run's folder (its newest valid checkpoint).
@@ -29,7 +34,7 @@ def read_model_file(source: str, file: str, name: str) -> bytes:
         folder, _, base = source.rpartition("/")
         storage = Storage(folder or ("/" if source.startswith("/") else "."))
         try:
-            return storage.read_bytes(base)
+            return storage.read_bytes(base), storage.path(base)
         except (OSError, pyarrow.ArrowException):
             raise UserError(f"{name}: no such file, or it cannot be read") from None
     if not is_remote(source) and "://" not in source and Path(source).expanduser().is_file():
@@ -37,11 +42,11 @@ def read_model_file(source: str, file: str, name: str) -> bytes:
         raise UserError(f"{name}: weights are {', '.join(SUFFIXES)} files{hint}")
     storage = Storage(source)
     if storage.exists(file):
-        return _from_checkpoint(storage, file)
+        return _from_checkpoint(storage, file), storage.uri
     corrupt = ""
     for listed in reversed(checkpoint.listed(storage)):
         try:
-            return _from_checkpoint(storage / listed.folder, file)
+            return _from_checkpoint(storage / listed.folder, file), storage.path(listed.folder)
         except UserError as error:
             corrupt = corrupt or f"; {error}"
     if storage.exists():
