@@ -1,8 +1,15 @@
 """The registered model in a process with MLflow, torch or onnxruntime, and without this project."""
 
+import base64
+import io
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +18,8 @@ import mlflow.pyfunc
 import numpy as np
 import pytest
 import torch
-from tracking_helpers import DATA, new_database, open_small, small_generator
+from PIL import Image
+from tracking_helpers import DATA, free_port, new_database, open_small, small_generator, wait_until
 
 from pipeline.imaging import upscale
 from pipeline.model import RRDBNet, rrdbnet, save_generator, seeded
@@ -24,6 +32,7 @@ from pipeline.tracking.registry import register_generator
 from pipeline.tracking.run import TrackedRun
 from pipeline.tracking.serving_model import Generator
 
+DOCS = Path(__file__).parent.parent / "docs"
 # Runs in another folder: the project cannot be imported, and MLflow must not unpickle anything.
 OUTSIDE_CODE = """
 import sys
@@ -153,12 +162,11 @@ def test_its_input_example_and_signature_match_its_results(model) -> None:
     folder = model._model_meta
     example = folder.load_input_example()
     result = model.predict(example)
-    assert example.dtype == np.uint8
+    assert result.dtype == np.uint8
     assert result.shape == (1, 4 * example.shape[1], 4 * example.shape[2], 3)
-    (inputs,), (outputs,) = folder.signature.inputs.inputs, folder.signature.outputs.inputs
-    assert inputs.shape == outputs.shape == (-1, -1, -1, 3)
-    assert inputs.type == outputs.type == np.uint8
-    assert [(param.name, param.default) for param in folder.signature.params.params] == [("tile", 0)]
+    (outputs,) = folder.signature.outputs.inputs
+    assert (outputs.shape, outputs.type) == ((-1, -1, -1, 3), np.uint8)
+    assert [(param.name, param.default) for param in folder.signature.params.params] == [("tile", -1)]
 
 
 @pytest.mark.parametrize(
@@ -185,9 +193,134 @@ def test_wrong_images_are_refused(model, wrong) -> None:
         model.predict(wrong)
 
 
+def png_base64(image: np.ndarray) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def decoded(text: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))))
+
+
+def test_base64_images_of_any_size_give_base64_png(model, images) -> None:
+    first, second = images["small"][0], images["large"][0]
+    texts = [png_base64(first), f"data:image/png;base64,{png_base64(second)}"]
+    results = [decoded(text) for text in model.predict(texts)]
+    np.testing.assert_array_equal(results[0], model.predict(first[None])[0])
+    np.testing.assert_array_equal(results[1], model.predict(second[None])[0])
+
+
+def test_other_integers_are_uint8(model, images) -> None:
+    np.testing.assert_array_equal(
+        model.predict(images["small"].astype(np.int64)), model.predict(images["small"])
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (np.full((1, 8, 8, 3), 0.5), "expected integers from 0 to 255, got float64 from 0.5 to 0.5"),
+        (np.full((1, 8, 8, 3), 300), "expected integers from 0 to 255, got 300 to 300"),
+        (np.full((1, 8, 8, 3), -1), "got -1 to -1"),
+        (["not base64!"], "expected base64 of a PNG, JPEG or WebP file, got 'not base64!'"),
+        ([base64.b64encode(b"<html>").decode()], "expected base64 of a PNG"),
+    ],
+)
+def test_wrong_values_are_refused_with_the_reason(model, wrong, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        model.predict(wrong)
+
+
+def test_large_images_are_tiled_by_default(model, monkeypatch) -> None:
+    served = model.unwrap_python_model()
+    monkeypatch.setitem(vars(sys.modules[type(served).__module__]), "WHOLE_UP_TO_PX", 1000)
+    monkeypatch.setitem(vars(sys.modules[type(served).__module__]), "AUTO_TILE_PX", 16)
+    sizes = []
+    upscale_once = served.upscale
+    monkeypatch.setattr(served, "upscale", lambda lr: (sizes.append(lr.shape), upscale_once(lr))[1])
+    served.predict(None, np.zeros((1, 40, 30, 3), np.uint8))
+    assert len(sizes) == 6
+    sizes.clear()
+    served.predict(None, np.zeros((5, 20, 20, 3), np.uint8))
+    assert [shape[0] for shape in sizes] == [2, 2, 1]
+    sizes.clear()
+    served.predict(None, np.zeros((1, 40, 30, 3), np.uint8), {"tile": 0})
+    assert sizes == [(1, 40, 30, 3)]
+
+
+def test_a_server_needs_no_torch(model) -> None:
+    folder = Path(model._model_meta.artifact_path.removeprefix("file://"))
+    requirements = (folder / "requirements.txt").read_text()
+    assert "torch" not in requirements
+    assert {"onnxruntime", "pillow", "numpy", "mlflow"} <= set(re.findall(r"^[a-z]+", requirements, re.M))
+
+
+@pytest.mark.slow
+def test_the_commands_in_the_docs_call_a_server(registered, tmp_path) -> None:
+    section = (DOCS / "tracking.md").read_text().split("## Serving")[1].split("\n## ")[0]
+    start, call = re.findall(r"```\n(.*?)```", section, re.S)
+    port = free_port()
+    image = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    Image.fromarray(image).save(tmp_path / "small.png")
+    environment = {
+        **os.environ,
+        "MLFLOW_TRACKING_URI": registered.tracked.uri,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    server = subprocess.Popen(
+        ["bash", "-c", "exec " + start.strip().replace("5001", str(port)).replace("\\\n", "")],
+        env=environment,
+        cwd=tmp_path,
+        start_new_session=True,
+    )
+    try:
+        wait_until(lambda: is_healthy(port), timeout_s=120)
+        subprocess.run(
+            ["bash", "-c", call.replace("5001", str(port))],
+            env=environment,
+            cwd=tmp_path,
+            check=True,
+            timeout=60,
+        )
+        sr = np.asarray(Image.open(tmp_path / "large.png"))
+        assert max_difference(sr, run_here(registered.generator, image[None])[0]) <= 1
+        status, text = post(port, {"inputs": (image / 255).tolist()})
+        assert (status, "expected images (N, H, W, 3)" in text) == (400, True)
+        status, text = post(port, {"inputs": [(image / 255).tolist()]})
+        assert (status, "expected integers from 0 to 255, got float64" in text) == (400, True)
+        status, text = post(port, {"inputs": [image.tolist()], "params": {"tile": 0}})
+        assert status == 200
+        assert np.array(json.loads(text)["predictions"]).shape == (1, 36, 48, 3)
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
+
+
+def is_healthy(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+def post(port: int, payload: dict) -> tuple[int, str]:
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/invocations",
+        json.dumps(payload).encode(),
+        {"Content-Type": "application/json"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
 def test_a_negative_tile_is_refused(model) -> None:
-    with pytest.raises(ValueError, match="tile=-1"):
-        model.predict(np.zeros((1, 8, 8, 3), np.uint8), params={"tile": -1})
+    with pytest.raises(ValueError, match="tile=-2"):
+        model.predict(np.zeros((1, 8, 8, 3), np.uint8), params={"tile": -2})
 
 
 @pytest.mark.gpu

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
     from mlflow.models import Model, ModelSignature
 
+ONNXRUNTIME = "onnxruntime>=1.23"
+AUTO_TILE = -1  # the default of `tile` in serving_model.py
 SERVING_CODE = Path(__file__).with_name("serving_model.py")
 WEIGHTS = "generator.safetensors"
 SHA_TAG, SET_TAG = "esrgan.generator_sha256", "esrgan.evaluation_set"
@@ -190,8 +192,10 @@ def write_model(
             signature=_signature(),
             input_example=_example(card)[None],
             model_config={"device": "auto"},
+            # Without torch, whose wheels bring CUDA (4 GB): it is used where it is installed.
             pip_requirements=[
-                f"{name}=={metadata.version(name).split('+')[0]}" for name in ("torch", "numpy")
+                *(f"{name}=={metadata.version(name)}" for name in ("numpy", "pillow")),
+                ONNXRUNTIME,
             ],
             metadata=dict(origin),
             mlflow_model=identity,
@@ -236,7 +240,7 @@ Measured on held-out images of the training data set below.
 ```python
 model = mlflow.pyfunc.load_model("models:/{name}@champion")
 sr = model.predict(lr)                        # uint8 (N, H, W, 3), any H and W
-sr = model.predict(lr, params={{"tile": 256}})  # large images, bounded memory
+sr = model.predict(lr, params={{"tile": 64}})  # smaller tiles, less memory
 ```
 Requires torch, or onnxruntime alone: `artifacts/generator.onnx` has the same interface.
 
@@ -298,8 +302,9 @@ def _signature() -> ModelSignature:
     from mlflow.models import ModelSignature
     from mlflow.types import DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 
+    # Without a schema of the input: MLflow's server would truncate floats in 0..1 to zeros, and refuse base64 strings.
     images = Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3))])
-    return ModelSignature(images, images, ParamSchema([ParamSpec("tile", DataType.long, 0)]))
+    return ModelSignature(None, images, ParamSchema([ParamSpec("tile", DataType.long, AUTO_TILE)]))
 
 
 def _example(card: ModelCard) -> np.ndarray:

@@ -6,10 +6,14 @@ in torch if it is installed, on a GPU if one is present; otherwise in onnxruntim
 
     model = mlflow.pyfunc.load_model("models:/esrgan-x4@champion")
     sr = model.predict(lr)                             # uint8 (N, H, W, 3) to uint8 (N, 4H, 4W, 3)
-    sr = model.predict(lr, params={"tile": 256})       # bounded memory: tiles of 256 LR pixels
+    sr = model.predict(lr, params={"tile": 64})        # smaller tiles than the default, less memory
+    png = model.predict([base64_png])                  # base64 PNG, JPEG, ... in, base64 PNG out, for servers
     model = mlflow.pyfunc.load_model(uri, model_config={"device": "cpu"})
 """
 
+import base64
+import binascii
+import io
 import json
 import runpy
 from collections.abc import Callable
@@ -17,14 +21,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel
 
 # Overlap around a tile, in LR pixels, which is cropped from the result: seams stay under 1/255.
 HALO_PX = 48
+# As `upscale.py`: images of more than 512 x 512 pixels are computed in tiles of 256.
+WHOLE_UP_TO_PX = 512 * 512
+AUTO_TILE_PX = 256
+AUTO = -1
 
 # (N, H, W, 3) uint8 to (N, H * scale, W * scale, 3) uint8.
 Upscale = Callable[[np.ndarray], np.ndarray]
+
+
+class InputError(MlflowException, ValueError):
+    """Wrong input; a server answers with status 400 and the message."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, error_code=INVALID_PARAMETER_VALUE)
 
 
 class Generator(PythonModel):
@@ -50,30 +67,44 @@ class Generator(PythonModel):
             self.upscale = with_torch(files["code"], files["weights"], architecture, device)
 
     def predict(
-        self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None
-    ) -> np.ndarray:
-        """Super-resolves a batch of images of one size.
+        self, context: Any, model_input: Any, params: dict[str, Any] | None = None
+    ) -> np.ndarray | list[str]:
+        """Super-resolves a batch of images of one size, or a list of image files.
 
         Args:
             context: unused.
-            model_input: (N, H, W, 3) uint8 RGB.
-            params: `tile`: side of a tile in LR pixels, which bounds memory; 0: the whole image at once.
+            model_input: (N, H, W, 3) RGB: uint8, or other integers from 0 to 255; or a list of base64 strings of image
+                files, which may have different sizes.
+            params: `tile`: side of a tile in LR pixels, which bounds memory; 0: the whole image at once; -1: 256 for
+                images of more than 512 x 512 pixels.
 
         Returns:
-            (N, H * scale, W * scale, 3) uint8 RGB.
+            (N, H * scale, W * scale, 3) uint8 RGB; for files a list of base64 strings of PNG files.
 
         Raises:
-            ValueError: dtype or shape is not supported, an image is empty, or `tile` is negative.
+            InputError: dtype, values, shape or file is not supported, an image is empty, or `tile` is out of range.
         """
+        tile = int((params or {}).get("tile", AUTO))
+        if tile < AUTO:
+            raise InputError(
+                f"tile={tile}: give a number of pixels, 0 for the whole image at once, or {AUTO}"
+            )
+        if not isinstance(model_input, np.ndarray) and hasattr(model_input, "to_numpy"):
+            model_input = model_input.to_numpy()  # a DataFrame: one column of strings
         images = np.asarray(model_input)
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-            raise ValueError(f"expected uint8 images (N, H, W, 3), got {images.dtype} {images.shape}")
-        if 0 in images.shape:
-            raise ValueError(f"expected at least one pixel, got {images.shape}")
-        tile = int((params or {}).get("tile", 0))
-        if tile < 0:
-            raise ValueError(f"tile={tile}: give a number of pixels, or 0 for the whole image at once")
+        if images.dtype.kind in "USO":
+            return [_encoded_png(self._upscaled(_decoded(text)[None], tile)[0]) for text in images.ravel()]
+        return self._upscaled(_uint8(images), tile)
+
+    def _upscaled(self, images: np.ndarray, tile: int) -> np.ndarray:
         height, width = images.shape[1:3]
+        if tile == AUTO:
+            tile = AUTO_TILE_PX if height * width > WHOLE_UP_TO_PX else 0
+            # Several images at once need the memory of all.
+            count = max(1, WHOLE_UP_TO_PX // (height * width))
+            if len(images) > count:
+                parts = [images[first : first + count] for first in range(0, len(images), count)]
+                return np.concatenate([self._upscaled(part, tile) for part in parts])
         bottom, right = -height % self.multiple, -width % self.multiple
         padded = np.pad(images, ((0, 0), (0, bottom), (0, right), (0, 0)), mode="edge")
         sr = self.upscale(padded) if tile == 0 else self._in_tiles(padded, tile)
@@ -95,6 +126,45 @@ class Generator(PythonModel):
                         (top - y) * scale : (bottom - y) * scale, (left - x) * scale : (right - x) * scale
                     ]
         return sr
+
+
+def _uint8(images: np.ndarray) -> np.ndarray:
+    """(N, H, W, 3) of any integer dtype as uint8. Raises InputError."""
+    if images.ndim != 4 or images.shape[3] != 3:
+        raise InputError(f"expected images (N, H, W, 3), got the shape {images.shape}")
+    if 0 in images.shape:
+        raise InputError(f"expected at least one pixel, got the shape {images.shape}")
+    low, high = images.min(), images.max()
+    if images.dtype.kind not in "iu":
+        raise InputError(
+            f"expected integers from 0 to 255, got {images.dtype} from {low:g} to {high:g}; convert the image to uint8, "
+            "or send it as a base64 PNG"
+        )
+    if low < 0 or high > 255:
+        raise InputError(f"expected integers from 0 to 255, got {low} to {high}")
+    return images.astype(np.uint8, copy=False)
+
+
+def _decoded(text: Any) -> np.ndarray:
+    """(H, W, 3) of a base64 image file, also as a data: address. Raises InputError."""
+    from PIL import Image, ImageOps
+
+    try:
+        content = base64.b64decode(str(text).partition("base64,")[2] or str(text), validate=True)
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP")))
+        return np.asarray(image.convert("RGB"))
+    except (binascii.Error, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(
+            f"expected base64 of a PNG, JPEG or WebP file, got {str(text)[:20]!r} ({error})"
+        ) from None
+
+
+def _encoded_png(pixels: np.ndarray) -> str:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=3)
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def with_torch(code: Path, weights: Path, architecture: dict[str, Any], device: str) -> Upscale:
