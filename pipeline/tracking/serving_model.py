@@ -137,7 +137,7 @@ def _uint8(images: np.ndarray) -> np.ndarray:
     low, high = images.min(), images.max()
     if images.dtype.kind not in "iu":
         raise InputError(
-            f"expected integers from 0 to 255, got {images.dtype} from {low:g} to {high:g}; convert the image to uint8, "
+            f"expected integers from 0 to 255, got {images.dtype} from {low:g} to {high:g}; convert it to uint8, "
             "or send it as a base64 PNG"
         )
     if low < 0 or high > 255:
