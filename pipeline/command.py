@@ -114,8 +114,9 @@ def parse_section(
         if get_origin(info.annotation) is Literal:
             options["choices"] = get_args(info.annotation)
         flags[field] = options.pop("flag", f"--{field.replace('_', '-')}")
+        names = (*options.pop("aliases", ()), flags[field])
         required = info.is_required() and field not in given
-        parser.add_argument(flags[field], dest=field, required=required, **options)
+        parser.add_argument(*names, dest=field, required=required, **options)
     from_flags = vars(parser.parse_args(list(argv)))
     sources = [("flag", from_flags), ("environment", given)]
     return validated(section, {**given, **from_flags}, sources, flags)

@@ -161,10 +161,10 @@ def test_a_record_replaced_by_a_parallel_process_with_the_same_settings_is_harml
 def killed_at_the_second_image(monkeypatch: pytest.MonkeyPatch, call: list[str]) -> None:
     upscale, calls = Model.upscale, iter([False, True])
 
-    def interrupted(self: Model, lr: np.ndarray, tile_px: int | None = None) -> np.ndarray:
+    def interrupted(self: Model, lr: np.ndarray, *options: object) -> np.ndarray:
         if next(calls):
             raise KeyboardInterrupt
-        return upscale(self, lr, tile_px)
+        return upscale(self, lr, *options)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
         patch.setattr(Model, "upscale", interrupted)

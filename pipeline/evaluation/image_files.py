@@ -4,7 +4,7 @@ import io
 import struct
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -170,6 +170,21 @@ def encode_output(pixels: DeepImage, alpha: DeepImage | None, source: SourceImag
         buffer = io.BytesIO()
         image.save(buffer, **options)
     return buffer.getvalue()
+
+
+def resized(pixels: DeepImage, size: Sequence[int]) -> DeepImage:
+    """Lanczos to (height, width), for (H, W, C) of any dtype; rounded and clipped."""
+    height, width = size
+    channels = [
+        np.asarray(
+            PillowImage.fromarray(channel.astype(np.float32)).resize(
+                (width, height), PillowImage.Resampling.LANCZOS
+            )
+        )
+        for channel in np.moveaxis(pixels, 2, 0)
+    ]
+    levels = np.stack(channels, axis=2).round().clip(0, np.iinfo(pixels.dtype).max)
+    return levels.astype(pixels.dtype)
 
 
 def _gray(rgb: DeepImage) -> DeepImage:

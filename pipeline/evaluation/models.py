@@ -1,6 +1,6 @@
 """Resolves a model spec: a registered version, a run, a checkpoint, a weight file, or `bicubic`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +10,7 @@ from torch import nn
 
 from pipeline.errors import UserError
 from pipeline.imaging import DeepImage, bicubic_upscale, prepared, upscale
+from pipeline.imaging.tiling import Tile
 from pipeline.model import RRDBNet, decode_generator, set_precision
 from pipeline.model.device import emulates_bf16
 from pipeline.tracking.lookup import pull_generator, version_uri
@@ -19,6 +20,9 @@ BICUBIC = "bicubic"
 # Low-resolution pixels up to which an image is upscaled without tiles (about 2.2 GB for the paper's network).
 WHOLE_UP_TO_PX = 512 * 512
 AUTO_TILE_PX = 256
+
+
+Progress = Callable[[list[Tile]], Iterable[Tile]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,12 +45,13 @@ class Model:
     origin: str = ""
     """What `name` was when it was opened: the version of an alias, the checkpoint of a run; empty for bicubic."""
 
-    def upscale(self, lr: DeepImage, tile_px: int | None = None) -> DeepImage:
+    def upscale(self, lr: DeepImage, tile_px: int | None = None, progress: Progress = iter) -> DeepImage:
         """RGB (H, W, 3) to (H * scale, W * scale, 3) of the same dtype.
 
         Args:
             lr: uint8 or uint16 RGB (H, W, 3).
             tile_px: side of a tile in `lr`'s pixels; 0: no tiles; None: 256 for more than 512 x 512 pixels.
+            progress: receives the tiles; see `pipeline.imaging.upscale`.
 
         Raises:
             FloatingPointError: the generator's output is not finite; the message is for the user.
@@ -59,7 +64,12 @@ class Model:
         set_precision(self.precision)
         try:
             return upscale(
-                self._prepared, lr, tile_px=tile_px or None, dtype=self._dtype, require_finite=True
+                self._prepared,
+                lr,
+                tile_px=tile_px or None,
+                dtype=self._dtype,
+                require_finite=True,
+                progress=progress,
             )
         except FloatingPointError:
             hint = "use --precision fp32" if self._dtype != torch.float32 else "use another model"

@@ -3,28 +3,29 @@
 import errno
 import os
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow
 
 from pipeline.data.ingest.decoding import PhotoRejected
 from pipeline.data.ingest.image_set import images_in
-from pipeline.data.ingest.sources import PhotoFile
+from pipeline.data.ingest.sources import Listing, PhotoFile
 from pipeline.errors import UserError, require_package
 from pipeline.evaluation.config import UpscaleConfig
-from pipeline.evaluation.image_files import SUFFIXES, SourceImage, encode_output, read_source
+from pipeline.evaluation.image_files import SUFFIXES, SourceImage, encode_output, read_source, resized
 from pipeline.evaluation.models import Model, choose_device, notes, open_model
 from pipeline.evaluation.output_record import OutputRecord, claim
 from pipeline.imaging import DeepImage, bicubic_upscale
+from pipeline.imaging.tiling import Tile
 from pipeline.model import generator_sha256
 from pipeline.progress import progress_bar
-from pipeline.storage import Storage
+from pipeline.storage import Storage, is_remote
 
 READ_AHEAD = 2
 MAX_WAITING_BYTES = 256 * 2**20
@@ -36,6 +37,8 @@ class Task:
 
     photo: PhotoFile
     target: str
+    form: str
+    """png, jpg or webp."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,12 @@ class Upscaler:
     model: Model
     output: Storage
     form: str
+    """As the user set it; each task has its own."""
     tile_px: int | None
     max_megapixels: float
+    outscale: float | None = None
+    """Scale of the output, if it is not the model's."""
+    shows_tiles: bool = False
 
     def settings(self) -> dict[str, Any]:
         """What an output depends on by more than a gray level, as JSON values.
@@ -84,6 +91,7 @@ class Upscaler:
             "scale": self.model.scale,
             "format": self.form,
             "precision": self.model.precision,
+            **({} if self.outscale is None else {"outscale": self.outscale}),
         }
 
     def __call__(self, task: Task) -> Outcome:
@@ -101,7 +109,8 @@ class Upscaler:
         """Upscales it on the device."""
         with work.failures():
             if work.image is not None:
-                work.pixels = self.model.upscale(work.image.rgb, self.tile_px)
+                progress = _tiles_bar if self.shows_tiles else iter
+                work.pixels = self.model.upscale(work.image.rgb, self.tile_px, progress)
         return work
 
     def write(self, work: "Work") -> Outcome:
@@ -111,7 +120,11 @@ class Upscaler:
             if work.image is not None and work.pixels is not None:
                 alpha, scale = work.image.alpha, self.model.scale
                 alpha = alpha if alpha is None or scale == 1 else bicubic_upscale(alpha, scale)
-                content = encode_output(work.pixels, alpha, work.image, self.form)
+                if self.outscale is not None:
+                    size = [max(round(side * self.outscale), 1) for side in work.image.rgb.shape[:2]]
+                    work.pixels = resized(work.pixels, size)
+                    alpha = None if alpha is None else resized(alpha, size)
+                content = encode_output(work.pixels, alpha, work.image, work.task.form)
         work.pixels = None
         if work.error:
             return Outcome(work.task, error=work.error)
@@ -183,25 +196,38 @@ def upscale_images(config: UpscaleConfig) -> Upscaled:
         UserError: an unusable model, device, input or output; see also `plan` and `upscale_all`.
     """
     output, tasks = plan(config.input, config.output, config.format)
+    to_file = _is_file(config.output)
+    if to_file and not config.overwrite and output.exists(tasks[0].target):
+        raise UserError(f"--output {config.output}: the file exists; --overwrite replaces it")
     output.require_writable("--output")
     device = choose_device(config.device, config.workers)
     model = open_model(config.model, config.tracking_uri, device=device, precision=config.precision)
     for line in notes([model]):
         print(f"note: {line}")
-    upscaler = Upscaler(model, output, config.format, config.tile, config.max_megapixels)
-    return upscale_all(upscaler, tasks, config.workers, config.overwrite)
+    upscaler = Upscaler(
+        model, output, config.format, config.tile, config.max_megapixels, config.outscale,
+        shows_tiles=len(tasks) == 1 and config.workers == 0,
+    )  # fmt: skip
+    return upscale_all(upscaler, tasks, config.workers, config.overwrite, recorded=not to_file)
 
 
 def plan(source: str, output: str, form: str) -> tuple[Storage, list[Task]]:
     """Output folder and tasks: relative names are kept, and the suffix becomes the format's.
 
     Images whose outputs would have the same name keep their own suffix in front of the new one. Prints what of the
-    folder is skipped.
+    folder is skipped. An output with the suffix of an image is the file of a single input.
+
+    Args:
+        source: a file, a folder or a prefix.
+        output: a folder, a prefix or, for a single input, a file.
+        form: png, jpg, webp, or auto: the input's, or png where the input has another one.
 
     Raises:
         UserError: no such folder or file, no images in it, or an output would replace an input.
     """
     folder, found = images_in(source, "--input")
+    if _is_file(output):
+        return _plan_file(folder, found, source, output, form)
     target = Storage(output)
     if target.uri == folder.uri:
         raise UserError(
@@ -219,8 +245,9 @@ def plan(source: str, output: str, form: str) -> tuple[Storage, list[Task]]:
     photos = {photo.name: photo for photo in found.photos if outside(photo.name)}
     if not photos:
         raise UserError(f"--input {source}: no images outside the output folder")
-    targets = _output_names(list(photos), SUFFIXES[form])
-    tasks = [Task(photo, targets[name]) for name, photo in photos.items()]
+    forms = {name: _form_of(name) or "png" if form == "auto" else form for name in photos}
+    targets = _output_names({name: SUFFIXES[each] for name, each in forms.items()})
+    tasks = [Task(photo, targets[name], forms[name]) for name, photo in photos.items()]
     inputs = {photo.path for photo in photos.values()}
     for task in tasks:
         if target.path(task.target) in inputs:
@@ -231,12 +258,45 @@ def plan(source: str, output: str, form: str) -> tuple[Storage, list[Task]]:
     return target, tasks
 
 
-def _output_names(names: Sequence[str], suffix: str) -> dict[str, str]:
-    """A different output name for each input; they depend on the set of names, not on their order."""
+def _plan_file(
+    folder: Storage, found: Listing, source: str, output: str, form: str
+) -> tuple[Storage, list[Task]]:
+    if folder.uri == Storage(source).uri:
+        raise UserError(f"--output {output}: a file, but --input is a folder; give a folder")
+    chosen = str(_form_of(output))
+    if form not in ("auto", "png", chosen):
+        raise UserError(f"--output {output}: the suffix is of another format than --format {form}")
+    parent, _, name = output.rpartition("/")
+    target, (photo,) = Storage(parent or ("/" if output.startswith("/") else ".")), found.photos
+    if target.path(name) == photo.path:
+        raise UserError(f"--output {output}: is the input; choose another name")
+    return target, [Task(photo, name, chosen)]
+
+
+def _form_of(name: str) -> str | None:
+    """png, jpg or webp, by the suffix of a file's name; None for others."""
+    suffix = PurePosixPath(name).suffix.lower()
+    return {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".jpe": "jpg", ".jfif": "jpg", ".webp": "webp"}.get(
+        suffix
+    )
+
+
+def _is_file(output: str) -> bool:
+    """Whether an output is meant as a file: the suffix of an image, and no folder of this name."""
+    return _form_of(output) is not None and not (not is_remote(output) and Path(output).expanduser().is_dir())
+
+
+def _tiles_bar(tiles: list[Tile]) -> Iterable[Tile]:
+    return tiles if len(tiles) == 1 else progress_bar(tiles, unit=" tiles")
+
+
+def _output_names(suffixes: Mapping[str, str]) -> dict[str, str]:
+    """A different output name for each input with its new suffix; they depend on the set, not on the order."""
+    names = list(suffixes)
     whole: set[str] = set()
     while True:
         outputs = {
-            name: f"{name if name in whole else PurePosixPath(name).with_suffix('')}{suffix}"
+            name: f"{name if name in whole else PurePosixPath(name).with_suffix('')}{suffixes[name]}"
             for name in names
         }
         counts = Counter(outputs.values())
@@ -248,9 +308,20 @@ def _output_names(names: Sequence[str], suffix: str) -> dict[str, str]:
 
 
 def upscale_all(
-    upscaler: Upscaler, tasks: Sequence[Task], workers: int = 0, overwrite: bool = False
+    upscaler: Upscaler,
+    tasks: Sequence[Task],
+    workers: int = 0,
+    overwrite: bool = False,
+    recorded: bool = True,
 ) -> Upscaled:
     """Upscales all images that have no output yet, in this process or on Ray's workers.
+
+    Args:
+        upscaler: model and settings.
+        tasks: images and outputs.
+        workers: Ray workers; 0: this process.
+        overwrite: replace existing outputs.
+        recorded: keep `upscale.json` in the output folder; without it every task is computed.
 
     Raises:
         UserError: the folder has outputs of another model, other settings or other inputs, and `overwrite` is off; or
@@ -258,11 +329,14 @@ def upscale_all(
     """
     inputs = {task.target: task.photo.path for task in tasks}
     record = OutputRecord(upscaler.model.name, upscaler.settings(), inputs)
-    existing = claim(upscaler.output, record, overwrite)
+    existing = claim(upscaler.output, record, overwrite) if recorded else set()
     skipped = set() if overwrite else existing
     result = Upscaled(skipped=[upscaler.output.path(task.target) for task in tasks if task.target in skipped])
     pending = [task for task in tasks if task.target not in skipped]
-    for outcome in progress_bar(_outcomes(upscaler, pending, workers), total=len(pending), unit=" images"):
+    outcomes = _outcomes(upscaler, pending, workers)
+    if len(pending) > 1:
+        outcomes = progress_bar(outcomes, total=len(pending), unit=" images")
+    for outcome in outcomes:
         task = outcome.task
         if outcome.write_error:
             raise UserError(

@@ -1,7 +1,7 @@
 """Super-resolving an image of any size within bounded memory."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -9,6 +9,10 @@ from torch import nn
 from torch.nn import functional
 
 from pipeline.imaging.arrays import DeepImage, require_deep_image, to_levels
+
+# Start and end of a tile along one axis, then those of its input; first the rows, then the columns.
+Span = tuple[int, int, int, int]
+Tile = tuple[Span, Span]
 
 
 def upscale(
@@ -20,6 +24,7 @@ def upscale(
     dtype: torch.dtype = torch.float32,
     channels_last: bool = True,
     require_finite: bool = False,
+    progress: Callable[[list[Tile]], Iterable[Tile]] = iter,
 ) -> DeepImage:
     """Super-resolves `lr`, whole or in tiles.
 
@@ -35,6 +40,7 @@ def upscale(
         device: default: the generator's.
         dtype: float32, or bfloat16 or float16 by autocast.
         channels_last: memory format of the activations; faster, same result up to rounding.
+        progress: receives all tiles, and yields them as they are computed.
         require_finite: raise if the output is not finite, instead of converting NaN to black.
 
     Returns:
@@ -56,29 +62,35 @@ def upscale(
     height, width = lr.shape[:2]
     sr = np.empty((height * scale, width * scale, 3), lr.dtype)
     pixels = torch.from_numpy(np.require(lr, requirements=["C", "W"])).to(target)
-    for top, bottom, above, below in _spans(height, tile_px, halo_px, multiple):
-        # A row of tiles is collected on the device, so that the host waits once for it and not for every tile.
-        band = torch.empty((bottom - top) * scale, width * scale, 3, dtype=pixels.dtype, device=target)
-        finite = torch.ones((), dtype=torch.bool, device=target)
-        for left, right, before, after in _spans(width, tile_px, halo_px, multiple):
-            x = pixels[above:below, before:after].permute(2, 0, 1)[None].float().div_(np.iinfo(lr.dtype).max)
-            # Pixel unshuffle needs multiples of its factor.
-            missing = (0, -x.shape[3] % multiple, 0, -x.shape[2] % multiple)
-            x = functional.pad(x, missing, mode="replicate") if any(missing) else x
-            x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-            with torch.inference_mode(), torch.autocast(target.type, dtype, enabled=dtype != torch.float32):
-                y = generator(x)
-            y = y[
-                :,
-                :,
-                (top - above) * scale : (bottom - above) * scale,
-                (left - before) * scale : (right - before) * scale,
-            ]
-            finite &= torch.isfinite(y).all()
-            band[:, left * scale : right * scale] = to_levels(y, band.dtype)[0]
-        if require_finite and not bool(finite):
-            raise FloatingPointError("the generator's output holds non-finite values (NaN or infinity)")
-        torch.from_numpy(sr[top * scale : bottom * scale]).copy_(band)
+    tiles = [
+        (rows, columns)
+        for rows in _spans(height, tile_px, halo_px, multiple)
+        for columns in _spans(width, tile_px, halo_px, multiple)
+    ]
+    for (top, bottom, above, below), (left, right, before, after) in progress(tiles):
+        if left == 0:
+            # A row of tiles is collected on the device, so that the host waits once for it and not for every tile.
+            band = torch.empty((bottom - top) * scale, width * scale, 3, dtype=pixels.dtype, device=target)
+            finite = torch.ones((), dtype=torch.bool, device=target)
+        x = pixels[above:below, before:after].permute(2, 0, 1)[None].float().div_(np.iinfo(lr.dtype).max)
+        # Pixel unshuffle needs multiples of its factor.
+        missing = (0, -x.shape[3] % multiple, 0, -x.shape[2] % multiple)
+        x = functional.pad(x, missing, mode="replicate") if any(missing) else x
+        x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        with torch.inference_mode(), torch.autocast(target.type, dtype, enabled=dtype != torch.float32):
+            y = generator(x)
+        y = y[
+            :,
+            :,
+            (top - above) * scale : (bottom - above) * scale,
+            (left - before) * scale : (right - before) * scale,
+        ]
+        finite &= torch.isfinite(y).all()
+        band[:, left * scale : right * scale] = to_levels(y, band.dtype)[0]
+        if right == width:
+            if require_finite and not bool(finite):
+                raise FloatingPointError("the generator's output holds non-finite values (NaN or infinity)")
+            torch.from_numpy(sr[top * scale : bottom * scale]).copy_(band)
     return sr
 
 
@@ -101,7 +113,7 @@ def prepared(generator: nn.Module, device: torch.device | str, dtype: torch.dtyp
     return copied
 
 
-def _spans(length: int, tile: int | None, halo: int, multiple: int) -> Iterator[tuple[int, int, int, int]]:
+def _spans(length: int, tile: int | None, halo: int, multiple: int) -> Iterator[Span]:
     """Start and end of each tile along one axis, then those of its input; all starts are multiples of `multiple`."""
     tile = length if tile is None else tile + -tile % multiple
     halo += -halo % multiple
