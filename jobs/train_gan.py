@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pipeline import command
 from pipeline.config import load_config
+from pipeline.tracking.uri import resolve_uri
 from pipeline.training.run import run_training
 
 DEMO = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
@@ -36,6 +37,12 @@ def main(argv: list[str]) -> None:
     print(f"checkpoint: {result.checkpoint}")
     if result.model_version is not None:
         print(f"registered: models:/{config.tracking.model_name}/{result.model_version} ({metrics})")
+    if result.run_id is not None and config.tracking.enabled:
+        from pipeline.tracking.next_steps import next_steps
+
+        model_name = config.tracking.model_name if result.model_version is not None else None
+        uri = resolve_uri(config.tracking, config.storage)
+        print(*next_steps(uri, result.run_id, model_name), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Shared by all tests: the order of the tests, reference values and one Ray cluster per session."""
 
+import atexit
 import os
 import shutil
 import tempfile
@@ -11,6 +12,11 @@ import pytest
 
 # One thread per process: the tests run several processes on few cores, and sums keep their order.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+# Runs write the default tracking store there; a folder of this session, so that the user's own is neither read nor set.
+os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="er-config-")
+atexit.register(shutil.rmtree, os.environ["XDG_CONFIG_HOME"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -36,14 +36,14 @@ def _boxes(value: object) -> object:
     return boxes
 
 
-Model = Annotated[str, Field(description=MODEL_HELP, json_schema_extra=_flag(metavar="M"))]
+Model = Annotated[str, Field(description=MODEL_HELP, json_schema_extra=_flag(aliases=("-n",), metavar="M"))]
 TilePx = Annotated[
     int | None,
     Field(
         ge=0,
         description="Tile side in low-resolution pixels; smaller tiles need less memory; 0: no tiles (default: 256 for "
         "images of more than 512 x 512).",
-        json_schema_extra=_flag(metavar="PX"),
+        json_schema_extra=_flag(aliases=("-t",), metavar="PX"),
     ),
 ]
 Device = Annotated[str, Field(description="auto, cpu or cuda.")]
@@ -66,7 +66,8 @@ TrackingUri = Annotated[
     str | None,
     Field(
         repr=False,
-        description="MLflow tracking server of models:/ (default: ESRGAN_TRACKING__URI, then MLFLOW_TRACKING_URI).",
+        description="MLflow tracking server of models:/ (default: ESRGAN_TRACKING__URI, then "
+        "MLFLOW_TRACKING_URI, then the last training run's).",
         json_schema_extra=_flag(flag="--tracking.uri", metavar="URI"),
     ),
 ]
@@ -154,15 +155,24 @@ class UpscaleConfig(Section):
     model: Model
     input: str = Field(
         description="An image, a folder (with all its subfolders) or an s3:// prefix.",
-        json_schema_extra=_flag(metavar="PATH"),
+        json_schema_extra=_flag(aliases=("-i",), metavar="PATH"),
     )
     output: str = Field(
         description="Output folder. Relative paths are kept; existing outputs of the same model and settings are "
-        "skipped.",
-        json_schema_extra=_flag(metavar="DIR"),
+        "skipped. For a single image also a file: a name that ends in .png, .jpg or .webp.",
+        json_schema_extra=_flag(aliases=("-o",), metavar="PATH"),
     )
     tracking_uri: TrackingUri = None
-    format: Literal["png", "jpg", "webp"] = Field("png", description="Format of the outputs.")
+    outscale: float | None = Field(
+        None,
+        gt=0,
+        le=16,
+        description="Scale of the outputs (default: the model's): the model's result is resized by Lanczos.",
+        json_schema_extra=_flag(aliases=("-s",), metavar="SCALE"),
+    )
+    format: Literal["png", "jpg", "webp", "auto"] = Field(
+        "png", description="Format of the outputs; auto: each input's, or png."
+    )
     overwrite: bool = Field(
         False,
         description="Overwrite existing outputs, also those of another model or other settings.",

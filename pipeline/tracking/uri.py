@@ -84,15 +84,46 @@ def absolute_uri(uri: str, storage: str | None = None) -> str:
 
 
 def known_uri(uri: str | None, environment: Mapping[str, str] | None = None) -> str:
-    """The given URI, or the environment's: ESRGAN_TRACKING__URI, then MLFLOW_TRACKING_URI. Raises UserError."""
+    """The given URI, the environment's (ESRGAN_TRACKING__URI, then MLFLOW_TRACKING_URI), or the last run's.
+
+    Raises:
+        UserError: none of them, or not a tracking URI.
+    """
     environment = os.environ if environment is None else environment
     known = uri or environment.get("ESRGAN_TRACKING__URI") or environment.get("MLFLOW_TRACKING_URI")
+    file = store_file(environment)
+    if not known and file.is_file():
+        known = file.read_text(encoding="utf-8").strip()
+        try:
+            return absolute_uri(known)
+        except UserError as error:
+            raise UserError(f"{error} (from {file}, written by the last training run)") from None
     if not known:
         raise UserError(
             "no tracking server is configured; set tracking.uri (--tracking.uri sqlite:////path/mlflow.db, or "
             "ESRGAN_TRACKING__URI, or MLFLOW_TRACKING_URI)"
         )
     return absolute_uri(known)
+
+
+def store_file(environment: Mapping[str, str] | None = None) -> Path:
+    """The file with the tracking URI of the last training run, below XDG_CONFIG_HOME or ~/.config."""
+    environment = os.environ if environment is None else environment
+    folder = environment.get("XDG_CONFIG_HOME") or "~/.config"
+    return Path(folder).expanduser() / "esrgan-ray" / "tracking_uri"
+
+
+def remember_uri(uri: str) -> Path | None:
+    """Writes `store_file`, so that other commands find the store; None if it cannot be written or holds a password."""
+    file = store_file()
+    if without_secrets(uri) != uri:
+        return None
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{uri}\n", encoding="utf-8")
+    except OSError:
+        return None
+    return file
 
 
 def artifact_root(uri: str, storage: str) -> str | None:

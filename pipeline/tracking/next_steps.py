@@ -1,0 +1,44 @@
+"""Commands for looking at and using what a run has made, with its store filled in."""
+
+import shlex
+
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from pipeline.errors import without_secrets
+from pipeline.tracking.connection import TrackingUnreachable, bounded_requests
+from pipeline.tracking.uri import remember_uri
+
+LOCAL_SERVER = "http://127.0.0.1:5000"
+
+
+def next_steps(uri: str, run_id: str, model_name: str | None) -> list[str]:
+    """Lines for the end of a run; also makes `uri` the store that other commands use by default.
+
+    Args:
+        uri: absolute tracking URI.
+        run_id: MLflow's id of the run.
+        model_name: the registered model; None if nothing was registered.
+    """
+    file = remember_uri(uri)
+    shown = without_secrets(uri)
+    lines = [f"store: {shown}" + (f" (the default of other commands: {file})" if file else "")]
+    page = f"{LOCAL_SERVER if not uri.startswith('http') else shown}/#/{_page(uri, run_id)}"
+    if uri.startswith("http"):
+        lines.append(f"look: {page}")
+    else:
+        lines.append(f"look: mlflow server --backend-store-uri {shlex.quote(shown)} --workers 1, then {page}")
+    if model_name is not None:
+        flag = "" if file else f" --tracking.uri {shlex.quote(shown)}"
+        lines.append(f"use:  python jobs/upscale.py -n models:/{model_name}@champion -i IMAGES -o OUT{flag}")
+    return lines
+
+
+def _page(uri: str, run_id: str) -> str:
+    """Path of the run's page in the view for training runs; that of all experiments if the store does not answer."""
+    try:
+        with bounded_requests(timeout_s=10, retries=0):
+            experiment = MlflowClient(uri, uri).get_run(run_id).info.experiment_id
+    except (MlflowException, TrackingUnreachable):
+        return "experiments?workflowType=machine_learning"
+    return f"experiments/{experiment}/runs/{run_id}?workflowType=machine_learning"
