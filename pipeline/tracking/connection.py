@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from pipeline.errors import UserError, require_package, without_secrets
+from pipeline.tracking.relocation import follow_moved_store
 from pipeline.tracking.uri import DATABASES
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def connect(uri: str) -> MlflowClient:
         with bounded_requests(**CONNECT_LIMITS), _migration_lock(uri):
             client = MlflowClient(tracking_uri=uri, registry_uri=uri)
             client.search_experiments(max_results=1)
+            follow_moved_store(uri)
         return client
     except ModuleNotFoundError as error:
         raise UserError(

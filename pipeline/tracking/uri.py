@@ -33,7 +33,9 @@ def resolve_uri(config: TrackingConfig, storage: str) -> str:
                 f"tracking.uri is not set, and storage={storage} cannot hold a database; "
                 "set the URI of an MLflow server, such as http://host:5000, or none"
             )
-        return f"sqlite:///{absolute(storage)}/mlflow.db"
+        folder = absolute(storage)
+        _require_plain(folder, f"storage={storage}")
+        return f"sqlite:///{folder}/mlflow.db"
     return absolute_uri(config.uri, None if is_remote(storage) else absolute(storage))
 
 
@@ -60,7 +62,8 @@ def absolute_uri(uri: str, storage: str | None = None) -> str:
             "http://host:port"
         )
     if dialect == "sqlite":
-        path = rest.removeprefix("/").split("?")[0]
+        _require_plain(rest, f"tracking.uri={shown}")
+        path = rest.removeprefix("/")
         if path in ("", ":memory:"):
             raise UserError(f"tracking.uri={shown}: name a file, such as sqlite:////absolute/path/mlflow.db")
         file = Path(path).expanduser().resolve()
@@ -81,6 +84,16 @@ def absolute_uri(uri: str, storage: str | None = None) -> str:
     if not host:
         raise UserError(f"tracking.uri={shown}: has no host, or its port is not a number")
     return uri.rstrip("/")
+
+
+def _require_plain(path: str, field: str) -> None:
+    """A path in a sqlite: address is decoded by some of MLflow and not by the rest of it. Raises UserError."""
+    special = next((sign for sign in "?#%" if sign in path), None)
+    if special:
+        raise UserError(
+            f"{field}: contains {special!r}, which the address of a SQLite store cannot hold; choose another folder, or "
+            "set tracking.uri"
+        )
 
 
 def known_uri(uri: str | None, environment: Mapping[str, str] | None = None) -> str:
