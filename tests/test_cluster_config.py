@@ -202,3 +202,40 @@ def test_a_worker_joins_by_the_commands_of_the_file_with_the_token_and_not_witho
     joined = nodes.start("worker", "worker")
     assert joined.returncode == 0, joined.stdout + joined.stderr
     assert nodes.alive("user") == 2
+
+
+def test_ray_uploads_neither_data_nor_runs_nor_environments(tmp_path: Path) -> None:
+    """`.rayignore` has the syntax of .gitignore."""
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    names = [
+        *(
+            "data/x/patches-00000.parquet",
+            "elsewhere/patches-00000.parquet",
+            "runs/a/result.json",
+            "mlflow.db-wal",
+        ),
+        *("mlartifacts/1/a", "demo/x", ".venv311/bin/python", ".git/HEAD"),
+        *(
+            "pipeline/data/config.py",
+            "jobs/train_gan.py",
+            "configs/demo.yaml",
+            "pyproject.toml",
+            "models/x.safetensors",
+        ),
+    ]
+    found = subprocess.run(
+        [
+            "git",
+            "-C",
+            str(tmp_path),
+            "-c",
+            f"core.excludesFile={ROOT / '.rayignore'}",
+            "check-ignore",
+            "--no-index",
+            *names,
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.stdout.split() == names[:8]
