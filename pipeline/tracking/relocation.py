@@ -1,6 +1,5 @@
 """Follows a SQLite store whose folder was moved: MLflow records absolute paths of artifacts in the database."""
 
-import os
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -33,7 +32,7 @@ def follow_moved_store(uri: str) -> None:
     new = str(file.parent / ARTIFACTS)
     with closing(sqlite3.connect(file, timeout=30)) as database:
         for old in _earlier_places(database, new):
-            if os.path.isdir(old) and (not os.path.isdir(new) or os.path.samefile(old, new)):
+            if Path(old).is_dir() and (not Path(new).is_dir() or Path(old).samefile(new)):
                 continue
             try:
                 with database:
@@ -45,8 +44,8 @@ def follow_moved_store(uri: str) -> None:
                         )
             except sqlite3.OperationalError as error:
                 raise UserError(
-                    f"tracking.uri={uri}: its files were recorded in {old} and are now in {new}, but the database cannot "
-                    f"be updated ({error}); make it writable, or move the folder back"
+                    f"tracking.uri={uri}: its files were recorded in {old} and are now in {new}, but the database "
+                    f"cannot be updated ({error}); make it writable, or move the folder back"
                 ) from None
             print(f"note: {file}: its files were recorded in {old}; {new} is used from now on", flush=True)
 

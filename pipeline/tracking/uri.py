@@ -91,8 +91,8 @@ def _require_plain(path: str, field: str) -> None:
     special = next((sign for sign in "?#%" if sign in path), None)
     if special:
         raise UserError(
-            f"{field}: contains {special!r}, which the address of a SQLite store cannot hold; choose another folder, or "
-            "set tracking.uri"
+            f"{field}: contains {special!r}, which the address of a SQLite store cannot hold; choose another folder, "
+            "or set tracking.uri"
         )
 
 
