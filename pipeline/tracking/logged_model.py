@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import platform
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from PIL import Image
 
 from pipeline.errors import without_secrets
@@ -29,6 +32,7 @@ AUTO_TILE = -1  # the default of `tile` in serving_model.py
 SERVING_CODE = Path(__file__).with_name("serving_model.py")
 WEIGHTS = "generator.safetensors"
 SHA_TAG, SET_TAG = "esrgan.generator_sha256", "esrgan.evaluation_set"
+SPEED_PX = 64
 EXAMPLE_PX = (24, 32)  # smaller than the input in a validation image
 LICENSE_CHARACTERS = 1500
 IMAGE_CAPTION = "From left to right: input, bicubic, the result of each stage, original."
@@ -56,6 +60,17 @@ class ModelCard:
     """The metric that chose the generator among the run's checkpoints, such as psnr_y or Set14/lpips."""
     initial: Mapping[str, str] = field(default_factory=dict)
     """Source and digest of the weights that training started from; empty: random."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What the card's example needs."""
+
+    uri: str
+    """Tracking URI, without a password."""
+    model_id: str
+    speed: str
+    """For a megapixel, with the machine."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +120,6 @@ def log_model(
         "evaluation_set": evaluation_set,
         **{key: without_secrets(value) for key, value in card.initial.items()},
     }
-    # MLflow's page cannot show the model's own files in a description.
-    description = card_text(name, card, metrics, origin, embed_images=False)
     query = f"tags.`{SHA_TAG}` = '{sha256}' AND source_run_id = '{tracked.run_id}'"
     logged = client.search_logged_models([tracked.experiment_id], query, max_results=1)
     if logged:
@@ -120,6 +133,9 @@ def log_model(
             params={"step": str(step)},
             model_type="super-resolution",
         )
+    usage = Usage(without_secrets(tracked.uri), model.model_id, _speed(generator))
+    # MLflow's page cannot show the model's own files in a description.
+    description = card_text(name, card, metrics, origin, generator, usage, embed_images=False)
     if model.status == "READY":
         return LoggedGenerator(model, sha256, description)
     outputs = client.get_run(tracked.run_id).outputs
@@ -134,7 +150,9 @@ def log_model(
     )
     with tempfile.TemporaryDirectory(prefix="esrgan-model-") as folder:
         files = Path(folder) / "model"
-        write_model(files, path, card, card_text(name, card, metrics, origin), origin, identity)
+        write_model(
+            files, path, card, card_text(name, card, metrics, origin, generator, usage), origin, identity
+        )
         client.log_model_artifacts(model.model_id, str(files))
     data = {"dataset_name": "evaluation-set", "dataset_digest": evaluation_set[:DIGEST_CHARACTERS]}
     on_other_sets: dict[str, str] = {}
@@ -211,11 +229,12 @@ def card_text(
     card: ModelCard,
     metrics: Mapping[str, float],
     origin: Mapping[str, object],
+    generator: RRDBNet,
+    usage: Usage,
     *,
     embed_images: bool = True,
 ) -> str:
     """The model card, in Markdown; without `embed_images` it only lists the images' files."""
-    rows = "\n".join(f"| {key} | {value:.4f} |" for key, value in metrics.items())
     facts = "\n".join(f"- {key}: `{value}`" for key, value in origin.items())
     images = ""
     if card.images:
@@ -226,23 +245,37 @@ def card_text(
             shown = "Files among the logged model's artifacts:\n\n"
             shown += "\n".join(f"- {title}: `{file}`" for title, file in files.items())
         images = f"\n\n## Images\n\n{IMAGE_CAPTION}\n\n{shown}"
+    count = sum(parameter.numel() for parameter in generator.parameters())
     return f"""# {name}
 
-ESRGAN generator (RRDBNet) for single-image super-resolution: uint8 RGB in, uint8 RGB out.
+ESRGAN generator (RRDBNet) for x{generator.scale} super-resolution: uint8 RGB in, uint8 RGB out.
+{_data_line(card, origin)}
 
-| metric | value |
+{_metric_table(metrics)}
+
+Measured on held-out images of the training data set below; `bicubic` is MATLAB's bicubic on the same images.
+
+| | |
 |---|---|
-{rows}
-
-Measured on held-out images of the training data set below.
+| network | {generator.num_block} blocks, {generator.num_feat} features, {generator.num_grow_ch} growth channels |
+| parameters | {count:,} ({count * 4 / 1e6:.1f} MB) |
+| speed | {usage.speed} |
+| expected input | photos like the training images, reduced by bicubic; noise and JPEG artifacts are enlarged |
 
 ## Use
 ```python
-model = mlflow.pyfunc.load_model("models:/{name}@champion")
-sr = model.predict(lr)                        # uint8 (N, H, W, 3), any H and W
-sr = model.predict(lr, params={{"tile": 64}})  # smaller tiles, less memory
+import mlflow
+import numpy as np
+from PIL import Image
+
+mlflow.set_tracking_uri("{usage.uri}")
+model = mlflow.pyfunc.load_model("models:/{usage.model_id}")
+lr = np.asarray(Image.open("small.png").convert("RGB"))[None]  # uint8 (N, H, W, 3), any H and W
+sr = model.predict(lr)                                         # uint8 (N, {generator.scale}H, {generator.scale}W, 3)
+Image.fromarray(sr[0]).save("large.png")
 ```
-Requires torch, or onnxruntime alone: `artifacts/generator.onnx` has the same interface.
+`models:/{usage.model_id}` is exactly this model. Requires onnxruntime, or torch:
+`artifacts/generator.onnx` has the same interface.
 
 ## Origin
 {facts}
@@ -254,6 +287,37 @@ Requires torch, or onnxruntime alone: `artifacts/generator.onnx` has the same in
 ## Limits
 It invents plausible detail. Do not read text, faces or measurements from its results.{images}
 """
+
+
+def _data_line(card: ModelCard, origin: Mapping[str, object]) -> str:
+    data = f"on {card.data}" if card.data else "on images whose digest is below"
+    return f"Trained {data}; weights of step {origin['step']}, the best by {card.selected_by}."
+
+
+def _metric_table(metrics: Mapping[str, float]) -> str:
+    """Metrics, next to bicubic's where a validation has measured them as `bicubic_NAME`."""
+    prefix = "bicubic_"
+    rows = []
+    for key, value in metrics.items():
+        if key.startswith(prefix) and key.removeprefix(prefix) in metrics:
+            continue
+        bicubic = metrics.get(prefix + key)
+        rows.append(f"| {key} | {value:.4f} | {'' if bicubic is None else f'{bicubic:.4f}'} |")
+    return "\n".join(["| metric | value | bicubic |", "|---|---|---|", *rows])
+
+
+def _speed(generator: RRDBNet) -> str:
+    """Time for a megapixel of output on this machine's CPU, measured once on a small image."""
+    lr = np.zeros((SPEED_PX, SPEED_PX, 3), np.uint8)
+    upscale_8bit = rrdbnet.upscale_8bit
+    with torch.inference_mode():
+        upscale_8bit(generator, torch.from_numpy(lr[None, :8, :8]))
+        start = time.perf_counter()
+        upscale_8bit(generator, torch.from_numpy(lr[None]))
+    megapixels = (SPEED_PX * generator.scale) ** 2 / 1e6
+    seconds = (time.perf_counter() - start) / megapixels
+    machine = f"{platform.machine()}, {torch.get_num_threads()} CPU threads"
+    return f"{seconds * 1000:,.0f} ms per megapixel of output ({machine})"
 
 
 def input_example(strip: np.ndarray, scale: int) -> np.ndarray:

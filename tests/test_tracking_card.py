@@ -1,0 +1,69 @@
+"""The model card: what it states, and its example."""
+
+import re
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+from PIL import Image
+from tracking_helpers import DATA, new_database, open_small, small_generator
+
+from pipeline.imaging import upscale
+from pipeline.storage import Storage
+from pipeline.tracking.config import TrackingConfig
+from pipeline.tracking.logged_model import ModelCard, log_model
+from pipeline.tracking.run import TrackedRun
+
+
+@pytest.fixture
+def tracked(tmp_path: Path) -> TrackedRun:
+    return open_small(TrackingConfig(uri=new_database(tmp_path)), Storage(str(tmp_path / "run")), "a")
+
+
+def logged(tracked: TrackedRun, tmp_path: Path, metrics: dict[str, float]) -> tuple[str, str, str]:
+    """The description for the registry, the card among the model's files, and the model's id."""
+    client = mlflow.MlflowClient(tracked.uri, tracked.uri)
+    card = ModelCard("a: 1\n", DATA, data="12 photos", selected_by="psnr_y")
+    result = log_model(
+        client, tracked, "esrgan-x4", tmp_path / "g.safetensors", 600, metrics, evaluation_set=DATA, card=card
+    )
+    return (
+        result.description,
+        (Path(result.model.artifact_location) / "README.md").read_text(),
+        result.model.model_id,
+    )
+
+
+def test_the_card_states_what_the_model_is(tmp_path: Path, tracked: TrackedRun) -> None:
+    generator = small_generator(tmp_path / "g.safetensors", 0)
+    texts = logged(tracked, tmp_path, {"psnr_y": 26.5, "bicubic_psnr_y": 26.25, "lpips": 0.3})
+    count = sum(parameter.numel() for parameter in generator.parameters())
+    for text in texts[:2]:
+        assert "| psnr_y | 26.5000 | 26.2500 |" in text
+        assert "| lpips | 0.3000 |  |" in text
+        assert "bicubic_psnr_y" not in text
+        assert "Trained on 12 photos; weights of step 600, the best by psnr_y." in text
+        assert f"| parameters | {count:,} ({count * 4 / 1e6:.1f} MB) |" in text
+        assert re.search(r"\| speed \| [\d,]+ ms per megapixel of output \(\w+, \d+ CPU threads\) \|", text)
+        assert "expected input" in text
+        assert "## License" in text
+
+
+def test_the_cards_example_loads_the_model_of_the_card(
+    tmp_path: Path, tracked: TrackedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = small_generator(tmp_path / "g.safetensors", 0)
+    _, text, model_id = logged(tracked, tmp_path, {})  # as stage 1's, which is never registered
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert f'"models:/{model_id}"' in example
+    lr = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    Image.fromarray(lr).save(tmp_path / "small.png")
+    monkeypatch.chdir(tmp_path)
+    before = mlflow.get_tracking_uri()
+    try:
+        exec(example, {})  # what a reader would run
+    finally:
+        mlflow.set_tracking_uri(before)
+    difference = np.asarray(Image.open("large.png")).astype(int) - upscale(generator, lr).astype(int)
+    assert np.abs(difference).max() <= 1
