@@ -46,6 +46,25 @@ const source = (place) => card.querySelector(place).getAttribute("src");
 const before = source(".slider .under");
 card.querySelector(".pick button").click();
 seen.swapped = source(".slider .under") === source(".pick img") && source(".slider .over") === before;
+document.querySelectorAll("#every th button")[4].focus();
+document.querySelectorAll("#every th button")[4].click();
+seen.range = [...document.querySelectorAll("#every tbody tr")].map((row) => +row.cells[4].textContent);
+seen.focus = document.activeElement.textContent;
+const click = (mode) => card.querySelector(`button[data-mode=${mode}]`).click();
+click("flicker");
+seen.flicker = getComputedStyle(card.querySelector(".over")).animationName;
+click("difference");
+seen.blend = getComputedStyle(card.querySelector(".over")).mixBlendMode;
+click("split");
+card.querySelector(".overview").dispatchEvent(new KeyboardEvent("keydown", { key: "Enter" }));
+seen.zoomed = card.querySelector(".overview").classList.contains("zoomed");
+card.querySelector(".overview").dispatchEvent(new KeyboardEvent("keydown", { key: "Escape" }));
+seen.small = !card.querySelector(".overview").classList.contains("zoomed");
+const made = [];
+URL.createObjectURL = (blob) => (made.push(blob), "#");
+document.getElementById("csv").click();
+seen.csv = made[0].type;
+seen.before = document.querySelector("#every").compareDocumentPosition(document.querySelector(".image")) & Node.DOCUMENT_POSITION_FOLLOWING;
 seen.broken = [...document.images].filter((image) => !image.complete || !image.naturalWidth).length;
 seen.wide = document.documentElement.scrollWidth > innerWidth;
 parent.postMessage("seen " + JSON.stringify(seen), "*");
@@ -70,6 +89,9 @@ def test_the_report_needs_no_network(report: Path) -> None:
     assert len(page) < 15e6
     assert "image-1.png" in page
     assert "crop 64 × 48 at 40, 20" in page
+    assert "PSNR and SSIM prefer the safe mean" in page
+    assert "<li>lr: computed from the HR images by MATLAB" in page
+    assert "sha256 of the weights" in page
 
 
 def test_names_cannot_break_out_of_the_page(tmp_path: Path) -> None:
@@ -108,6 +130,14 @@ def test_the_report_works_in_a_browser(report: Path, tmp_path: Path, width: int)
     assert seen["swapped"] is True
     assert seen["broken"] == 0
     assert seen["wide"] is False
+    assert seen["range"] == sorted(seen["range"], reverse=True)
+    assert seen["range"][0] > 0
+    assert seen["focus"] == "Range"
+    assert (seen["flicker"], seen["blend"]) == ("flicker", "difference")
+    assert seen["zoomed"] is True
+    assert seen["small"] is True
+    assert seen["csv"] == "text/csv"
+    assert seen["before"] == 4
 
 
 def test_the_comparison_figure_has_rows_of_labeled_crops() -> None:

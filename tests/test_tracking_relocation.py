@@ -38,10 +38,8 @@ def test_a_moved_store_is_read_and_written_at_its_new_place(
     path = pull_generator("models:/esrgan-x4@champion", uri)
     assert path.is_relative_to(moved)
     output = capsys.readouterr().out
-    assert (
-        output
-        == f"note: {moved}/mlflow.db: its files were recorded in {old}/mlartifacts; {moved}/mlartifacts is used from now on\n"
-    )
+    places = f"its files were recorded in {old}/mlartifacts; {moved}/mlartifacts is used from now on"
+    assert output == f"note: {moved}/mlflow.db: {places}\n"
     tracked = open_small(TrackingConfig(uri=uri), Storage(str(moved / "second")), "b")
     client_of(tracked).log_text(tracked.run_id, "text", "file.txt")
     assert (moved / "mlartifacts" / tracked.run_id / "artifacts" / "file.txt").exists()

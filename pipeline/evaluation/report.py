@@ -66,6 +66,8 @@ def render_report(evaluation: Evaluation) -> str:
         settings=evaluation.settings,
         with_bicubic="bicubic" not in evaluation.names,
         perceptual=perceptual,
+        protocol=evaluation.protocol,
+        origins=evaluation.origins,
         tradeoff=_svg(tradeoff_figure(means, perceptual)) if perceptual else None,
         # Nothing may close the script element that holds it.
         data=json.dumps(data, ensure_ascii=False).replace("<", "\\u003c"),
