@@ -14,6 +14,16 @@ from pipeline.data.ingest.prepare import describe
 from pipeline.errors import UserError, require_package
 from pipeline.storage import absolute
 
+FIRST = (
+    "data.source",
+    "data.held_out",
+    "data.root",
+    "data.lr_dir",
+    "data.scale",
+    "data.patch_px",
+    "data.patch_stride_px",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's own flags."""
@@ -29,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str]) -> None:
     """Prepares the configured data set, or verifies or draws an existing one."""
-    config, options = load_config(argv, description=__doc__ or "", add_arguments=add_arguments)
+    config, options = load_config(
+        argv, description=__doc__ or "", add_arguments=add_arguments, first_fields=FIRST
+    )
     command.require_writable_file(options.json, "--json")
     command.require_writable_file(options.show, "--show")
     data = config.data.model_copy(update={"root": absolute(config.data.root)})

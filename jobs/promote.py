@@ -27,7 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(argv: list[str]) -> None:
     """Sets the alias on the tracking server of the configuration."""
     config, options = load_config(
-        argv, description=__doc__ or "", default_file=DEMO, add_arguments=add_arguments
+        argv,
+        description=__doc__ or "",
+        default_file=DEMO,
+        add_arguments=add_arguments,
+        first_fields=("storage", "tracking.uri", "tracking.model_name"),
     )
     command.require_writable_file(options.json, "--json")
     name = config.tracking.model_name

@@ -23,13 +23,9 @@ from pydantic_settings import (
 from pipeline.command import COMMAND_SECTIONS, ENV_PREFIX, make_parser
 from pipeline.errors import UserError
 from pipeline.section import flat_fields, merged, validated
+from pipeline.short_help import ALL, FIRST_FIELDS, SHORT, print_short_help
 from pipeline.training.config import TrainConfig
 from pipeline.tuning.config import TuneConfig
-
-FIRST_FIELDS = (
-    "Most commands need no more than --config, --run_name, --storage, --workers, --data.source and --data.root; every "
-    "field below can also be set in the file or in the environment (docs/fields.md)."
-)
 
 
 class Config(TrainConfig):
@@ -53,6 +49,7 @@ def load_config(
     default_file: Path | None = None,
     add_arguments: Callable[[argparse.ArgumentParser], object] | None = None,
     environment: Mapping[str, str] | None = None,
+    first_fields: Sequence[str] = FIRST_FIELDS,
 ) -> tuple[Config, argparse.Namespace]:
     """Reads flags, environment and file into one validated configuration.
 
@@ -62,6 +59,7 @@ def load_config(
         default_file: read when --config is not given.
         add_arguments: adds the command's own flags (such as --json).
         environment: instead of os.environ.
+        first_fields: those that --help lists; --help-all lists all.
 
     Returns:
         The configuration, and the command's own flags. Among these, `prepare_command` is None if a missing data set
@@ -71,12 +69,16 @@ def load_config(
         UserError: one line with the field, its value and its source.
     """
     environment = os.environ if environment is None else environment
-    parser = make_parser(f"{description} {FIRST_FIELDS}")
+    parser = make_parser(description)
     parser.usage = "%(prog)s [--config FILE] [--FIELD VALUE ...]"
     default_text = f" (default: {default_file.name})" if default_file else ""
     parser.add_argument("--config", metavar="FILE", help=f"YAML file with the fields below{default_text}.")
     if add_arguments:
         add_arguments(parser)
+    if any(word in SHORT for word in argv):
+        print_short_help(parser, _without_flags(argv, default_file, environment), first_fields)
+        sys.exit(0)
+    argv = ["--help" if word == ALL else word for word in argv]
     try:
         flags: CliSettingsSource[Any] = CliSettingsSource(
             _Settings,
@@ -104,6 +106,19 @@ def load_config(
     given = flat_fields(merged(Config, sources[1][1], sources[0][1]))
     options.prepare_command = _prepare_command(config, given, chosen)
     return config, options
+
+
+def _without_flags(argv: Sequence[str], default_file: Path | None, environment: Mapping[str, str]) -> Config:
+    """The configuration of the file and the environment, for the values that --help shows."""
+    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    known.add_argument("--config")
+    name = known.parse_known_args(list(argv))[0].config
+    file = Path(name) if name else default_file
+    sources: list[tuple[str, dict[str, Any]]] = [
+        ("environment", _environment_values(environment)),
+        (str(file), _file_values(file) if file else {}),
+    ]
+    return validated(Config, merged(Config, sources[1][1], sources[0][1]), sources)
 
 
 def json_schema() -> dict[str, Any]:

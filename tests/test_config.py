@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from pipeline.config import FIRST_FIELDS, Config, fields_page, json_schema, load_config
 from pipeline.errors import UserError
 from pipeline.model import UNetDiscriminator, VGGStyleDiscriminator
-from pipeline.section import flat_fields, with_fields
+from pipeline.section import with_fields
 from pipeline.training.config import TrainConfig
 from pipeline.training.distributed import unwrap
 from pipeline.training.state import new_state
@@ -334,13 +334,41 @@ def test_yaml_dump_of_a_configuration_loads_to_the_same(tmp_path: Path) -> None:
     assert load(["--config", str(path)]) == config
 
 
-def test_help_is_short_usage_the_first_fields_and_a_group_per_section() -> None:
-    with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as stdout:
-        load_config(["--help"], description="Trains.", environment={})
-    text = stdout.getvalue()
+def printed_help(*arguments: str, environment: dict[str, str] | None = None) -> str:
+    with pytest.raises(SystemExit) as ended, contextlib.redirect_stdout(io.StringIO()) as stdout:
+        load_config(
+            list(arguments),
+            description="Trains.",
+            default_file=ROOT / "configs/demo.yaml",
+            environment=environment or {},
+        )
+    assert ended.value.code == 0
+    return stdout.getvalue()
+
+
+def test_help_lists_what_most_runs_set_with_the_values_that_apply(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = printed_help("--help", environment={"ESRGAN_GAN__STEPS": "77"})
+    assert len(text.splitlines()) < 60
+    assert re.findall(r"^  --([a-z_.]+) X", text, re.M) == list(FIRST_FIELDS)
+    flat = " ".join(text.split())
+    assert "--batch_size X Patches in a step, over all workers (now: 8)." in flat
+    assert "0 skips it (now: 77)." in flat
+    assert "validation.* (" in flat
+    assert "--help-all lists them" in flat
+    assert "(now: 16)" in " ".join(
+        printed_help("-h", "--config", str(ROOT / "configs/esrgan_x4.yaml")).split()
+    )
+
+
+def test_help_shows_no_password() -> None:
+    text = printed_help("--help", environment={"ESRGAN_TRACKING__URI": "postgresql://user:geheim@host/db"})
+    assert "geheim" not in text
+
+
+def test_help_all_has_a_group_per_section() -> None:
+    text = printed_help("--help-all")
     assert "[--FIELD VALUE ...]" in text.split("\n\n")[0]
     groups = [line.removesuffix(" options:") for line in text.splitlines() if line.endswith(" options:")]
     sections = [name for name in Config.model_fields if isinstance(getattr(Config(), name), BaseModel)]
     assert [name for name in groups if "." not in name] == sections
-    for flag in re.findall(r"--([a-z_.]+)", FIRST_FIELDS):
-        assert flag == "config" or flag in flat_fields(Config().model_dump())

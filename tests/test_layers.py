@@ -40,7 +40,8 @@ LAYERS = {
     + DATA,
     # Used by jobs/ only.
     "command": "errors section json_file",
-    "config": "errors section command training tuning",
+    "short_help": "errors",
+    "config": "errors section command short_help training tuning",
 }
 RAY_FILES = {
     "pipeline/training/ray_compat.py",
