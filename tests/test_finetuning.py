@@ -47,7 +47,7 @@ def at_step_zero(run: Storage) -> dict[str, float]:
     return next(
         {name.removeprefix("validation/"): value for name, value in values.items()}
         for step, values in curve(run)
-        if step == 0
+        if step == 0 and values
     )
 
 

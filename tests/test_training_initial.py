@@ -21,6 +21,7 @@ from pipeline.run_folder import IDENTITY, InitialWeights
 from pipeline.storage import Storage
 from pipeline.training.checks import with_absolute_paths
 from pipeline.training.config import TrainConfig
+from pipeline.training.distributed import unwrap
 from pipeline.training.identity import check_resume, identity_of
 from pipeline.training.initial import Initial, load_initial, origins, resolve, resolve_for_run, store
 from pipeline.training.state import begin_gan, new_state
@@ -92,7 +93,7 @@ def test_both_networks_begin_with_the_given_weights(tmp_path: Path) -> None:
     begin_gan(state, config, CPU)
     load_initial("discriminator", state, config, run)
     assert state.discriminator is not None
-    assert same(state.discriminator.state_dict(), given.state_dict())
+    assert same(unwrap(state.discriminator).state_dict(), given.state_dict())
     assert state.tensors()["discriminator.bn0_1.weight"].requires_grad is False
 
 

@@ -10,7 +10,8 @@ from pipeline.model import Lite0Features, VGGFeatures
 from pipeline.model.device import require_gpu
 from pipeline.section import flat_fields
 from pipeline.storage import Storage, absolute, is_remote
-from pipeline.training.config import NETWORKS, TrainConfig
+from pipeline.training.config import TrainConfig
+from pipeline.training.init_config import NETWORKS
 from pipeline.training.selection import measured_metrics
 from pipeline.training.validation_config import SetFolders
 

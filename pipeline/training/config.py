@@ -11,6 +11,7 @@ from pipeline.model.config import ModelConfig
 from pipeline.model.losses import PixelKind
 from pipeline.section import Section
 from pipeline.tracking.config import TrackingConfig
+from pipeline.training.init_config import InitConfig
 from pipeline.training.validation_config import MetricName, ValidationConfig
 
 PixelLoss = Annotated[
@@ -37,31 +38,6 @@ class Schedule(Section):
     final_share: float = Field(
         0.0, ge=0, le=1, description="cosine: rate at the end of a period, as a share of the peak."
     )
-
-
-NETWORKS = ("generator", "discriminator")
-
-
-class InitConfig(Section):
-    """Initial weights from files or the registry; read once, before training starts."""
-
-    generator: str | None = Field(
-        None,
-        min_length=1,
-        description="Initial weights of the generator: models:/NAME@ALIAS, models:/NAME/VERSION, a run's or "
-        "checkpoint's folder, a .safetensors, .pth, .pt or .ckpt file, also in an object store. Default: random.",
-    )
-    discriminator: str | None = Field(
-        None,
-        min_length=1,
-        description="Initial weights of the discriminator: a run's or checkpoint's folder (stage 2), a .safetensors or "
-        ".pth file with BasicSR's names. Default: random.",
-    )
-    partial: bool = Field(
-        False,
-        description="Take only the layers that fit by name and shape (another scale, more or fewer blocks).",
-    )
-    adopt_sizes: bool = Field(False, description="Take the network sizes in `model` from the files.")
 
 
 class PsnrStage(Section):

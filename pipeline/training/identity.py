@@ -11,7 +11,8 @@ from pipeline.run_folder import IDENTITY, RESULT, InitialWeights, RunIdentity
 from pipeline.section import flat_fields
 from pipeline.storage import Storage
 from pipeline.training import checkpoint as checkpoints
-from pipeline.training.config import NETWORKS, TrainConfig
+from pipeline.training.config import TrainConfig
+from pipeline.training.init_config import NETWORKS
 
 # Packages of which another version may compute different bits.
 PACKAGES = ("esrgan-ray", "torch")

@@ -19,9 +19,10 @@ from pipeline.section import with_fields
 from pipeline.storage import Storage
 from pipeline.tracking.uri import resolve_uri
 from pipeline.training import checkpoint as checkpoints
-from pipeline.training.config import NETWORKS, TrainConfig
+from pipeline.training.config import TrainConfig
 from pipeline.training.distributed import unwrap
 from pipeline.training.identity import has_begun
+from pipeline.training.init_config import NETWORKS
 from pipeline.training.model_source import GENERATOR_FILE, TRAINING_FILE, read_model_file
 from pipeline.training.state import TrainState, build_discriminator, build_generator
 
@@ -144,7 +145,8 @@ def load_initial(network: str, state: TrainState, config: TrainConfig, run: Stor
         assert state.discriminator is not None
         targets = [state.discriminator]
     for target in targets:
-        unwrap(target).load_state_dict(taken.tensors, strict=False)
+        unknown = unwrap(target).load_state_dict(taken.tensors, strict=False).unexpected_keys
+        assert not unknown, unknown
     return (
         f"{network} from {origin.version or origin.source} (sha256 {origin.sha256[:12]}): {taken.summary()}"
     )
