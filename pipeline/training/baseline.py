@@ -16,5 +16,7 @@ def is_below(metrics: Mapping[str, float], bicubic: Mapping[str, float]) -> bool
 
 
 def comparison(metrics: Mapping[str, float], bicubic: Mapping[str, float]) -> str:
-    """The metrics with bicubic's, in one line."""
-    return ", ".join(f"{key} {value:.4f} (bicubic {bicubic[key]:.4f})" for key, value in metrics.items())
+    """The metrics with bicubic's, in one line; those that bicubic was not measured by are omitted."""
+    return ", ".join(
+        f"{key} {value:.4f} (bicubic {bicubic[key]:.4f})" for key, value in metrics.items() if key in bicubic
+    )

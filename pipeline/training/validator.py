@@ -83,8 +83,8 @@ class Validator:
 
     def begin_stage_two(self, state: TrainState) -> None:
         """Logs the metrics of the generator that stage 2 starts from next to bicubic's."""
-        if state.validation is None or state.validation.step != state.step:
-            return  # no validation images
+        if state.validation is None or state.validation.step != state.step or not state.bicubic:
+            return  # no validation images, or a checkpoint of a version that did not measure bicubic
         metrics, bicubic = state.validation.metrics, state.bicubic
         warning = "warning: below bicubic: " if is_below(metrics, bicubic) else ""
         self._log.event(
