@@ -1,5 +1,6 @@
 """Runs commands as if only the packages that training on one machine needs were installed."""
 
+import itertools
 import re
 import subprocess
 import sys
@@ -10,14 +11,13 @@ ROOT = Path(__file__).parent.parent
 NEEDED = {
     "torch", "torchvision", "numpy", "pillow", "pyarrow", "pydantic", "pydantic-settings", "pyyaml", "safetensors",
 }  # fmt: skip
-NEEDED |= {"scikit-image", "scipy"}  # SSIM in evaluation
 MODULES = {"scikit-image": "skimage", "scikit-learn": "sklearn"}
 
 
 def blocked_modules() -> list[str]:
     """Top-level modules of all other dependencies."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    dependencies = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    dependencies = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
     names = {re.split(r"[\[<>=]", each)[0] for each in dependencies} - NEEDED
     return sorted(MODULES.get(name, name).replace("-", "_") for name in names)
 

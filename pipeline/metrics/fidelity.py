@@ -12,8 +12,8 @@ from pipeline.imaging import downscale_batch
 SSIM_WINDOW_PX = 11
 _LUMA = (65.481, 128.553, 24.966)
 _COLOR_PX = 16
-# Strips of this size fit a CPU's cache, and bound the memory of large images.
-_STRIP_PX = 2**17
+# Values in a strip of rows: few on a CPU, so that the five maps fit its cache; on a GPU they bound the memory.
+_CPU_STRIP, _GPU_STRIP = 2**15, 2**22
 
 
 def luma(images: Tensor) -> Tensor:
@@ -32,14 +32,14 @@ def ssim(sr: Tensor, hr: Tensor) -> Tensor:
 
     Gaussian window of 11 px, sigma 1.5, no padding: both sides have at least 11 px.
     """
-    height, width = sr.shape[2:]
+    channels, height, width = sr.shape[1:]
     last = height - SSIM_WINDOW_PX + 1
-    rows = max(1, _STRIP_PX // width)
+    rows = max(8, (_CPU_STRIP if sr.device.type == "cpu" else _GPU_STRIP) // (channels * width))
     total = sr.new_zeros(len(sr))
     for top in range(0, last, rows):
         strip = slice(top, min(top + rows, last) + SSIM_WINDOW_PX - 1)
         total += _sums(_similarities(sr[:, :, strip], hr[:, :, strip]))
-    return total / (sr.shape[1] * last * (width - SSIM_WINDOW_PX + 1))
+    return total / (channels * last * (width - SSIM_WINDOW_PX + 1))
 
 
 def _sums(values: Tensor) -> Tensor:

@@ -114,8 +114,8 @@ class MetricSet:
             drift = fidelity.color_drift(sr, lr)
             values["color_drift"] = drift.mean(1)
             values |= {f"color_drift_{color}": drift[:, index] for index, color in enumerate(COLORS)}
-        rows = torch.stack([values[name] for name in self.columns], dim=1).tolist()
-        return [dict(zip(self.columns, row, strict=True)) for row in rows]
+        table = torch.stack([values[name] for name in self.columns], dim=1).tolist()
+        return [dict(zip(self.columns, row, strict=True)) for row in table]
 
     @property
     def columns(self) -> tuple[str, ...]:
