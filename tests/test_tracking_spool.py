@@ -16,6 +16,7 @@ from pipeline.tracking.spool import (
     Metrics,
     discard_after,
     images_at,
+    metrics_below,
     published_step,
     read_segment,
     segment_steps,
@@ -138,3 +139,19 @@ def test_records_need_no_mlflow() -> None:
         "import sys; sys.modules['mlflow'] = None; import pipeline.tracking.spool, pipeline.tracking.config"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_metrics_below_a_prefix_are_read_from_all_segments(run: Storage) -> None:
+    write_segment(run, 5, [Metrics(5, 0, {"validation/psnr_y": 20.0, "loss/pixel": 1.0})])
+    image = ImageRecord(10, 0, "validation/a", np.zeros((8, 8, 3), np.uint8))
+    write_segment(
+        run,
+        10,
+        [Metrics(8, 0, {"loss/pixel": 1.0}), Metrics(10, 0, {"validation/Set5/lpips": math.nan}), image],
+    )
+    write_segment(run, 15, [Metrics(15, 0, {"validation/psnr_y": 21.0})])
+    (run / "tracking").write_bytes("00000015.jsonl", b'{"kind": "metrics"')
+    found = metrics_below(run, "validation/")
+    assert found.keys() == {5, 10}
+    assert found[5] == {"psnr_y": 20.0}
+    assert math.isnan(found[10]["Set5/lpips"])

@@ -6,14 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import fields, flags
+from mlflow import MlflowClient
+from tiny import fields, flags, train, write_sets
 
 from pipeline.config import load_config
 from pipeline.errors import UserError
+from pipeline.model import generator_sha256
+from pipeline.run_folder import TrainingResult
 from pipeline.storage import Storage
+from pipeline.tracking.spool import images_at, metrics_below, segment_steps
+from pipeline.training import checkpoint as checkpoints
 from pipeline.training import selection
 from pipeline.training.checks import check_before_start
 from pipeline.training.config import TrainConfig
+from pipeline.training.perception_distortion import KEY, axes_of
 from pipeline.training.selection import measured_metrics, select_key, with_selection
 from pipeline.training.state import Best, new_state
 
@@ -115,3 +121,87 @@ def test_invalid_sets_are_refused_in_one_line(tmp_path: Path, changes: dict[str,
     with pytest.raises(UserError, match=re.escape(message)) as caught:
         load(tmp_path, **{"validation.sets": {"Set5": "a"}, **changes})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "axes"),
+    [
+        ({"gan.select_by": "lpips"}, ("psnr_y", "lpips")),
+        ({"validation.metrics": ["psnr_rgb", "dists"], "psnr.steps": 0, "gan.allow_random_start": True},
+         ("psnr_y", "dists")),
+        ({"gan.select_by": "feature_distance", "validation.sets": {"Set5": "a"}, "validation.select_on": "Set5"},
+         ("Set5/psnr_y", "Set5/feature_distance")),
+        ({}, None),
+        ({"gan.select_by": "lpips", "gan.steps": 0}, None),
+    ],
+)  # fmt: skip
+def test_the_figure_shows_psnr_and_the_perceptual_metric_of_the_set_that_decides(
+    tmp_path: Path, changes: dict[str, Any], axes: tuple[str, str] | None
+) -> None:
+    assert axes_of(load(tmp_path, **changes)) == axes
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, TrainingResult]]:
+    """One training, in which PSNR and feature_distance are best at different steps of stage 2, selected by each."""
+    folder = write_sets(tmp_path_factory.mktemp("selected"))
+    changes = {
+        "psnr.steps": 20, "gan.steps": 8, "psnr.learning_rate": 2e-3, "gan.learning_rate": 1e-2,
+        "gan.pixel_weight": 0.0, "gan.adversarial_weight": 0.0, "keep_checkpoints": 1, "log_every_steps": 10,
+        "checkpoint_every_steps": 100, "validate_every_steps": 2,
+        "validation.metrics": ["psnr_y", "feature_distance"],
+    }  # fmt: skip
+    names = ("psnr_y", "feature_distance")
+    return folder, {
+        name: train(folder, run_name=name, **changes, **{"gan.select_by": name}) for name in names
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("metric", "choose"), [("psnr_y", max), ("feature_distance", min)])
+def test_the_best_checkpoint_by_the_chosen_metric_is_kept_and_registered(
+    runs: tuple[Path, dict[str, TrainingResult]], metric: str, choose: Any
+) -> None:
+    folder, results = runs
+    run, result = Storage(str(folder / "runs" / metric)), results[metric]
+    stage_two = {step: each for step, each in metrics_below(run, "validation/").items() if step > 20}
+    assert list(stage_two) == [22, 24, 26, 28]
+    by_psnr = max(stage_two, key=lambda step: stage_two[step]["psnr_y"])
+    by_distance = min(stage_two, key=lambda step: stage_two[step]["feature_distance"])
+    assert by_psnr != by_distance
+    best = choose(stage_two, key=lambda step: stage_two[step][metric])
+    assert result.metrics == stage_two[best]
+    assert result.final_metrics == stage_two[28]
+    weights = checkpoints.read(run, checkpoints.CheckpointName(best, "gan")).ema
+    tags = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db").get_model_version(
+        "esrgan-x4", str(result.model_version)
+    ).tags  # fmt: skip
+    assert tags["esrgan.generator_sha256"] == generator_sha256(weights)
+    assert tags["esrgan.selected_by"] == metric
+
+
+@pytest.mark.slow
+def test_a_generator_selected_by_another_metric_does_not_replace_the_champion(
+    runs: tuple[Path, dict[str, TrainingResult]],
+) -> None:
+    folder, results = runs
+    model = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db").get_registered_model("esrgan-x4")
+    assert {alias: int(version) for alias, version in model.aliases.items()} == {
+        "champion": results["psnr_y"].model_version,
+        "challenger": results["feature_distance"].model_version,
+    }
+
+
+@pytest.mark.slow
+def test_validations_of_stage_two_record_the_perception_distortion_figure(
+    runs: tuple[Path, dict[str, TrainingResult]],
+) -> None:
+    folder, _ = runs
+    run = Storage(str(folder / "runs" / "feature_distance"))
+    figures = {step: images[KEY] for step in segment_steps(run) if KEY in (images := images_at(run, step))}
+    assert list(figures) == [22, 24, 26, 28]
+    assert all(figure.std() > 5 for figure in figures.values())
+    artifacts = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db").list_artifacts(
+        str(runs[1]["feature_distance"].run_id), "images"
+    )
+    assert sum(f"/{KEY}+step+" in info.path and info.path.endswith(".png") for info in artifacts) == 4

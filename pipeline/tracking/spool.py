@@ -138,6 +138,31 @@ def images_at(run: Storage, step: int) -> dict[str, np.ndarray]:
     }
 
 
+def metrics_below(run: Storage, prefix: str) -> dict[int, dict[str, float]]:
+    """The metrics whose names begin with `prefix`, without it, by step, from all segments; images are not read.
+
+    Corrupt segments are skipped. A step that was trained again has its last values.
+    """
+    found: dict[int, dict[str, float]] = {}
+    for step in segment_steps(run):
+        try:
+            content = (run / FOLDER).read_bytes(f"{step:08d}.jsonl")
+            lines = [
+                json.loads(line) for line in content.decode().splitlines() if '"kind": "metrics"' in line
+            ]
+            for line in lines:
+                values = {
+                    name.removeprefix(prefix): float(value)
+                    for name, value in line["values"].items()
+                    if name.startswith(prefix)
+                }
+                if values:
+                    found.setdefault(int(line["step"]), {}).update(values)
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+    return found
+
+
 def discard_after(run: Storage, step: int) -> None:
     """Removes segments later than `step`; called before training resumes from a checkpoint at `step`.
 

@@ -121,7 +121,7 @@ def _candidate(
     images = {
         key.removeprefix("validation/"): strip
         for key, strip in images_at(run, best.step).items()
-        if _is_deciding(config, key.removeprefix("validation/"))
+        if key.startswith("validation/") and _is_deciding(config, key.removeprefix("validation/"))
     }
     licenses = json.loads(manifest.content).get("licenses", {})
     return Candidate(

@@ -8,11 +8,12 @@ from pipeline.imaging import Image
 from pipeline.metrics import metric_of
 from pipeline.model.device import emulates_bf16
 from pipeline.storage import Storage
-from pipeline.tracking.spool import Event, ImageRecord, Metrics, Record
+from pipeline.tracking.spool import Event, ImageRecord, Metrics, Record, metrics_below
 from pipeline.tracking.system_metrics import system_metrics
 from pipeline.training.advice import Advisor
 from pipeline.training.config import TrainConfig
 from pipeline.training.meter import progress_line
+from pipeline.training.perception_distortion import KEY, axes_of, perception_distortion_figure
 from pipeline.training.state import TrainState
 from pipeline.training.validation_config import HELD_OUT
 from pipeline.training.validation_sets import ValidationSet
@@ -30,10 +31,14 @@ class RunLog:
     _advisor: Advisor = field(default_factory=Advisor)
     _skipped_steps: float = 0.0
     """Total up to the last interval."""
+    _validations: dict[int, dict[str, float]] = field(default_factory=dict)
+    """Metrics of all validations by step, those of earlier attempts too; in the main process."""
 
     def started(self, state: TrainState) -> None:
         """Logs the step at which a run resumes, why the worker group was restarted, and an unsuitable precision."""
         self._skipped_steps = float(state.skipped[1])
+        if state.step and self.worker.is_main:
+            self._validations = metrics_below(self.run, "validation/")
         if state.step or self.worker.reason:
             workers = self.worker.world_size
             plural = "s" if workers > 1 else ""
@@ -84,6 +89,14 @@ class RunLog:
         if self.worker.is_main:
             _print_means(f"[{state.stage}] step {state.step} validation", sets, metrics)
             self._metrics(state.step, {f"validation/{name}": mean for name, mean in metrics.items()})
+            self._validations[state.step] = dict(metrics)
+            axes = axes_of(self.config)
+            if state.stage == "gan" and axes is not None:
+                best = state.best[0].step if state.best else None
+                figure = perception_distortion_figure(
+                    self._validations, axes, self.config.psnr.steps, best, state.bicubic
+                )
+                self._records.append(ImageRecord(state.step, _now_ms(), KEY, figure))
 
     def images(self, step: int, images: Mapping[str, Image]) -> None:
         """Records validation images."""
