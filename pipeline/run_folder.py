@@ -180,6 +180,8 @@ class CandidateDescription:
     """Whether there is an input example."""
     initial: dict[str, str] = field(default_factory=dict)
     """Origin of the initial weights, as in the model card."""
+    bicubic: dict[str, float] = field(default_factory=dict)
+    """Validation metrics of bicubic upscaling."""
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from evaluation_helpers import job, user_error, write_generator
 from tracking_helpers import DATA, new_database, open_small, small_generator
 
 from pipeline.storage import Storage
+from pipeline.tracking.card_parts import license_note
 from pipeline.tracking.config import TrackingConfig
-from pipeline.tracking.logged_model import ModelCard, license_note
+from pipeline.tracking.logged_model import ModelCard
 from pipeline.tracking.registry import register_generator
 
 CARD = ModelCard(
@@ -50,7 +51,7 @@ def test_the_entry_describes_the_exported_file(tmp_path: Path, uri: str, suffix:
     entry = json.loads(entry_file.read_text())
     description = entry.pop("description")
     assert description == description.strip()
-    assert "| psnr_y | 30.0000 |" in description
+    assert "| held out | **this model** | 30.00 |" in description
     assert "CC0-1.0" in description
     assert "mlflow" not in description
     day = entry.pop("date")

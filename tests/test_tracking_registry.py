@@ -25,9 +25,10 @@ from pipeline.errors import UserError
 from pipeline.model import generator_sha256, load_generator, save_generator
 from pipeline.storage import Storage
 from pipeline.tracking import logged_model, registry
+from pipeline.tracking.card_parts import license_note, measured
 from pipeline.tracking.config import TrackingConfig
 from pipeline.tracking.connection import CONNECT_LIMITS
-from pipeline.tracking.logged_model import ModelCard, input_example, license_note
+from pipeline.tracking.logged_model import ModelCard, input_example
 from pipeline.tracking.lookup import pull_generator
 from pipeline.tracking.registry import (
     UPLOAD_LIMITS,
@@ -358,7 +359,13 @@ def test_the_card_contains_the_generators_origin(tracked, config, tmp_path) -> N
     )
     folder = pull_generator(f"models:/{config.model_name}/1", tracked.uri).parent.parent
     text = (folder / "README.md").read_text()
-    for part in ("CC0 images", DATA, "| psnr_y | 30.0000 |", tracked.run_id, "(image-0.png)"):
+    for part in (
+        "CC0 images",
+        DATA,
+        "| held out | **this model** | 30.00 |",
+        tracked.run_id,
+        "(image-0.png)",
+    ):
         assert part in text
     assert (folder / "image-0.png").is_file()
     assert (folder / "config.yaml").read_text() == "seed: 3\nuri: http://***@host\n"
@@ -370,6 +377,20 @@ def test_the_card_contains_the_generators_origin(tracked, config, tmp_path) -> N
     assert "- bicubic, stage 1, stage 2: `image-0.png`" in version.description
     example = json.loads((folder / "serving_input_example.json").read_text())
     assert np.asarray(example["inputs"]).shape == (1, 24, 32, 3)
+
+
+def test_the_card_shows_both_kinds_of_metrics_and_what_chose_the_checkpoint() -> None:
+    metrics = {"psnr_y": 21.0, "lpips": 0.3, "Set14/psnr_y": 23.25, "Set14/lpips": 0.25}
+    text = measured(metrics, {"Set14/psnr_y": 22.0, "Set14/lpips": 0.5}, "Set14/lpips")
+    assert text.startswith(
+        "| images | upscaled by | PSNR (Y), dB ↑ | LPIPS ↓ |\n"
+        "| --- | --- | --- | --- |\n"
+        "| held out | **this model** | 21.00 | 0.3000 |\n"
+        "| Set14 | bicubic | 22.00 | 0.5000 |\n"
+        "| Set14 | **this model** | 23.25 | 0.2500 |\n"
+    )
+    assert text.endswith("this one was chosen by LPIPS on Set14.")
+    assert measured({}, {}, "psnr_y").startswith("It was not validated")
 
 
 def test_a_license_note_quotes_the_text_that_came_with_the_images() -> None:

@@ -11,6 +11,7 @@ from tiny import fields, flags, train, write_sets
 
 from pipeline.config import load_config
 from pipeline.errors import UserError
+from pipeline.metrics import METRICS
 from pipeline.model import generator_sha256
 from pipeline.run_folder import TrainingResult
 from pipeline.storage import Storage
@@ -173,11 +174,14 @@ def test_the_best_checkpoint_by_the_chosen_metric_is_kept_and_registered(
     assert result.metrics == stage_two[best]
     assert result.final_metrics == stage_two[28]
     weights = checkpoints.read(run, checkpoints.CheckpointName(best, "gan")).ema
-    tags = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db").get_model_version(
-        "esrgan-x4", str(result.model_version)
-    ).tags  # fmt: skip
-    assert tags["esrgan.generator_sha256"] == generator_sha256(weights)
-    assert tags["esrgan.selected_by"] == metric
+    client = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db")
+    version = client.get_model_version("esrgan-x4", str(result.model_version))
+    assert version.tags["esrgan.generator_sha256"] == generator_sha256(weights)
+    assert version.tags["esrgan.selected_by"] == metric
+    description = version.description
+    assert "| images | upscaled by | PSNR (Y), dB ↑ | feature distance ↓ |" in description
+    assert "| held out | bicubic | " in description
+    assert f"chosen by {METRICS[metric].label} on the held-out images" in description
 
 
 @pytest.mark.slow

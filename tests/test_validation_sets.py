@@ -130,7 +130,7 @@ def test_an_image_too_small_for_a_metric_is_refused_in_the_driver(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_image(tmp_path / "set" / "a.png", 40, 40)
-    monkeypatch.setattr(MetricSet, "least_px", 48)
+    monkeypatch.setattr(MetricSet, "_least_px", lambda self, name: 48)
     config = load(tmp_path, **{"validation.sets": {"Set5": str(tmp_path / "set")}})
     with pytest.raises(UserError, match=r"Set5: .*/a\.png: 40 x 40 pixels are too few for psnr_y"):
         find_sets(config)

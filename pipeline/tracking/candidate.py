@@ -57,6 +57,7 @@ class Candidate:
             images=list(self.card.images),
             example=self.card.example is not None,
             initial=dict(self.card.initial),
+            bicubic=dict(self.card.bicubic),
         )
         CANDIDATE.write(run, description)
 
@@ -75,14 +76,15 @@ class Candidate:
         except (FileNotFoundError, ValueError) as error:
             raise UserError(f"{run.path(CANDIDATE_FOLDER)}: corrupt ({error}); {CANDIDATE.remedy}") from None
         card = ModelCard(
-            saved.config_text,
-            saved.data_sha256,
-            saved.data,
-            saved.license,
-            images,
-            example,
-            saved.metric,
-            saved.initial,
+            config_text=saved.config_text,
+            data_sha256=saved.data_sha256,
+            data=saved.data,
+            license=saved.license,
+            images=images,
+            example=example,
+            selected_by=saved.metric,
+            initial=saved.initial,
+            bicubic=saved.bicubic,
         )
         return Candidate(saved.model_name, saved.generator, tuple(saved.earlier), saved.evaluation_set, card)
 

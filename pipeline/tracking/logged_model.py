@@ -19,6 +19,7 @@ from PIL import Image
 from pipeline.errors import without_secrets
 from pipeline.model import RRDBNet, generator_sha256, load_generator, rrdbnet
 from pipeline.model.export import export_onnx
+from pipeline.tracking.card_parts import NO_LICENSE, measured, set_of
 from pipeline.tracking.run import TrackedRun
 from pipeline.tracking.upload import DIGEST_CHARACTERS
 
@@ -34,9 +35,7 @@ WEIGHTS = "generator.safetensors"
 SHA_TAG, SET_TAG = "esrgan.generator_sha256", "esrgan.evaluation_set"
 SPEED_PX = 64
 EXAMPLE_PX = (24, 32)  # smaller than the input in a validation image
-LICENSE_CHARACTERS = 1500
 IMAGE_CAPTION = "From left to right: input, bicubic, the result of each stage, original."
-NO_LICENSE = "Not stated. Whether weights may be redistributed depends on the training images."
 INITIAL_LICENSE = "\n\nTraining started from other weights (see Origin); their license applies as well."
 
 
@@ -60,6 +59,8 @@ class ModelCard:
     """The metric that chose the generator among the run's checkpoints, such as psnr_y or Set14/lpips."""
     initial: Mapping[str, str] = field(default_factory=dict)
     """Source and digest of the weights that training started from; empty: random."""
+    bicubic: Mapping[str, float] = field(default_factory=dict)
+    """The validation metrics of bicubic upscaling, for comparison."""
 
 
 @dataclass(frozen=True)
@@ -163,18 +164,13 @@ def log_model(
             model.creation_timestamp,
             step,
             model_id=model.model_id,
-            **(data if _set_of(key) == _set_of(card.selected_by) else on_other_sets),
+            **(data if set_of(key) == set_of(card.selected_by) else on_other_sets),
         )
         for key, value in metrics.items()
     ]
     if points:
         client.log_batch(tracked.run_id, metrics=points)
     return LoggedGenerator(client.finalize_logged_model(model.model_id, "READY"), sha256, description)
-
-
-def _set_of(key: str) -> str:
-    """The set in a metric's name: `Set14` of `Set14/lpips`; empty for the held-out images."""
-    return key.rpartition("/")[0]
 
 
 def write_model(
@@ -251,9 +247,7 @@ def card_text(
 ESRGAN generator (RRDBNet) for x{generator.scale} super-resolution: uint8 RGB in, uint8 RGB out.
 {_data_line(card, origin)}
 
-{_metric_table(metrics)}
-
-Measured on held-out images of the training data set below; `bicubic` is MATLAB's bicubic on the same images.
+{measured(metrics, card.bicubic, card.selected_by)}
 
 | | |
 |---|---|
@@ -294,18 +288,6 @@ def _data_line(card: ModelCard, origin: Mapping[str, object]) -> str:
     return f"Trained {data}; weights of step {origin['step']}, the best by {card.selected_by}."
 
 
-def _metric_table(metrics: Mapping[str, float]) -> str:
-    """Metrics, next to bicubic's where a validation has measured them as `bicubic_NAME`."""
-    prefix = "bicubic_"
-    rows = []
-    for key, value in metrics.items():
-        if key.startswith(prefix) and key.removeprefix(prefix) in metrics:
-            continue
-        bicubic = metrics.get(prefix + key)
-        rows.append(f"| {key} | {value:.4f} | {'' if bicubic is None else f'{bicubic:.4f}'} |")
-    return "\n".join(["| metric | value | bicubic |", "|---|---|---|", *rows])
-
-
 def _speed(generator: RRDBNet) -> str:
     """Time for a megapixel of output on this machine's CPU, measured once on a small image."""
     lr = np.zeros((SPEED_PX, SPEED_PX, 3), np.uint8)
@@ -329,26 +311,6 @@ def input_example(strip: np.ndarray, scale: int) -> np.ndarray:
     """
     height, width = EXAMPLE_PX
     return np.ascontiguousarray(strip[: height * scale : scale, : width * scale : scale])
-
-
-def license_note(licenses: Mapping[str, str | None]) -> str:
-    """The card's note on licenses.
-
-    Args:
-        licenses: subset of the images (`train`, `held_out`) to the text that came with them, from the manifest.
-    """
-    subsets: dict[str, list[str]] = {}
-    for name, text in licenses.items():
-        if text and text.strip():
-            subsets.setdefault(text.strip(), []).append(name)
-    if not subsets:
-        return NO_LICENSE
-    notes = []
-    for text, names in subsets.items():
-        shown = text if len(text) <= LICENSE_CHARACTERS else text[:LICENSE_CHARACTERS] + " ..."
-        quoted = "\n".join(f"    {line}" for line in shown.splitlines())
-        notes.append(f"Images ({', '.join(names)}):\n\n{quoted}")
-    return "Whether weights may be redistributed depends on the training images.\n\n" + "\n\n".join(notes)
 
 
 def architecture(generator: RRDBNet) -> dict[str, object]:

@@ -11,7 +11,8 @@ from pipeline.model.weights import generator_sha256
 from pipeline.run_folder import IDENTITY, RESULT, TrainingResult
 from pipeline.storage import Storage
 from pipeline.tracking.candidate import Candidate, register_candidate, trained_generator
-from pipeline.tracking.logged_model import ModelCard, input_example, license_note
+from pipeline.tracking.card_parts import license_note
+from pipeline.tracking.logged_model import ModelCard, input_example
 from pipeline.tracking.run import TrackedRun
 from pipeline.tracking.spool import images_at
 from pipeline.training import checkpoint as checkpoints
@@ -139,6 +140,7 @@ def _candidate(
             initial=_initial_facts(run),
             example=next((input_example(strip, config.data.scale) for strip in images.values()), None),
             selected_by=select_key(config, chosen.name.stage),
+            bicubic=chosen.scalars.get("bicubic", {}),
         ),
     )
 
