@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from pipeline.training.config import TrainConfig
 from pipeline.training.loop import train
 from pipeline.training.validation_sets import ValidationSet
 from pipeline.training.worker import Worker
+from pipeline.training.worker_check import prepare_worker
 
 
 def load(folder: Path, **changes: object) -> TrainConfig:
@@ -134,3 +136,16 @@ def test_held_out_images_too_small_for_a_metric_are_found_before_the_first_step(
     sets = [ValidationSet("held_out", [HeldOutPhoto("small.png", hr, hr[::4, ::4])])]
     with pytest.raises(UserError, match=r"small\.png: 40 x 16 pixels are too few for ssim_y"):
         train(config, Worker(device=torch.device("cpu")), run, NoFeed(), sets)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("use_gpu", "needed"), [(True, 2**30), (False, 2**26)])
+def test_several_workers_need_shared_memory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, use_gpu: bool, needed: int
+) -> None:
+    monkeypatch.setattr("pipeline.training.worker_check.require_gpu", lambda *words: None)
+    free = SimpleNamespace(free=needed - 1)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: free)
+    assert "enlarge it" in prepare_worker(use_gpu, True, str(tmp_path), None)
+    assert prepare_worker(use_gpu, False, str(tmp_path), None) == ""
+    free.free = needed
+    assert prepare_worker(use_gpu, True, str(tmp_path), None) == ""

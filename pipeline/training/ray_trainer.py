@@ -2,7 +2,6 @@
 
 import logging
 import os
-import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,14 +16,11 @@ from pydantic import TypeAdapter
 from ray.train.v2.api.callback import UserCallback
 
 from pipeline.data.feed.ray_feed import FeedDataConfig
-from pipeline.data.format.local_copy import local_copy
 from pipeline.errors import UserError
-from pipeline.model.device import require_gpu
 from pipeline.run_folder import REFUSAL, Fault, FaultKind, Refusal
 from pipeline.storage import Storage
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training import faults
-from pipeline.training.checks import require_shared_memory
 from pipeline.training.config import TrainConfig
 from pipeline.training.loop import train
 from pipeline.training.ray_compat import (
@@ -39,12 +35,12 @@ from pipeline.training.restart_policy import Decision, RestartPolicy
 from pipeline.training.stopping import end_save_request, save_requested, stop_requested
 from pipeline.training.validation_sets import SetFiles, open_sets
 from pipeline.training.worker import Worker
+from pipeline.training.worker_check import prepare_worker
 
 ELASTIC_START_S = 30.0
 RESIZE_S = 10.0
 MIN_HUNG_S = 30.0
 _SETS = TypeAdapter(list[SetFiles])
-NCCL_HEARTBEAT_S = 60
 
 
 def fit(
@@ -123,7 +119,7 @@ def _trainer(
             backend="nccl" if config.use_gpu else "gloo",
             timeout_s=round(config.faults.collective_timeout_s),
             prepare_worker=partial(
-                _prepare_worker, config.use_gpu, high > 1, config.data.root, config.data.local_cache
+                prepare_worker, config.use_gpu, high > 1, config.data.root, config.data.local_cache
             ),
             refuse=partial(_refuse, run.uri),
         ),
@@ -191,25 +187,6 @@ def _refuse(run: str, reason: str) -> None:
     """Ends the run: a restart cannot help, and the driver raises the reason. Raises Refused."""
     REFUSAL.write(Storage(run), Refusal(reason))
     raise faults.Refused(reason)
-
-
-def _prepare_worker(use_gpu: bool, several: bool, root: str, local_cache: str | None) -> str:
-    """Checks this worker's machine before it joins the process group; returns what is missing.
-
-    The copy of the data set takes minutes: in the group, others would wait for it in a collective.
-    """
-    # A collective that timed out ends the process; without these the watchdog first collects state for minutes.
-    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
-    os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(NCCL_HEARTBEAT_S))
-    try:
-        if several:
-            require_shared_memory(use_gpu)
-        if use_gpu:
-            require_gpu(f"use_gpu=true, {platform.node()}", "set use_gpu=false")
-        local_copy(root, local_cache)
-    except UserError as error:
-        return str(error)
-    return ""
 
 
 def _await_resize(config: TrainConfig, run: Storage) -> None:
