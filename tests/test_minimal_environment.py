@@ -30,7 +30,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def test_the_packages_are_blocked(tmp_path: Path) -> None:
-    assert {"ray", "mlflow", "psutil", "matplotlib", "tqdm", "jinja2"} <= set(blocked_modules())
+    assert {"ray", "mlflow", "psutil", "skimage", "matplotlib", "tqdm", "jinja2"} <= set(blocked_modules())
     script = tmp_path / "script.py"
     script.write_text("import ray\n")
     assert "ModuleNotFoundError" in run_minimal(str(script), folder=tmp_path).stderr
