@@ -4,7 +4,7 @@
     python benchmarks/gpu_step.py --device cpu --tiny --out OUT      tries the script
 
 Writes OUT/step.json. Also: share of time that the GPU is idle within a step, kernels per step, host synchronizations,
-agreement of graph and eager steps, and the network alone on an image of 480 x 640 (traiNNer-redux: 4.66 images/s on an
+agreement of graph and eager steps, and the network alone on an image of 480 x 640 (`traiNNer-redux`: 4.66 images/s on an
 RTX 4090 in fp16).
 """
 
@@ -104,7 +104,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def steps(options: argparse.Namespace, say: Callable[..., None]) -> None:
+def steps(options: argparse.Namespace, report: Callable[..., None]) -> None:
     """Both stages: BasicSR's sequence in TF32, this project's step in three forms."""
     device = torch.device(options.device)
     plan = [
@@ -129,9 +129,9 @@ def steps(options: argparse.Namespace, say: Callable[..., None]) -> None:
                 if who == "ours" and graph == "auto" and precision == "bf16":
                     row |= profiled(step, Path(options.out) / f"profile_{stage}.txt")
                     row["host_synchronizations"] = waits(step)
-            say(name, **row)
+            report(name, **row)
         except Exception:  # noqa: BLE001 - the other rows are still measured
-            say(name, error=traceback.format_exc()[-600:])
+            report(name, error=traceback.format_exc()[-600:])
         bench = step = None  # type: ignore[assignment]
         gc.collect()
         if device.type == "cuda":
@@ -174,7 +174,7 @@ def waits(step: Callable[[], object]) -> int:
     return 0
 
 
-def inference(options: argparse.Namespace, say: Callable[..., None]) -> None:
+def inference(options: argparse.Namespace, report: Callable[..., None]) -> None:
     """The network alone on 480 x 640 pixels."""
     device = torch.device(options.device)
     sizes = {"num_block": 1, "num_feat": 16, "num_grow_ch": 16} if options.tiny else {}
@@ -185,7 +185,7 @@ def inference(options: argparse.Namespace, say: Callable[..., None]) -> None:
         image = torch.rand(1, 3, height, width, device=device).to(dtype, memory_format=torch.channels_last)
         with torch.inference_mode():
             row = timed(lambda network=network, image=image: network(image), device, 1)  # type: ignore[misc]
-        say(f"inference, {dtype}", images_per_s=1e3 / row["ms"], **row)
+        report(f"inference, {dtype}", images_per_s=1e3 / row["ms"], **row)
 
 
 def main() -> None:
@@ -200,14 +200,14 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"machine": machine(options.device)}
 
-    def say(name: str, **values: Any) -> None:
+    def report(name: str, **values: Any) -> None:
         results[name] = values
         shown = {key: round(value, 4) if isinstance(value, float) else value for key, value in values.items()}
         print(f"{name}: {shown}", flush=True)
         (options.out / "step.json").write_text(json.dumps(results, indent=2) + "\n")
 
-    steps(options, say)
-    inference(options, say)
+    steps(options, report)
+    inference(options, report)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ EXPORT = "export_model --model g.safetensors --output out.pth"
 # Command and a text of its error; paths are relative to `folder`.
 CASES = [
     # Flags that do not exist, lack a value, or have a wrong one.
-    (f"{UPSCALE} --titel 3", "did you mean --tile?"),
+    (f"{UPSCALE} --tlie 3", "did you mean --tile?"),
     (f"{EVALUATE} --bordr 3", "did you mean --border?"),
     (f"{EXPORT} --outputs x", "did you mean --output?"),
     (f"{TRAIN} --gan.stepz 3", "--gan.stepz"),
