@@ -4,8 +4,8 @@
     python benchmarks/gpu_step.py --device cpu --tiny --out OUT      tries the script
 
 Writes OUT/step.json. Also: share of time that the GPU is idle within a step, kernels per step, host synchronizations,
-agreement of graph and eager steps, and the network alone on an image of 480 x 640 (`traiNNer-redux`: 4.66 images/s on an
-RTX 4090 in fp16).
+agreement of graph and eager steps, and the network alone on an image of 480 x 640 (`traiNNer-redux`: 4.66 images/s on
+an RTX 4090 in fp16).
 """
 
 import argparse
