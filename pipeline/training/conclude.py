@@ -50,6 +50,7 @@ def conclude(
             registered = register_candidate(run, tracked, candidate)
             version = registered.version
             print(f"registered {registered.name} version {version}: {registered.reason}", flush=True)
+            print(_against_bicubic(chosen, candidate.card.selected_by), end="", flush=True)
         except UserError as error:
             if config.tracking.enabled:
                 print(f"{error}; no data was lost; {send_later(run)}", flush=True)
@@ -97,6 +98,14 @@ def _best(
                 flush=True,
             )
     return final
+
+
+def _against_bicubic(chosen: checkpoints.Checkpoint, metric: str) -> str:
+    """A line with the deciding metric and bicubic's; empty without a validation."""
+    value, bicubic = chosen.scalars["metrics"].get(metric), chosen.scalars.get("bicubic", {}).get(metric)
+    if value is None or bicubic is None:
+        return ""
+    return f"{metric} {value:.4f}, bicubic {bicubic:.4f}\n"
 
 
 def _candidate(
