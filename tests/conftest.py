@@ -19,6 +19,11 @@ os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="er-config-")
 atexit.register(shutil.rmtree, os.environ["XDG_CONFIG_HOME"], ignore_errors=True)
 
 
+@pytest.fixture(autouse=True)
+def _no_store_of_another_test() -> None:
+    shutil.rmtree(os.environ["XDG_CONFIG_HOME"] + "/esrgan-ray", ignore_errors=True)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Fast tests first, then those that start Ray, then the slow ones."""
     items.sort(
