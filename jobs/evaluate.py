@@ -1,13 +1,15 @@
 """Computes PSNR and SSIM of models on images, as the papers do, and writes an HTML report."""
 
 from pipeline import command
-from pipeline.evaluation.config import EvaluateConfig
-from pipeline.evaluation.evaluate import run_evaluation
 from pipeline.storage import Storage
 
 
 def main(argv: list[str]) -> None:
     """Loads the configuration, evaluates, prints the result."""
+    command.announce("evaluating models: loading libraries and the models")
+    from pipeline.evaluation.config import EvaluateConfig
+    from pipeline.evaluation.evaluate import run_evaluation
+
     config = command.parse_section("evaluate", EvaluateConfig, argv, __doc__ or "")
     command.require_writable_file(config.json_file, "--json")
     result = run_evaluation(config)

@@ -5,9 +5,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pipeline import command
-from pipeline.config import load_config
-from pipeline.tracking.uri import resolve_uri
-from pipeline.training.run import run_training
 
 DEMO = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
 
@@ -24,6 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str]) -> None:
     """Loads the configuration, trains, prints the result."""
+    command.announce("training: loading libraries and the configuration")
+    from pipeline.config import load_config
+    from pipeline.tracking.uri import resolve_uri
+    from pipeline.training.run import run_training
+
     config, options = load_config(
         argv, description=__doc__ or "", default_file=DEMO, add_arguments=add_arguments
     )

@@ -4,13 +4,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pipeline import command
-from pipeline.config import load_config
 
 DEMO = Path(__file__).resolve().parent.parent / "configs" / "tune_demo.yaml"
 
 
 def main(argv: list[str]) -> None:
     """Loads the configuration, runs the sweep, prints each trial's last validation and the best trial."""
+    command.announce("sweep: loading libraries and the configuration")
+    from pipeline.config import load_config
+
     config, options = load_config(
         argv,
         description=__doc__ or "",

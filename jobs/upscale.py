@@ -4,8 +4,6 @@ import sys
 from dataclasses import asdict
 
 from pipeline import command
-from pipeline.evaluation.config import UpscaleConfig
-from pipeline.evaluation.upscaling import upscale_images
 from pipeline.storage import Storage
 
 EXIT_SOME_FAILED = 1
@@ -13,6 +11,10 @@ EXIT_SOME_FAILED = 1
 
 def main(argv: list[str]) -> int:
     """Loads the configuration, upscales, prints the result. Returns 1 if an image failed."""
+    command.announce("upscaling images: loading libraries and the model")
+    from pipeline.evaluation.config import UpscaleConfig
+    from pipeline.evaluation.upscaling import upscale_images
+
     config = command.parse_section("upscale", UpscaleConfig, argv, __doc__ or "")
     command.require_writable_file(config.json_file, "--json")
     result = upscale_images(config)

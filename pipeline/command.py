@@ -53,6 +53,11 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     sys.exit(code or 0)
 
 
+def announce(text: str) -> None:
+    """Prints what a command does, before it imports torch and others, which takes seconds."""
+    print(text, flush=True)
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse whose errors are one line."""
 
