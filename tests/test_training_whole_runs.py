@@ -12,18 +12,21 @@ import pytest
 import tiny
 import torch
 from gloo import run_workers
+from metrics_helpers import random_backbone, write_backbone
 from s3 import s3_bucket
 from tiny import write_photos, write_sets
+from torchvision.models import alexnet, vgg16
 from tracking_helpers import new_database
 
 from pipeline.data import HeldOutPhoto, read_held_out
 from pipeline.imaging import bicubic_upscale, matlab_bicubic_downscale, psnr, ssim, upscale
-from pipeline.metrics import FIDELITY, MetricSet
+from pipeline.metrics import METRICS, MetricSet, weights
 from pipeline.model import RRDBNet, load_generator, seeded
 from pipeline.storage import Storage
 from pipeline.tracking.spool import Metrics, read_segment, segment_steps
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training.validation import validate
+from pipeline.training.validation_sets import ValidationSet
 
 pytestmark = pytest.mark.slow
 
@@ -32,28 +35,33 @@ def held_out_images(count: int) -> list[HeldOutPhoto]:
     images = []
     for index in range(count):
         draws = np.random.default_rng(index)
-        hr = draws.integers(0, 256, (32 + 4 * index, 40, 3), dtype=np.uint8)
+        hr = draws.integers(0, 256, (40 + 4 * index, 40, 3), dtype=np.uint8)
         images.append(HeldOutPhoto(f"image{index}.png", hr, matlab_bicubic_downscale(hr)))
     return images
 
 
-def validation(rank: int, world_size: int) -> dict[str, float]:
-    """Metrics of a small network on five images of different sizes."""
+def validation(rank: int, world_size: int, folder: str, files: dict[str, str]) -> dict[str, float]:
+    """All metrics of a small network on five images of different sizes."""
+    weights.BACKBONES.update(files)
     network = seeded(3, lambda: RRDBNet(8, 1, 4)).eval()
-    return validate(network, held_out_images(5), MetricSet([*FIDELITY, "feature_distance", "color_drift"]))
+    return validate(
+        network, [ValidationSet("held_out", held_out_images(5))], MetricSet(list(METRICS), folder=folder)
+    )
 
 
-def test_validation_is_equal_for_one_and_two_workers() -> None:
-    (alone,) = run_workers(1, validation)
-    first, second = run_workers(2, validation)
+def test_validation_is_equal_for_one_and_two_workers(tmp_path: Path) -> None:
+    networks = {"lpips": alexnet, "dists": vgg16}
+    files = {name: write_backbone(tmp_path, name, random_backbone(make)) for name, make in networks.items()}
+    names = {name: path.name for name, path in files.items()}
+    (alone,) = run_workers(1, validation, str(tmp_path), names)
+    first, second = run_workers(2, validation, str(tmp_path), names)
     assert first == second == alone
-    drifts = {f"color_drift{suffix}" for suffix in ("", "_r", "_g", "_b")}
-    assert set(alone) == {*FIDELITY, "feature_distance"} | drifts
+    assert set(alone) == METRICS.keys() | {"color_drift_r", "color_drift_g", "color_drift_b"}
 
 
 def test_validation_is_the_mean_over_images_of_each_metric() -> None:
     network, images = seeded(3, lambda: RRDBNet(8, 1, 4)).eval(), held_out_images(3)
-    means = validate(network, images, MetricSet(["ssim_y", "psnr_rgb"]))
+    means = validate(network, [ValidationSet("held_out", images)], MetricSet(["ssim_y", "psnr_rgb"]))
     results = [upscale(network, image.lr) for image in images]
     pairs = [(sr, image.hr) for sr, image in zip(results, images, strict=True)]
     assert means["psnr_rgb"] == pytest.approx(np.mean([psnr(*pair, 4, "rgb") for pair in pairs]), abs=1e-10)
@@ -69,7 +77,7 @@ def test_a_perfect_image_counts_as_100_db() -> None:
 
     flat = np.full((32, 32, 3), 90, np.uint8)
     images = [HeldOutPhoto("flat.png", flat, matlab_bicubic_downscale(flat))]
-    means = validate(Copy(8, 1, 4), images, MetricSet(["psnr_y", "color_drift"]))
+    means = validate(Copy(8, 1, 4), [ValidationSet("held_out", images)], MetricSet(["psnr_y", "color_drift"]))
     assert means["psnr_y"] == 100.0
     assert means["color_drift"] == 0.0
 
