@@ -5,12 +5,12 @@
 #
 # The machine needs torch, torchvision and the packages of tests/minimal.py; WHEELS=FOLDER installs missing ones from a
 # folder of wheels. Each part has a time limit and may fail without ending the visit. PARTS chooses some of:
-# environment tests step checkpoint upscale. DEVICE=cpu TINY=1 tries the script on a machine without a GPU.
+# environment tests step checkpoint upscale validation. DEVICE=cpu TINY=1 tries the script on a machine without a GPU.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 out=${1:?usage: benchmarks/gpu.sh OUT}
 mkdir -p "$out" && out=$(cd "$out" && pwd)
-parts=${PARTS:-environment tests step checkpoint upscale}
+parts=${PARTS:-environment tests step checkpoint upscale validation}
 device=${DEVICE:-cuda}
 tiny=${TINY:+--tiny}
 python=${PYTHON:-python3}
@@ -54,6 +54,7 @@ part tests 240 "$python" -m pytest tests/test_gpu_*.py tests/test_tracking_syste
 part step 300 "$python" benchmarks/gpu_step.py --device "$device" ${tiny:+"$tiny"} --out "$out"
 part checkpoint 60 "$python" benchmarks/checkpoint.py --device "$device" --batch 16
 part upscale 90 "$python" benchmarks/upscale.py --device "$device" ${tiny:+"$tiny"}
+part validation 60 "$python" benchmarks/validation.py --device "$device" ${tiny:+--size 64 80}
 
 echo "== report: $out/report.md ($SECONDS s)"
 exit $failed

@@ -22,7 +22,7 @@ import torchvision
 from turns import cpu_name
 
 from pipeline.data import HeldOutPhoto
-from pipeline.errors import UserError
+from pipeline.errors import UserError, is_installed
 from pipeline.imaging import bicubic_upscale, matlab_bicubic_downscale, psnr, ssim
 from pipeline.metrics import METRICS, MetricSet, weights
 from pipeline.model import RRDBNet
@@ -97,16 +97,17 @@ def main() -> None:
                     metrics.measure(*(each[index : index + 1] for each in (sr, hr, lr)))
 
             print(f"{metric}: {seconds(measure, device) * scale:.1f}", flush=True)
-        reference = seconds(
-            lambda: [
-                function(*pair, 4, channel)
-                for pair in zip(sr, hr, strict=True)
-                for function in (psnr, ssim)
-                for channel in ("y", "rgb")
-            ],
-            device,
-        )
-        print(f"PSNR and SSIM with scikit-image, one thread: {reference * scale:.1f}", flush=True)
+        if is_installed("skimage"):
+            reference = seconds(
+                lambda: [
+                    function(*pair, 4, channel)
+                    for pair in zip(sr, hr, strict=True)
+                    for function in (psnr, ssim)
+                    for channel in ("y", "rgb")
+                ],
+                device,
+            )
+            print(f"PSNR and SSIM with scikit-image, one thread: {reference * scale:.1f}", flush=True)
         sizes = () if device.type == "cuda" else (4, 1, 2)
         network = RRDBNet(*sizes).to(device, memory_format=torch.channels_last).eval()
         together = MetricSet(usable, device, folder=folder)
