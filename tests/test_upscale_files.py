@@ -4,6 +4,7 @@ import io
 import json
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -284,12 +285,12 @@ def test_images_are_read_and_written_while_another_is_upscaled(
     calls = iter(range(len(tasks)))
     upscale_image, read_task, write_work = Model.upscale, Upscaler.read, Upscaler.write
 
-    def upscaled(self: Model, lr: np.ndarray, tile_px: int | None = None) -> np.ndarray:
+    def upscaled(self: Model, lr: np.ndarray, *more: Any) -> np.ndarray:
         number = next(calls)
         # These would never be set if one image were finished before the next.
         assert number + 1 == len(tasks) or read[number + 1].wait(60)
         assert number == 0 or written[number - 1].wait(60)
-        return upscale_image(self, lr, tile_px)
+        return upscale_image(self, lr, *more)
 
     def reading(self: Upscaler, task: Task) -> Work:
         work = read_task(self, task)
