@@ -40,3 +40,7 @@ def require_package(package: str, needed_for: str, instead: str) -> None:
     """
     if not is_installed(package):
         raise UserError(f"{needed_for}: the package {package} is not installed; install it, or {instead}")
+
+
+class StorageFull(UserError):
+    """The storage cannot be written, on a full disk for instance; the same command resumes once it can."""

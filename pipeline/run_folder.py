@@ -97,6 +97,8 @@ class Refusal:
     """Why a worker stopped for good: the message of its UserError, raised again by the driver."""
 
     message: str
+    storage_full: bool = False
+    """Whether storage could not be written: the same command resumes once it can."""
 
 
 @dataclass(frozen=True)
@@ -189,9 +191,23 @@ class SweepIdentity:
     """What must be equal when a sweep is resumed."""
 
     fields: dict[str, Any]
-    """The search space, the metric, and the configuration fields that decide what a trial learns."""
+    """The search space, the objectives, and the fields that decide what a trial learns and is measured on."""
+    manifest_sha256: str = ""
+    """Digest of the data set's manifest."""
     initial: dict[str, InitialWeights] = field(default_factory=dict, compare=False)
     """Initial weights of the trials, if given; `fields` has their digests."""
+
+
+@dataclass(frozen=True)
+class TrialPlan:
+    """What a trial is to train."""
+
+    number: int
+    """Trials are numbered in the order in which they were proposed."""
+    values: dict[str, Any]
+    """The searched fields; a repetition also has its seed."""
+    repeats: str = ""
+    """Name of the trial that this one repeats with another seed."""
 
 
 @dataclass(frozen=True)
@@ -206,11 +222,18 @@ class TrialOutcome:
     status: str
     """finished, stopped (early, by the scheduler) or failed."""
     step: int
-    """Step of `metrics`: the final step, or the last validation before the trial was stopped."""
+    """Step of `metrics`: the one that tune.value chooses, or the last validation before the trial ended."""
     metrics: dict[str, float]
-    """The last validation of the EMA weights."""
+    """Validation of the EMA weights at `step`; the mean of several with tune.value=mean."""
     reason: str = ""
-    """Why it failed."""
+    """Why it was stopped or failed."""
+    number: int = 0
+    repeats: str = ""
+    """Name of the trial that this one repeats with another seed."""
+    seconds: float = 0.0
+    """Wall-clock time of its last attempt."""
+    retry: bool = False
+    """Whether the reason lies outside the trial (a lost process, a full disk): the next submission resumes it."""
 
 
 IDENTITY: JsonFile[RunIdentity] = JsonFile(
@@ -246,8 +269,8 @@ CANDIDATE: JsonFile[CandidateDescription] = JsonFile(
 SWEEP: JsonFile[SweepIdentity] = JsonFile(
     "sweep.json", SweepIdentity, "Sweep identity.", "restore it or choose another tune.name"
 )
-TRIAL_VALUES: JsonFile[dict[str, Any]] = JsonFile(
-    "trials/{name}/values.json", dict[str, Any], "A trial's searched fields, written when it starts."
+TRIAL_PLAN: JsonFile[TrialPlan] = JsonFile(
+    "trials/{name}/trial.json", TrialPlan, "A trial's searched fields, written when it is proposed."
 )
 OUTCOME: JsonFile[TrialOutcome] = JsonFile(
     "outcomes/{name}.json", TrialOutcome, "One for each trial that ended.", "remove it to run the trial again"
@@ -255,7 +278,7 @@ OUTCOME: JsonFile[TrialOutcome] = JsonFile(
 
 JSON_FILES: tuple[JsonFile[Any], ...] = (
     IDENTITY, RESULT, FAULTS, GROUP, REFUSAL, CHECKPOINT_MANIFEST, CHECKPOINT_STATE, MLFLOW_RUN, SENT, CANDIDATE,
-    SWEEP, TRIAL_VALUES, OUTCOME,
+    SWEEP, TRIAL_PLAN, OUTCOME,
 )  # fmt: skip
 OTHER_FILES = {
     "config.yaml": "The whole configuration of the latest submission, without secrets.",
@@ -269,7 +292,12 @@ OTHER_FILES = {
     "tracking/{step}/*.png": "The segment's images.",
     "tracking/candidate/*.png": "Images of the model card.",
     "ray/": "Ray Train's own files; nothing is read from them.",
-    "tradeoff.png": "A sweep's figure.",
+    "log.txt": "What a trial printed.",
+    "stage1/": "A sweep's runs of stage 1, each shared by the trials that differ in stage 2 only.",
+    "tradeoff.png": "A sweep's figure: every searched field against every metric.",
+    "report.html": "A sweep's report.",
+    "best.yaml": "The best trial's values, as a configuration for `train_gan.py`.",
+    "study.db": "A copy of a sweep's trials for optuna-dashboard; nothing is read from it.",
 }
 
 

@@ -13,6 +13,8 @@ RENAMED = {
     "data.licence": "data.license",
     "data.max_damaged_share": "data.max_corrupt_share",
     "data.patch_step_px": "data.patch_stride_px",
+    "tune.metric": "tune.metrics (a list)",
+    "tune.mode": "tune.modes (a list)",
     "tracking.if_away": "tracking.if_unreachable",
     "tracking.metric": "gan.select_by (psnr.select_by for stage 1)",
 }

@@ -35,7 +35,7 @@ LAYERS = {
     "tracking": "errors section storage json_file run_folder model metrics",
     "training": "errors section storage json_file run_folder imaging model metrics tracking " + DATA,
     # On top of training.
-    "tuning": "errors section storage json_file run_folder data metrics tracking training",
+    "tuning": "errors section storage json_file run_folder imaging model metrics data tracking training",
     "evaluation": "errors section progress storage json_file run_folder imaging model metrics tracking training "
     + DATA,
     # Used by jobs/ only.

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.run_folder import FAULTS, IDENTITY, RESULT, TRIAL_VALUES, Fault, RunIdentity, page
+from pipeline.run_folder import FAULTS, IDENTITY, RESULT, TRIAL_PLAN, Fault, RunIdentity, TrialPlan, page
 from pipeline.storage import Storage
 
 
@@ -35,9 +35,10 @@ def test_a_corrupt_file_without_a_remedy_is_ignored(tmp_path: Path, caplog: pyte
 
 def test_a_path_with_a_field_is_filled_in(tmp_path: Path) -> None:
     sweep = Storage(str(tmp_path))
-    TRIAL_VALUES.at(name="trial-1").write(sweep, {"gan.steps": 3})
-    assert (tmp_path / "trials" / "trial-1" / "values.json").is_file()
-    assert TRIAL_VALUES.at(name="trial-1").read(sweep) == {"gan.steps": 3}
+    plan = TrialPlan(0, {"gan.steps": 3})
+    TRIAL_PLAN.at(name="trial-1").write(sweep, plan)
+    assert (tmp_path / "trials" / "trial-1" / "trial.json").is_file()
+    assert TRIAL_PLAN.at(name="trial-1").read(sweep) == plan
 
 
 def test_a_later_version_may_add_fields(tmp_path: Path) -> None:

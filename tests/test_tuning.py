@@ -1,4 +1,4 @@
-"""Sweeps: each trial is a Ray Train run below one parent run in MLflow; killed and resumed; stopped early."""
+"""Sweeps on Ray Tune: killed and resumed, more trials than CPUs, several workers; what is refused before Ray starts."""
 
 import io
 import json
@@ -12,24 +12,22 @@ import tiny
 from evaluation_helpers import job
 from mlflow import MlflowClient
 from PIL import Image
-from tiny import fields, flags, write_sets
+from tiny import write_sets
+from tuning_helpers import configurations, open_queue, run_all, sweep_fields
 
-from pipeline.config import load_config
 from pipeline.data import prepare
 from pipeline.errors import UserError
-from pipeline.run_folder import TRIAL_VALUES, TrialOutcome
-from pipeline.storage import Storage
-from pipeline.training import checkpoint as checkpoints
-from pipeline.training.config import TrainConfig
+from pipeline.run_folder import IDENTITY, SWEEP, RunIdentity, TrialOutcome
+from pipeline.storage import Storage, only_writer
+from pipeline.training.stopping import request_stop, stop_requested
+from pipeline.tuning import sweep_folder
 from pipeline.tuning.config import TuneConfig
-from pipeline.tuning.figure import tradeoff_figure
-from pipeline.tuning.sweep import SweepResult, run_sweep
-from pipeline.tuning.sweep_folder import claim, keep_outcome, outcomes, unfinished
-
-SPACE = {
-    "gan.adversarial_weight": {"low": 1e-4, "high": 5e-2, "log": True},
-    "model.residual_scale": {"choice": [0.1, 0.2]},
-}
+from pipeline.tuning.figure import as_png, tradeoff_figure
+from pipeline.tuning.ranking import rank
+from pipeline.tuning.ray_tune import Listener, fitting
+from pipeline.tuning.result import SweepResult
+from pipeline.tuning.sweep import run_sweep
+from pipeline.tuning.sweep_folder import outcomes
 
 
 @pytest.fixture(scope="module")
@@ -37,19 +35,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_sets(tmp_path_factory.mktemp("sweep"))
 
 
-def sweep_fields(folder: Path, **changes: Any) -> dict[str, Any]:
-    return fields(
-        folder,
-        **{"workers": 1, "tune.name": "sweep", "tune.trials": 3, "tune.space": SPACE, **changes},
-    )
-
-
 def command(folder: Path, **changes: Any) -> list[str]:
     return tiny.command("tune_gan", folder, sweep_fields(folder, **changes))
 
 
 def environment() -> dict[str, str]:
-    # Without RAY_ADDRESS the command starts a private Ray, with the dashboard that stopped trials need.
+    # Without RAY_ADDRESS the command starts a private Ray.
     kept = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     return {**kept, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
 
@@ -64,27 +55,28 @@ def children(folder: Path, parent: str) -> dict[str, Any]:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_killed_sweep_resumes_and_reports_the_best_trial(folder: Path) -> None:
-    # At this rate PSNR falls between the last two validations, so the last one is not the best.
-    changes = {"gan.learning_rate": 1e-2}
-    tiny.run_until(command(folder, **changes), "(1/3)", environment())
+def test_a_sweep_killed_between_validations_ends_with_the_values_of_an_undisturbed_one(folder: Path) -> None:
+    # The validations are at steps 6 and 12. More trials than CPUs wait; their start has no time-out.
+    changes = {
+        "checkpoint_every_steps": 1, "validate_every_steps": 1000, "tune.max_concurrent": 4, "tune.trials": 4,
+        "faults.worker_start_timeout_s": 1,
+    }  # fmt: skip
+    undisturbed = open_queue(folder, **{"tune.name": "undisturbed", **changes})
+    run_all(undisturbed)
+    tiny.run_until(command(folder, **changes), "(1/4)", environment())
     sweep = Storage(str(folder / "runs" / "sweep"))
     first = outcomes(sweep)
-    assert len(first) == 1
+    assert len(first) < 4
 
     result_file = folder / "result.json"
     again = [*command(folder, **changes), "--json", str(result_file)]
     done = subprocess.run(again, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "resuming sweep sweep: 1 trials have ended" in done.stdout
+    assert "resuming sweep sweep: " in done.stdout
     trials = outcomes(sweep)
-    assert len(trials) == 3
-    assert first[0] in trials
-    assert all((trial.status, trial.step) == ("finished", 12) for trial in trials)
-    for trial in trials:
-        last = checkpoints.newest(sweep / "trials" / trial.run_name)
-        assert last is not None
-        assert (last.scalars["metrics_step"], last.scalars["metrics"]) == (12, trial.metrics)
+    assert {trial.run_name: (trial.status, trial.step, trial.metrics) for trial in trials} == {
+        name: ("finished", 12, trial.metrics) for name, trial in undisturbed.outcomes.items()
+    }
 
     result = json.loads(result_file.read_text())
     assert set(result) >= {"run_id", "trials", "best"}
@@ -101,91 +93,92 @@ def test_a_killed_sweep_resumes_and_reports_the_best_trial(folder: Path) -> None
         assert run.info.status == "FINISHED"
         assert float(run.data.params["model.residual_scale"]) == trial.values["model.residual_scale"]
         assert run.data.metrics["validation/psnr_y"] == pytest.approx(trial.metrics["psnr_y"])
-
-    before = {path: path.stat().st_mtime_ns for path in (folder / "runs/sweep/outcomes").iterdir()}
-    third = subprocess.run(again, env=environment(), capture_output=True, text=True, check=False)
-    assert third.returncode == 0, third.stderr
-    assert "has finished with 3 trials; nothing to do" in third.stdout
-    assert before == {path: path.stat().st_mtime_ns for path in (folder / "runs/sweep/outcomes").iterdir()}
+    parent = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db").get_run(result["run_id"])
+    assert parent.data.tags["esrgan.best_trial"] == best.run_name
+    assert "trial/psnr_y" in parent.data.metrics
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_trial_that_is_killed_between_validations_resumes(folder: Path) -> None:
-    # The only validations are at steps 6 and 306.
-    changes = {
-        "tune.name": "between",
-        "tune.trials": 1,
-        "gan.steps": 300,
-        "checkpoint_every_steps": 10,
-        "validate_every_steps": 1000,
-    }
-    tiny.run_until(command(folder, **changes), "step 25/306", environment())
-    sweep = Storage(str(folder / "runs" / "between"))
-    (trial_name,) = sweep.names("trials")
-    assert 20 <= checkpoints.listed(sweep / "trials" / trial_name)[-1].step < 300
-    again = command(folder, **changes)
-    done = subprocess.run(again, env=environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (trial,) = outcomes(sweep)
-    assert (trial.status, trial.step) == ("finished", 306)
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_asha_stops_weak_trials_and_frees_their_cpus(folder: Path) -> None:
-    changes = {
-        "run_name": "t", "tune.name": "early", "tune.trials": 4, "tune.scheduler": "asha", "tune.grace_steps": 3,
-        "tune.reduction_factor": 2,
-    }  # fmt: skip
-    done = subprocess.run(
-        command(folder, **changes), env=environment(), capture_output=True, text=True, check=False
+def test_trials_with_several_workers_run_on_ray_train(folder: Path, ray_cluster: str, capfd: Any) -> None:
+    config, settings = configurations(
+        folder, **{"tune.name": "workers", "workers": 2, "tune.trials": 1, "tune.max_concurrent": 2}
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    trials = outcomes(Storage(str(folder / "runs" / "early")))
-    assert len(trials) == 4
-    statuses = [trial.status for trial in trials]
-    assert set(statuses) == {"finished", "stopped"}
-    best = max(
-        (trial for trial in trials if trial.status == "finished"), key=lambda trial: trial.metrics["psnr_y"]
-    )
-    assert f"best: {best.run_name}" in done.stdout
+    result = run_sweep(config, settings)
+    assert [(trial.status, trial.step) for trial in result.trials] == [("finished", 12)]
+    assert "tune.max_concurrent=2: 1 at a time" in capfd.readouterr().out
 
 
-def run(values: dict[str, Any]) -> None:
-    config, _ = load_config(flags(values), description="", environment={})
-    run_sweep(config.alone(), config.tune)
+def test_as_many_trials_run_at_a_time_as_fit_into_the_nodes(folder: Path) -> None:
+    nodes = [
+        {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0}},
+        {"Alive": True, "Resources": {"CPU": 3.0}},
+        {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}},
+    ]
+
+    def fits(**changes: Any) -> int:
+        return fitting(configurations(folder, **changes)[0], nodes)
+
+    assert fits(workers=1) == 11
+    assert fits(workers=2) == 5
+    assert fits(workers=2, cpus_per_worker=2) == 2
+    assert fits(workers=1, use_gpu=True) == 2
+    assert fits(workers=[1, 4]) == 11
+
+
+def test_a_sweep_stops_its_trials_when_its_hours_are_over_or_a_stop_is_requested(folder: Path) -> None:
+    for name, hours in (("hours", 1e-9), ("stop", 1e9)):
+        queue = open_queue(folder, **{"tune.name": name, "tune.trials": 1, "tune.max_hours": hours})
+        job = queue.next()
+        assert job is not None
+        listener = Listener(queue, poll_s=0.0)
+        if name == "stop":
+            listener.on_step_end(0, [])
+            assert not queue.stopping
+            request_stop(queue.sweep)
+        listener.on_step_end(0, [])
+        assert queue.stopping
+        assert stop_requested(job.run)
+        assert queue.next() is None
+
+
+def run(folder: Path, **changes: Any) -> None:
+    run_sweep(*configurations(folder, **changes))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"tune.space": {"gan.beauty": {"low": 0.1, "high": 1.0}}}, "gan.beauty"),
-        ({"tune.space": {"gan.pixel_weight": {"low": -1.0, "high": 1.0}}}, "gan.pixel_weight"),
-        ({"tune.space": {"tune.trials": {"low": 1, "high": 2}}}, "tune.space: tune: no such field"),
-        ({"tune.space": {"model.residual_scale": {"choice": ["much"]}}}, "model.residual_scale"),
-        ({"tune.metric": "beauty"}, "tune.metric=beauty"),
-        ({"workers": 0}, "workers=0"),
+        ({"tune.space": {"model.num_block": {"low": 0.5, "high": 2}}}, "give a whole number"),
+        ({"tune.space": {"workers": {"choice": [1, 2]}}}, "workers has no effect"),
+        ({"tune.metrics": ["beauty"]}, "tune.metrics=beauty"),
+        ({"tune.metrics": ["Set5/psnr_y"]}, "tune.metrics=Set5/psnr_y: not measured"),
+        ({"tune.constraints": ["beauty >= 1"]}, "tune.constraints=beauty"),
+        ({"tune.scheduler": "asha", "tune.grace_steps": 6}, "tune.grace_steps=6: no validation"),
+        ({"tune.points": [{"gan.steps": 1}]}, "is not a field of tune.space"),
+        ({"tune.repeats": 1, "tune.space": {"seed": {"choice": [1, 2]}}}, "tune.repeats"),
         ({"data.source": "/no/such/folder", "data.root": "/tmp/nowhere"}, "data.source=/no/such/folder"),
     ],
 )
 def test_invalid_input_is_refused_before_ray_starts(
     folder: Path, changes: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(UserError, match=message):
-        run(sweep_fields(folder, **{"tune.name": "invalid", **changes}))
+    with pytest.raises(UserError, match=message) as caught:
+        run(folder, **{"tune.name": "invalid", **changes})
+    assert "\n" not in str(caught.value)
+    assert not (folder / "runs" / "invalid").exists()
 
 
 @pytest.mark.parametrize("prepared", [False, True])
 def test_a_sweep_without_a_held_out_set_is_refused_before_ray_starts(folder: Path, prepared: bool) -> None:
-    root = folder / f"without-held-out-{prepared}"
-    values = sweep_fields(folder, **{"tune.name": "unmeasured", "data.root": str(root)})
-    del values["data.held_out"]
+    changes = {"tune.name": "unmeasured", "data.root": str(folder / f"without-held-out-{prepared}")}
+    config, settings = configurations(folder, **changes)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"held_out": None})})
     if prepared:
-        config, _ = load_config(flags(values), description="", environment={})
         prepare(config.data, progress=False, on_ray=False)
     with pytest.raises(UserError, match=r"held.out set|data\.held_out: not set") as caught:
-        run(values)
+        run_sweep(config, settings)
     assert "ranks its trials by psnr_y" in str(caught.value)
     assert not (folder / "runs" / "unmeasured").exists()
 
@@ -204,59 +197,86 @@ def test_a_corrupt_file_of_a_sweep_is_refused_before_ray_starts(
     file.parent.mkdir(parents=True)
     file.write_bytes(b'{"run_name": ')
     with pytest.raises(UserError, match=rf"{name}: corrupt \(.+\); {remedy}") as caught:
-        run(sweep_fields(folder, **{"tune.name": "corrupt", "storage": str(tmp_path)}))
+        run(folder, **{"tune.name": "corrupt", "storage": str(tmp_path)})
     assert "\n" not in str(caught.value)
 
 
-def test_outcomes_read_back(tmp_path: Path) -> None:
-    sweep = Storage(str(tmp_path))
-    outcome = TrialOutcome(
-        "trial-1", "id", {"gan.pixel_weight": 0.1, "kind": "a"}, "failed", 3, {"psnr_y": 20.0}, "why"
-    )
-    keep_outcome(sweep, outcome)
-    assert outcomes(sweep) == [outcome]
+def test_a_changed_sweep_is_refused_with_both_values(folder: Path, tmp_path: Path) -> None:
+
+    sweep = Storage(str(tmp_path / "sweep"))
+
+    def claim(sha256: str = "a" * 64, **changes: Any) -> None:
+        config, settings = configurations(folder, **changes)
+        sweep_folder.claim(sweep, settings, sweep_folder.identity_of(config, settings, sha256))
+
+    claim()
+    claim(**{"workers": 2, "tune.trials": 99, "tune.max_concurrent": 3, "tune.max_hours": 1})
+    for changes, message in [
+        ({"seed": 1}, "seed was 5, now 1"),
+        ({"tune.metrics": ["ssim_y"]}, r'tune.metrics was \["psnr_y"\], now \["ssim_y"\]'),
+        ({"tune.value": "best"}, 'tune.value was "last", now "best"'),
+        ({"validate_every_steps": 4}, "validate_every_steps was 3, now 4"),
+        ({"sha256": "b" * 64}, 'data set .its manifest. was "aaaaaaaaaaaa", now "bbbbbbbbbbbb"'),
+        ({"tune.space": {"gan.pixel_weight": {"low": 0.1, "high": 1.0}}}, r"tune.space was \{.*, now \{"),
+    ]:
+        with pytest.raises(UserError, match=f"tune.name=sweep is in use .*{message}"):
+            claim(**changes)
 
 
-def test_trials_without_an_outcome_are_unfinished(tmp_path: Path) -> None:
-    sweep = Storage(str(tmp_path))
-    for number in (1, 2):
-        TRIAL_VALUES.at(name=f"trial-{number}").write(sweep, {"gan.pixel_weight": number / 10})
-    (tmp_path / "trials" / "trial-3").mkdir()
-    assert unfinished(sweep, {"trial-1"}) == [{"gan.pixel_weight": 0.2}]
-
-
-def test_a_sweep_resumes_only_with_the_same_search_space_and_learning_fields(tmp_path: Path) -> None:
-    sweep, settings = Storage(str(tmp_path)), TuneConfig(name="sweep")
-    claim(sweep, TrainConfig(), settings)
-    claim(sweep, TrainConfig(workers=2), TuneConfig(name="sweep", trials=99))
-    with pytest.raises(UserError, match=r"tune\.name=sweep is in use with other values of seed, tune\.mode;"):
-        claim(sweep, TrainConfig(seed=1), TuneConfig(name="sweep", mode="min"))
-
-
-@pytest.mark.parametrize(("mode", "expected"), [("max", ["b", "a", "c"]), ("min", ["a", "b", "c"])])
-def test_trials_are_listed_from_the_best(
-    mode: str, expected: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_one_process_runs_a_sweep_and_folders_of_runs_and_sweeps_are_not_mixed(
+    folder: Path, tmp_path: Path
 ) -> None:
-    rows = [("a", {"psnr_y": 20.0}), ("b", {"psnr_y": 21.0}), ("c", {})]
+    busy = Storage(str(folder / "runs" / "busy"))
+    open_queue(folder, **{"tune.name": "busy"})  # prepares the data set
+    with (
+        only_writer(busy, ""),
+        pytest.raises(UserError, match=r"tune\.name=busy: another process runs this sweep"),
+    ):
+        run(folder, **{"tune.name": "busy"})
+    IDENTITY.write(Storage(str(folder / "runs" / "model")), RunIdentity("key", {}, ""))
+    with pytest.raises(UserError, match=r"tune.name=model: .* is the folder of a training run"):
+        run(folder, **{"tune.name": "model"})
+    (folder / "runs" / "a-sweep").mkdir()
+    (folder / "runs" / "a-sweep" / SWEEP.path).write_text("{}")
+    with pytest.raises(UserError, match=r"run_name=a-sweep: .* is the folder of a sweep"):
+        tiny.train(folder, run_name="a-sweep")
+
+
+@pytest.mark.parametrize(("metric", "expected"), [("psnr_y", ["b", "a", "c"]), ("lpips", ["a", "b", "c"])])
+def test_trials_are_listed_from_the_best(
+    metric: str, expected: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [("a", {metric: 20.0}), ("b", {metric: 21.0}), ("c", {})]
     trials = [TrialOutcome(f"trial-{name}", None, {}, "finished", 3, metrics) for name, metrics in rows]
-    result = SweepResult("run", trials, trials[0], "tradeoff.png")
+    failed = TrialOutcome("trial-d", None, {}, "failed", 3, {}, "out of paper")
+    result = SweepResult(
+        "run", [*trials, failed], trials[0], [], ["trial-a", "trial-b"], {metric: 0.1}, "tradeoff.png"
+    )
     monkeypatch.setattr("pipeline.tuning.sweep.run_sweep", lambda *arguments: result)
-    job("tune_gan")(["--tune.mode", mode])
-    printed = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in printed if line.startswith("trial-")] == [
-        f"trial-{name}" for name in expected
+    job("tune_gan")(["--tune.metrics", f'["{metric}"]'])
+    printed = capsys.readouterr().out
+    listed = [
+        line.split()[0] for line in printed.splitlines() if line.startswith("trial-") and ":" not in line
     ]
+    assert listed == [f"trial-{name}" for name in [*expected, "d"]]
+    assert "trial-d: out of paper" in printed
+    assert f"noise (standard deviation between seeds): {metric} 0.1000" in printed
+    assert "the differences between trial-a, trial-b are within the noise" in printed
 
 
-def test_the_figure_has_a_panel_for_each_field_and_omits_trials_without_the_metric() -> None:
+def test_the_figure_has_a_panel_for_each_field_and_metric() -> None:
     def trial(number: int, status: str, metrics: dict[str, float], **values: Any) -> TrialOutcome:
-        return TrialOutcome(f"trial-{number}", None, values, status, 3, metrics)
+        named = {f"gan.{name}": value for name, value in values.items()}
+        return TrialOutcome(f"trial-{number}", None, named, status, 3, metrics, number=number)
 
-    best = trial(1, "finished", {"psnr_y": 20.0}, rate=0.001, kind="a")
-    others = [
-        trial(2, "stopped", {"psnr_y": 19.0}, rate=0.1, kind="b"),
-        trial(3, "failed", {}, rate=0.2, kind="b", other=1.0),
+    trials = [
+        trial(1, "finished", {"psnr_y": 20.0, "ssim_y": 0.5}, rate=0.001, kind=None),
+        trial(2, "stopped", {"psnr_y": 19.0, "ssim_y": 0.5}, rate=0.1, kind=[1]),
+        trial(3, "failed", {}, rate=0.2, kind="b"),
     ]
-    with Image.open(io.BytesIO(tradeoff_figure([best, *others], "psnr_y", best))) as figure:
-        assert figure.format == "PNG"
-        assert figure.width == pytest.approx(2 * 3.2 * 110, abs=2)
+    space = {"gan.rate": {"low": 0.001, "high": 1.0, "log": True}, "gan.kind": {"choice": [None, [1], "b"]}}
+    settings = TuneConfig.model_validate({"space": space, "metrics": ["psnr_y", "ssim_y"]})
+    figure = tradeoff_figure(trials, settings, rank(settings, trials))
+    assert len(figure.axes) == 4
+    with Image.open(io.BytesIO(as_png(figure))) as image:
+        assert image.width == pytest.approx(2 * 3.2 * 110, abs=2)

@@ -5,12 +5,13 @@ the generator later.
 """
 
 import hashlib
+import logging
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.errors import UserError, require_package, without_secrets
-from pipeline.run_folder import CANDIDATE, RESULT, CandidateDescription, TrainedGenerator
+from pipeline.run_folder import CANDIDATE, RESULT, SENT, CandidateDescription, TrainedGenerator
 from pipeline.storage import Storage
 from pipeline.tracking.config import TrackingConfig
 from pipeline.tracking.connection import TrackingUnreachable, cause
@@ -23,6 +24,8 @@ from pipeline.tracking.uri import absolute_uri
 
 CANDIDATE_FOLDER = f"{FOLDER}/candidate"
 EXAMPLE = f"{CANDIDATE_FOLDER}/example.png"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -176,6 +179,16 @@ def upload_pending(run: Storage, tracking_uri: str | None) -> UploadResult:
             RESULT.write(run, replace(result, run_id=run_id, model_version=registered.version))
         Candidate.discard(run)
     return UploadResult(sender.tracked.run_id, description.status, sent, registered)
+
+
+def send_unsent(run: Storage, tracking_uri: str) -> None:
+    """Sends the last points of a run that has ended, which one that was stopped may not have sent; never raises."""
+    try:
+        sent = SENT.read(run)
+        if published_step(run) > (sent.step if sent else -1):
+            upload_pending(run, tracking_uri)
+    except (OSError, UserError) as error:
+        logger.warning("%s: %s", run.uri, error)
 
 
 def _fetch(run: Storage, generator: TrainedGenerator, folder: Path) -> Path:

@@ -24,6 +24,7 @@ from pipeline.storage import Storage
 
 FOLDER = "tracking"
 FORMAT = 1
+VALIDATION = "validation/"
 _NAME = re.compile(r"^(\d{8,})\.jsonl$")
 _CHECKPOINT = re.compile(r"^[a-z]+-(\d{8,})$")
 
@@ -123,6 +124,21 @@ def read_segment(run: Storage, step: int) -> Segment:
 def segment_steps(run: Storage) -> list[int]:
     """Steps of all segments, ascending; including those without a published checkpoint."""
     return sorted(int(match[1]) for name in run.names(FOLDER) if (match := _NAME.match(name)))
+
+
+def validations(run: Storage) -> dict[int, dict[str, float]]:
+    """The metrics of every validation, by step, in order; a corrupt segment is skipped."""
+    found: dict[int, dict[str, float]] = {}
+    for step in segment_steps(run):
+        try:
+            lines = [json.loads(line) for line in (run / FOLDER).read_bytes(f"{step:08d}.jsonl").splitlines()]
+            for line in lines:
+                for key, value in line.get("values", {}).items():
+                    if key.startswith(VALIDATION):
+                        found.setdefault(int(line["step"]), {})[key.removeprefix(VALIDATION)] = float(value)
+        except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError):
+            continue
+    return dict(sorted(found.items()))
 
 
 def images_at(run: Storage, step: int) -> dict[str, np.ndarray]:

@@ -121,6 +121,18 @@ def read(run: Storage, name: CheckpointName) -> Checkpoint:
         raise CorruptCheckpoint(f"{folder.uri}: {type(error).__name__}: {error}") from error
 
 
+def copy(source: Storage, target: Storage, name: CheckpointName) -> None:
+    """Copies a checkpoint from one run to another; it is valid there once its manifest is written.
+
+    Raises:
+        CorruptCheckpoint: it does not match its manifest; nothing is copied.
+        OSError: the target cannot be written.
+    """
+    read(source, name)
+    for file in (*_FILES, "manifest.json"):
+        (target / name.folder).write_bytes(file, (source / name.folder).read_bytes(file))
+
+
 def listed(run: Storage) -> list[CheckpointName]:
     """All checkpoints that have a manifest, the oldest first; integrity is verified by `read`."""
     found = []

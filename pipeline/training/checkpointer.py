@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.errors import UserError
+from pipeline.errors import StorageFull
 from pipeline.model.weights import sizes_as_text
 from pipeline.storage import Storage
 from pipeline.tracking.spool import Record, write_segment
@@ -171,7 +171,7 @@ class Checkpointer:
             Whether it is saved.
 
         Raises:
-            UserError: `faults.max_failed_saves` was exceeded.
+            StorageFull: `faults.max_failed_saves` was exceeded.
             Diverged: the weights of the previous checkpoint were not finite.
         """
         state = self._state
@@ -220,7 +220,7 @@ class Checkpointer:
             self._log.put_back(self._unwritten)
             text = f"storage={self._config.storage}: a checkpoint could not be written ({error.strerror or error})"
             if self._failures > max_failures:
-                raise UserError(f"{text}; free some space and start the same run again") from None
+                raise StorageFull(f"{text}; free some space and start the same run again") from None
             self._log.event(self._state.step, f"warning: {text}; retrying at the next checkpoint")
         self._unwritten = []
         return self._failures == 0

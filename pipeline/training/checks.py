@@ -4,16 +4,16 @@ import platform
 import shutil
 from pathlib import Path
 
-from pipeline.errors import UserError, require_package
-from pipeline.metrics import FIDELITY, require
+from pipeline.errors import StorageFull, UserError, require_package
+from pipeline.metrics import require
 from pipeline.model import Lite0Features, VGGFeatures
 from pipeline.model.device import require_gpu
 from pipeline.section import flat_fields
 from pipeline.storage import Storage, absolute, is_remote
 from pipeline.training.config import TrainConfig
 from pipeline.training.init_config import NETWORKS
-from pipeline.training.selection import measured_metrics
-from pipeline.training.validation_config import SetFolders
+from pipeline.training.selection import measured_metrics, metric_key
+from pipeline.training.validation_config import HELD_OUT, SetFolders
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
@@ -81,10 +81,13 @@ def _absolute_source(field: str, source: str | None) -> str | None:
 
 
 def require_metric(field: str, name: str, config: TrainConfig) -> None:
-    """Raises UserError, naming `field`, unless the run's validations measure PSNR or SSIM under this name."""
-    measured = [metric for metric in measured_metrics(config) if metric in FIDELITY]
+    """Raises UserError, naming `field`, unless the run's validations measure this metric."""
+    sets = [HELD_OUT, *config.validation.sets]
+    measured = [metric_key(each, metric) for each in sets for metric in measured_metrics(config)]
     if name not in measured:
-        raise UserError(f"{field}={name}: not one of {', '.join(measured)} (validation.metrics)")
+        raise UserError(
+            f"{field}={name}: not measured in validation ({', '.join(measured)}); add it to validation.metrics"
+        )
 
 
 def in_copied_folder() -> bool:
@@ -126,7 +129,7 @@ def _require_space(config: TrainConfig, run: Storage) -> None:
     # Two more: stage 1's, and one that is being written.
     needed = checkpoint_bytes(config) * (config.keep_checkpoints + config.keep_best_checkpoints + 2)
     if free is not None and free < needed:
-        raise UserError(
+        raise StorageFull(
             f"storage={config.storage}: {free / 2**20:.0f} MiB free, and checkpoints take about "
             f"{needed / 2**20:.0f} MiB; free some space, choose another storage, or lower keep_checkpoints"
         )

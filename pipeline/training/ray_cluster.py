@@ -12,18 +12,22 @@ from pipeline.errors import UserError
 from pipeline.training.config import TrainConfig
 
 
-def connect(config: TrainConfig) -> None:
+def connect(config: TrainConfig, log_to_driver: bool = True) -> None:
     """Joins or starts Ray, and waits up to `wait_for_nodes_s` for nodes that are started on demand.
 
     A locally started Ray runs with the dashboard enabled: without it, Ray Train does not notice that a controller died,
     keeps the CPUs of stopped trials, and logs a warning every second.
+
+    Args:
+        config: the configuration.
+        log_to_driver: whether this process prints what other processes print.
 
     Raises:
         UserError: the workers need more CPUs or GPUs than there are.
     """
     if not ray.is_initialized() and not os.environ.get("RAY_ADDRESS"):
         _require_cpus(config, {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())})
-    join_ray(dashboard=True)
+    join_ray(dashboard=True, log_to_driver=log_to_driver)
     deadline = time.monotonic() + config.wait_for_nodes_s
     if config.wait_for_nodes_s:
         _request_nodes(config)

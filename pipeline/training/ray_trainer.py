@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from ray.train.v2.api.callback import UserCallback
 
 from pipeline.data.feed.ray_feed import FeedDataConfig
-from pipeline.errors import UserError
+from pipeline.errors import StorageFull, UserError
 from pipeline.run_folder import REFUSAL, Fault, FaultKind, Refusal
 from pipeline.storage import Storage
 from pipeline.training import checkpoint as checkpoints
@@ -88,8 +88,11 @@ def fit(
 
 def _decide(config: TrainConfig, run: Storage, done: bool) -> Decision:
     """The policy's decision; raises its reason if it is to give up."""
-    decision = RestartPolicy(config.faults.max_restarts).decide(faults.load(run), REFUSAL.read(run), done)
+    refusal = REFUSAL.read(run)
+    decision = RestartPolicy(config.faults.max_restarts).decide(faults.load(run), refusal, done)
     if decision.action == "give up":
+        if refusal is not None and refusal.storage_full:
+            raise StorageFull(decision.reason)
         if decision.user_error:
             raise UserError(decision.reason)
         raise RuntimeError(f"run {config.run_name} stopped: {decision.reason}")
@@ -180,12 +183,12 @@ def _worker_loop(loop_config: Mapping[str, Any]) -> None:
         sets = open_sets(config, _SETS.validate_python(loop_config["sets"]))
         train(config, worker, run, feed, sets)
     except UserError as error:
-        _refuse(run.uri, str(error))
+        _refuse(run.uri, str(error), isinstance(error, StorageFull))
 
 
-def _refuse(run: str, reason: str) -> None:
+def _refuse(run: str, reason: str, storage_full: bool = False) -> None:
     """Ends the run: a restart cannot help, and the driver raises the reason. Raises Refused."""
-    REFUSAL.write(Storage(run), Refusal(reason))
+    REFUSAL.write(Storage(run), Refusal(reason, storage_full))
     raise faults.Refused(reason)
 
 

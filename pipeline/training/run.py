@@ -1,6 +1,6 @@
 """Entry point for training; shared by the job, sweep trials and tests."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import yaml
 from pipeline.data import Manifest, check_source, has_manifest, load_manifest, plans_held_out, prepare
 from pipeline.data.feed import Feed
 from pipeline.errors import UserError
-from pipeline.run_folder import IDENTITY, RESULT, RunIdentity, TrainingResult
+from pipeline.run_folder import IDENTITY, RESULT, SWEEP, RunIdentity, TrainingResult
 from pipeline.section import flat_fields
 from pipeline.storage import Storage, only_writer
 from pipeline.tracking.run import finish_run, open_run, require_tracking
@@ -27,9 +27,9 @@ from pipeline.training.initial import origins, resolve_for_run, store
 from pipeline.training.loop import train
 from pipeline.training.selection import select_key, with_selection
 from pipeline.training.state import Stage, new_state
-from pipeline.training.stopping import saving_on_sigterm, stop_requested
+from pipeline.training.stopping import Stopped, saving_on_sigterm, stop_requested
 from pipeline.training.validation_sets import SetFiles, find_sets, open_sets
-from pipeline.training.worker import Worker
+from pipeline.training.worker import Worker, ignore
 
 # Fields that only ingest reads: they describe the images, not the patches.
 _INGEST_ONLY = {"source", "held_out", "lr_dir", "license"}
@@ -38,6 +38,7 @@ _INGEST_ONLY = {"source", "held_out", "lr_dir", "license"}
 def run_training(
     config: TrainConfig,
     *,
+    report: Callable[[Mapping[str, float]], None] = ignore,
     callbacks: Sequence[Any] = (),
     parent_run_id: str | None = None,
     accept_changes: bool = False,
@@ -49,7 +50,8 @@ def run_training(
 
     Args:
         config: the validated configuration. `workers: 0` trains in this process, without Ray Train.
-        callbacks: Ray Train callbacks (a trial's link to Ray Tune).
+        report: called after every validation with its metrics and `step`, if the run trains in this process.
+        callbacks: Ray Train callbacks (a trial's link to Ray Tune), otherwise.
         parent_run_id: MLflow run that this one belongs to (a sweep).
         accept_changes: resume although the configuration, the data set or package versions have changed.
         compare_versions: whether a different package version counts as a change.
@@ -61,10 +63,15 @@ def run_training(
 
     Raises:
         UserError: any error the user can fix, detected before Ray starts where possible.
+        Stopped: a stop was requested through the run's folder, outside the main thread (a trial).
     """
     # Sections of other commands (a sweep's) are dropped.
     config = with_absolute_paths(config.alone())
     run = Storage(config.storage) / config.run_name
+    if run.exists(SWEEP.path):
+        raise UserError(
+            f"run_name={config.run_name}: {run.uri} is the folder of a sweep; choose another run_name"
+        )
     old, result = IDENTITY.read(run), RESULT.read(run)
     finished = result is not None and result.step == config.psnr.steps + config.gan.steps
     shared = Storage(initial_from) if initial_from else None
@@ -121,7 +128,7 @@ def run_training(
             print(summary(config, manifest), flush=True)
         if was_prepared:
             config = _without_source(config)
-        return _tracked_training(config, run, manifest, identity, sets, callbacks, parent_run_id)
+        return _tracked_training(config, run, manifest, identity, sets, report, callbacks, parent_run_id)
 
 
 def summary(config: TrainConfig, manifest: Manifest) -> str:
@@ -168,6 +175,7 @@ def _tracked_training(
     manifest: Manifest,
     identity: RunIdentity,
     sets: Sequence[SetFiles],
+    report: Callable[[Mapping[str, float]], None],
     callbacks: Sequence[Any],
     parent_run_id: str | None,
 ) -> TrainingResult:
@@ -195,17 +203,19 @@ def _tracked_training(
     try:
         with sender:
             with saving_on_sigterm(run):
-                _train(config, run, sets, callbacks)
+                _train(config, run, sets, report, callbacks)
             left = sender.flush(timeout_s=60.0)
             if left:
                 print(
                     f"{left} segments of metrics could not be sent; {send_later(run)}",
                     flush=True,
                 )
+        if stop_requested(run) and not _is_trained(config, run):
+            raise Stopped(f"run {config.run_name} stopped at step {published_step(run)}")
         result = conclude(config, run, sender.tracked, text, manifest, sets)
         status = "FINISHED"
         return result
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, Stopped):
         status = "KILLED"
         raise
     except Exception as error:
@@ -216,7 +226,13 @@ def _tracked_training(
         finish_run(sender.tracked, status, run, reason=reason)
 
 
-def _train(config: TrainConfig, run: Storage, sets: Sequence[SetFiles], callbacks: Sequence[Any]) -> None:
+def _train(
+    config: TrainConfig,
+    run: Storage,
+    sets: Sequence[SetFiles],
+    report: Callable[[Mapping[str, float]], None],
+    callbacks: Sequence[Any],
+) -> None:
     if _is_trained(config, run):
         return
     if config.worker_range[1] == 0:
@@ -228,7 +244,7 @@ def _train(config: TrainConfig, run: Storage, sets: Sequence[SetFiles], callback
             local_cache=config.data.local_cache,
         )
         device = torch.device("cuda" if config.use_gpu else "cpu")
-        worker = Worker(device=device, stopping=lambda: stop_requested(run))
+        worker = Worker(device=device, report=report, stopping=lambda: stop_requested(run))
         try:
             train(config, worker, run, feed, open_sets(config, sets))
         except Diverged as error:

@@ -17,6 +17,20 @@ MIN_GRACE_S = 10.0  # less does not suffice to end an interval and write a check
 _SHUTDOWN_S = 5.0
 
 
+class Stopped(Exception):
+    """A run ended before its last step because a stop was requested; it resumes from the checkpoint that it saved."""
+
+
+def request_stop(run: Storage) -> None:
+    """Requests that the workers save and stop at the end of their interval. Raises OSError."""
+    run.write_bytes(FILE, b"")
+
+
+def end_stop_request(run: Storage) -> None:
+    """Ends the request: the run may be started again."""
+    run.remove(FILE)
+
+
 def stop_requested(run: Storage) -> bool:
     """Whether a graceful stop was requested."""
     return run.exists(FILE)
@@ -73,7 +87,7 @@ def saving_on_sigterm(run: Storage) -> Iterator[None]:
         requested.set()
         print(f"SIGTERM: saving, then stopping (within {seconds:.0f} s)", flush=True)
         # In a thread: storage takes locks, which a signal handler must not wait for.
-        threading.Thread(target=run.write_bytes, args=(FILE, b""), daemon=True).start()
+        threading.Thread(target=request_stop, args=(run,), daemon=True).start()
         signal.setitimer(signal.ITIMER_REAL, seconds - _SHUTDOWN_S)
 
     before = signal.signal(signal.SIGTERM, request), signal.signal(signal.SIGALRM, end)

@@ -14,7 +14,7 @@ from pipeline.training.validation_sets import ValidationImage, ValidationSet
 TILE_PX = 512  # LR pixels; larger images are upscaled in tiles
 BATCH_PX = 2**22  # HR pixels that a GPU measures at once
 STRIPS = 4  # comparison strips of a set
-_CROP_PX = 48  # side of the crop in a strip, in LR pixels
+CROP_PX = 48  # side of the crop in a strip, in LR pixels
 
 
 def validate(generator: RRDBNet, sets: Sequence[ValidationSet], metrics: MetricSet) -> dict[str, float]:
@@ -89,27 +89,27 @@ def comparison_strips(
     strips = {}
     for each in sets:
         for image in each.images[:STRIPS]:
-            y, x = _most_detailed(image.lr)
-            lr = np.ascontiguousarray(image.lr[y : y + _CROP_PX, x : x + _CROP_PX])
-            hr = image.hr[scale * y : scale * (y + _CROP_PX), scale * x : scale * (x + _CROP_PX)]
+            y, x = most_detailed(image.lr)
+            lr = np.ascontiguousarray(image.lr[y : y + CROP_PX, x : x + CROP_PX])
+            hr = image.hr[scale * y : scale * (y + CROP_PX), scale * x : scale * (x + CROP_PX)]
             results = [upscale(generator, lr, device=device) for generator in generators]
             nearest = lr.repeat(scale, axis=0).repeat(scale, axis=1)
             strips[each.key(image.name)] = _strip([nearest, bicubic_upscale(lr, scale), *results, hr])
     return strips
 
 
-def _most_detailed(lr: Image) -> tuple[int, int]:
+def most_detailed(lr: Image) -> tuple[int, int]:
     """Corner of the square crop whose neighboring pixels differ most."""
     gray = lr.mean(axis=2)
-    stride = _CROP_PX // 2
+    stride = CROP_PX // 2
     corners = [
         (y, x)
-        for y in range(0, max(1, lr.shape[0] - _CROP_PX + 1), stride)
-        for x in range(0, max(1, lr.shape[1] - _CROP_PX + 1), stride)
+        for y in range(0, max(1, lr.shape[0] - CROP_PX + 1), stride)
+        for x in range(0, max(1, lr.shape[1] - CROP_PX + 1), stride)
     ]
 
     def detail(corner: tuple[int, int]) -> float:
-        crop = gray[corner[0] : corner[0] + _CROP_PX, corner[1] : corner[1] + _CROP_PX]
+        crop = gray[corner[0] : corner[0] + CROP_PX, corner[1] : corner[1] + CROP_PX]
         return float(np.abs(np.diff(crop, axis=0)).mean() + np.abs(np.diff(crop, axis=1)).mean())
 
     return max(corners, key=detail)

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import torch
 
 
-def _ignore(metrics: Mapping[str, float]) -> None:
-    return None
+def ignore(metrics: Mapping[str, float]) -> None:
+    """A report that goes nowhere."""
 
 
 def _never() -> bool:
@@ -25,7 +25,7 @@ class Worker:
     rank: int = 0
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    report: Callable[[Mapping[str, float]], None] = _ignore
+    report: Callable[[Mapping[str, float]], None] = ignore
     """Reports a validation, its metrics and its `step`, to the launcher; must be called equally often on all ranks."""
     preempted: Callable[[], bool] = _never
     """Whether this worker's node is about to be preempted; must be called the same number of times on every rank."""

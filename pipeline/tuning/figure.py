@@ -1,50 +1,203 @@
-"""The figure of a sweep: every searched field against the metric."""
+"""The figures of a sweep."""
 
 import io
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from pipeline.metrics.names import METRICS
 from pipeline.run_folder import TrialOutcome
+from pipeline.tuning.config import Range, TuneConfig, metric_name, mode_of
+from pipeline.tuning.ranking import Ranking
+from pipeline.tuning.space import shown
+
+BLUE, RED, GRAY = "#30638e", "#d1495b", "#9aa3ad"
 
 
-def tradeoff_figure(trials: Sequence[TrialOutcome], metric: str, best: TrialOutcome) -> bytes:
-    """A PNG with one panel for each searched field.
+def tradeoff_figure(trials: Sequence[TrialOutcome], settings: TuneConfig, ranking: Ranking) -> Figure:
+    """Every searched field against every metric: a panel for each pair.
+
+    Trials without the metric are omitted; those that were stopped early are hollow. The best trial is a star, unless
+    other trials differ from it by less than the noise.
+    """
+    fields = sorted({name for trial in trials for name in trial.values if name in settings.space})
+    rows = len(settings.metrics)
+    figure = Figure(figsize=(3.2 * max(1, len(fields)), 0.5 + 2.9 * rows), layout="constrained")
+    grid = figure.subplots(rows, max(1, len(fields)), sharey="row", sharex="col", squeeze=False)
+    for panels, metric in zip(grid, settings.metrics, strict=True):
+        measured = [trial for trial in trials if metric in trial.metrics]
+        for panel, field in zip(panels, fields, strict=False):
+            _scale(panel, settings, field)
+            for trial in (each for each in measured if field in each.values):
+                star = trial.run_name == ranking.best and len(ranking.tied) <= 1
+                color = RED if trial.run_name == ranking.best else BLUE
+                panel.scatter(
+                    _position(trial.values[field]), trial.metrics[metric],
+                    s=90 if star else 45, marker="*" if star else "o", zorder=3 if star else 2,
+                    facecolors="none" if trial.status == "stopped" else color, edgecolors=color,
+                )  # fmt: skip
+            panel.grid(visible=True, color="#dddddd", linewidth=0.6)
+            panel.set_axisbelow(True)
+        panels[0].set_ylabel(_label(metric))
+    for panel, field in zip(grid[-1], fields, strict=False):
+        panel.set_xlabel(field)
+    return figure
+
+
+def pareto_figure(trials: Sequence[TrialOutcome], settings: TuneConfig, ranking: Ranking) -> Figure:
+    """The first two metrics against each other: the front is connected, its knee and the first point are named."""
+    first, second = settings.metrics[:2]
+    figure = Figure(figsize=(7.2, 4.8), layout="constrained")
+    axes = figure.add_subplot()
+    for trial in trials:
+        if first in trial.metrics and second in trial.metrics and trial.status != "failed":
+            on_front = trial.run_name in ranking.front
+            hollow = trial.status == "stopped"
+            color = RED if on_front else GRAY
+            axes.scatter(trial.metrics[first], trial.metrics[second], s=60 if on_front else 36, edgecolors=color,
+                         facecolors="none" if hollow else color, zorder=3 if on_front else 2)  # fmt: skip
+    front = [each for each in ranking.candidates if each.trial.run_name in ranking.front]
+    points = sorted((each.means[first], each.means[second], each.trial.run_name) for each in front)
+    axes.plot([x for x, _, _ in points], [y for _, y, _ in points], color=RED, linewidth=1, zorder=1)
+    for number, (x, y, name) in enumerate(points):
+        text = f"{name} (knee)" if name == ranking.best else name
+        above = number % 2 == 0
+        axes.annotate(text, (x, y), xytext=(0, 9 if above else -15), textcoords="offset points", ha="center",
+                      fontsize=8, fontweight="bold" if name == ranking.best else "normal")  # fmt: skip
+    axes.margins(0.16)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.set_xlabel(_label(first))
+    axes.set_ylabel(_label(second))
+    return figure
+
+
+def parallel_figure(trials: Sequence[TrialOutcome], settings: TuneConfig) -> Figure | None:
+    """Parallel coordinates: a line for each finished trial over all fields and metrics, colored by the first metric."""
+    metric = settings.metrics[0]
+    finished = [
+        each
+        for each in trials
+        if each.status == "finished" and math.isfinite(each.metrics.get(metric, math.nan))
+    ]
+    if len(finished) < 2:
+        return None
+    columns: list[tuple[str, list[Any]]] = [
+        (name, [trial.values.get(name) for trial in finished]) for name in settings.space
+    ]
+    columns += [
+        (name, [trial.metrics.get(name, math.nan) for trial in finished]) for name in settings.metrics
+    ]
+    scaled = [_scaled(name, values, settings) for name, values in columns]
+    figure = Figure(figsize=(max(5.0, 1.9 * len(columns)), 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    values = [trial.metrics[metric] for trial in finished]
+    color = Normalize(min(values), max(values) if max(values) > min(values) else min(values) + 1)
+    colors = matplotlib.colormaps["viridis" if mode_of(metric) == "max" else "viridis_r"]
+    for index, value in enumerate(values):
+        axes.plot(
+            range(len(columns)),
+            [column[0][index] for column in scaled],
+            color=colors(color(value)),
+            linewidth=1.6,
+        )
+    for position, (_, (low, high)) in enumerate(scaled):
+        axes.axvline(position, color="#999999", linewidth=0.8, zorder=0)
+        axes.annotate(
+            high, (position, 1.0), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8
+        )
+        axes.annotate(
+            low, (position, 0.0), xytext=(0, -13), textcoords="offset points", ha="center", fontsize=8
+        )
+    names = [name if name in settings.space else _label(name) for name, _ in columns]
+    axes.set_xticks(range(len(columns)), [name.replace(".", ".\n", 1) for name in names], fontsize=8)
+    axes.tick_params(axis="x", pad=16, length=0)
+    axes.set_yticks([])
+    axes.set_ylim(-0.02, 1.02)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    return figure
+
+
+def importance_figure(importances: Mapping[str, Mapping[str, float]]) -> Figure:
+    """Bars: the share of each metric's variance that each field explains.
 
     Args:
-        trials: the ended trials; those without the metric are omitted. Trials that were stopped early are hollow.
-        metric: the vertical axis.
-        best: the best trial, marked with a star.
+        importances: share by field, by metric.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    fields = list(next(iter(importances.values())))
+    figure = Figure(
+        figsize=(7.2, 0.8 + 0.45 * len(fields) * max(1, len(importances) * 0.6)), layout="constrained"
+    )
+    axes = figure.add_subplot()
+    height = 0.8 / len(importances)
+    for number, (metric, shares) in enumerate(importances.items()):
+        places = [index + number * height for index in range(len(fields))]
+        bars = axes.barh(places, [shares[field] for field in fields], height * 0.9, label=_label(metric),
+                         color=(BLUE, RED, GRAY)[number % 3])  # fmt: skip
+        axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
+    axes.set_yticks([index + 0.4 - height / 2 for index in range(len(fields))], fields)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.08)
+    axes.set_xlabel("share of the variance")
+    if len(importances) > 1:
+        axes.legend(fontsize=8)
+    return figure
 
-    shown = [trial for trial in trials if metric in trial.metrics]
-    fields = sorted({name for trial in shown for name in trial.values})
-    figure = Figure(figsize=(3.2 * max(1, len(fields)), 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, max(1, len(fields)), sharey=True, squeeze=False)[0]
-    for panel, field in zip(panels, fields, strict=False):
-        numbers = [trial.values[field] for trial in shown]
-        if all(isinstance(number, int | float) and number > 0 for number in numbers):
-            low, high = min(numbers), max(numbers)
-            panel.set_xscale("log" if high > 10 * low else "linear")
-            if high > 10 * low:
-                panel.xaxis.set_major_locator(LogLocator(numticks=5))
-                panel.xaxis.set_minor_formatter(NullFormatter())
-                panel.xaxis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:g}"))
-        for trial in shown:
-            is_best = trial.run_name == best.run_name
-            color = "#d1495b" if is_best else "#30638e"
-            panel.scatter(
-                trial.values[field], trial.metrics[metric],
-                s=90 if is_best else 45, marker="*" if is_best else "o", zorder=3 if is_best else 2,
-                facecolors="none" if trial.status == "stopped" else color, edgecolors=color,
-            )  # fmt: skip
-        panel.set_xlabel(field)
-        panel.grid(visible=True, color="#dddddd", linewidth=0.6)
-        panel.set_axisbelow(True)
-    panels[0].set_ylabel(f"{metric} (last validation)")
-    figure.suptitle(f"{len(shown)} trials; star: the best, {best.run_name}", fontsize=11)
+
+def as_png(figure: Figure) -> bytes:
+    """The figure as a PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
+
+
+def as_svg(figure: Figure) -> bytes:
+    """The figure as an SVG; the same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "esrgan-ray"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def _label(metric: str) -> str:
+    known = METRICS[metric_name(metric)]
+    group = metric.rpartition("/")[0]
+    unit = f", {known.unit}" if known.unit else ""
+    better = "higher is better" if known.higher_is_better else "lower is better"
+    return f"{known.label}{f' on {group}' if group else ''}{unit}\n({better})"
+
+
+def _position(value: Any) -> Any:
+    """Where a value is drawn: numbers as numbers, everything else as a category."""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else shown(value)
+
+
+def _scale(panel: Axes, settings: TuneConfig, field: str) -> None:
+    span = settings.space[field]
+    if isinstance(span, Range) and span.log:
+        panel.set_xscale("log")
+        panel.xaxis.set_major_locator(LogLocator(numticks=5))
+        panel.xaxis.set_minor_formatter(NullFormatter())
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:g}"))
+
+
+def _scaled(name: str, values: Sequence[Any], settings: TuneConfig) -> tuple[list[float], tuple[str, str]]:
+    """Values from 0 to 1, and the text at both ends."""
+    span = settings.space.get(name)
+    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        texts = sorted({shown(value) for value in values})
+        places = {text: index / max(1, len(texts) - 1) for index, text in enumerate(texts)}
+        return [places[shown(value)] for value in values], (texts[0], texts[-1])
+    is_log = isinstance(span, Range) and span.log
+    numbers = [math.log(value) if is_log else float(value) for value in values]
+    low, high = min(numbers), max(numbers)
+    extent = (high - low) or 1.0
+    ends = (shown(float(min(values))), shown(float(max(values))))
+    return [(number - low) / extent for number in numbers], ends

@@ -3,40 +3,113 @@
 Ray Tune's own snapshot is not used for resuming: it lags behind, and it does not restore limits.
 """
 
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from pipeline.errors import UserError
-from pipeline.run_folder import OUTCOME, SWEEP, TRIAL_VALUES, InitialWeights, SweepIdentity, TrialOutcome
+from pipeline.run_folder import (
+    IDENTITY,
+    OUTCOME,
+    SWEEP,
+    TRIAL_PLAN,
+    InitialWeights,
+    SweepIdentity,
+    TrialOutcome,
+    TrialPlan,
+)
+from pipeline.section import flat_fields
 from pipeline.storage import Storage
 from pipeline.training.config import TrainConfig
 from pipeline.training.identity import learning_fields
+from pipeline.training.validation_sets import SetFiles
 from pipeline.tuning.config import TuneConfig
-from pipeline.tuning.space import Values
+
+# Settings that decide what the trials' values mean; the others may change between submissions.
+_SETTINGS = {"space", "metrics", "value", "mean_validations", "constraints"}
 
 
-def claim(
-    sweep: Storage, base: TrainConfig, settings: TuneConfig, initial: dict[str, InitialWeights] | None = None
-) -> None:
-    """Writes the sweep's identity, or checks that it is unchanged; `initial`: given weights. Raises UserError."""
-    search = settings.model_dump(mode="json", include={"space", "metric", "mode"})
-    fields = {f"tune.{name}": value for name, value in search.items()} | learning_fields(base)
-    initial = initial or {}
-    fields |= {f"init.{network}": weights.sha256 for network, weights in initial.items()}
-    new = SweepIdentity(fields, initial)
+def identity_of(
+    base: TrainConfig,
+    settings: TuneConfig,
+    manifest_sha256: str,
+    sets: Sequence[SetFiles] = (),
+    initial: Mapping[str, InitialWeights] | None = None,
+) -> SweepIdentity:
+    """What must be equal when the sweep is resumed.
+
+    Args:
+        base: the trials' configuration, except for the searched fields.
+        settings: the sweep's.
+        manifest_sha256: digest of the data set's manifest.
+        sets: the further images of validation.
+        initial: the trials' given initial weights, by network.
+    """
+    search = settings.model_dump(mode="json", include=_SETTINGS)
+    measured: dict[str, Any] = {
+        "validate_every_steps": base.validate_every_steps,
+        "validation": base.validation.model_dump(mode="json"),
+        "images of validation.sets": {each.name: each.sha256[:12] for each in sets},
+        "select_by": {"psnr": base.psnr.select_by, "gan": base.gan.select_by},
+    }
+    given = {f"init.{network}": weights.sha256 for network, weights in (initial or {}).items()}
+    return SweepIdentity(
+        {f"tune.{name}": value for name, value in search.items()} | learning_fields(base) | measured | given,
+        manifest_sha256,
+        dict(initial or {}),
+    )
+
+
+def check(sweep: Storage, settings: TuneConfig, new: SweepIdentity) -> None:
+    """Raises UserError if the folder belongs to a training run, or to a sweep with another identity.
+
+    An empty `manifest_sha256` is not compared: the data set does not exist yet.
+    """
+    if sweep.exists(IDENTITY.path):
+        raise UserError(
+            f"tune.name={settings.name}: {sweep.uri} is the folder of a training run; choose another tune.name"
+        )
     old = SWEEP.read(sweep)
     if old is None:
-        SWEEP.write(sweep, new)
-    elif old != new:
-        names = sorted(old.fields | new.fields)
-        changed = [name for name in names if old.fields.get(name) != new.fields.get(name)]
+        return
+    before, now = (_comparable(each) for each in (old, new))
+    if not new.manifest_sha256:
+        before.pop("data set (its manifest)"), now.pop("data set (its manifest)")
+    changed = [
+        f"{name} was {_text(before.get(name))}, now {_text(now.get(name))}"
+        for name in sorted(before | now)
+        if before.get(name) != now.get(name)
+    ]
+    if changed:
         raise UserError(
-            f"tune.name={settings.name} is in use with other values of {', '.join(changed)}; choose another tune.name"
+            f"tune.name={settings.name} is in use with another configuration ({'; '.join(changed)}); restore it or "
+            "choose another tune.name"
         )
 
 
+def claim(sweep: Storage, settings: TuneConfig, new: SweepIdentity) -> None:
+    """Writes the sweep's identity, or checks that it is unchanged. Raises UserError."""
+    check(sweep, settings, new)
+    if SWEEP.read(sweep) is None:
+        SWEEP.write(sweep, new)
+
+
+def plans(sweep: Storage) -> list[TrialPlan]:
+    """All trials that were proposed, by number. Folders without a valid plan are ignored."""
+    read = [TRIAL_PLAN.at(name=name).read(sweep) for name in sweep.names("trials")]
+    return sorted((plan for plan in read if plan is not None), key=lambda plan: plan.number)
+
+
+def keep_plan(sweep: Storage, name: str, plan: TrialPlan) -> None:
+    """Writes what a trial is to train, before it starts."""
+    TRIAL_PLAN.at(name=name).write(sweep, plan)
+
+
 def outcomes(sweep: Storage) -> list[TrialOutcome]:
-    """The ended trials, sorted by name. Raises UserError if a file is corrupt."""
-    names = [name.removesuffix(".json") for name in sweep.names("outcomes") if name.endswith(".json")]
+    """The ended trials, by number. Raises UserError if a file is corrupt."""
+    names = [name.removesuffix(".json") for name in sweep.names("outcomes") if _is_outcome(name)]
     read = [OUTCOME.at(name=name).read(sweep) for name in names]
-    return [outcome for outcome in read if outcome is not None]
+    return sorted((outcome for outcome in read if outcome is not None), key=lambda outcome: outcome.number)
 
 
 def keep_outcome(sweep: Storage, outcome: TrialOutcome) -> None:
@@ -44,8 +117,27 @@ def keep_outcome(sweep: Storage, outcome: TrialOutcome) -> None:
     OUTCOME.at(name=outcome.run_name).write(sweep, outcome)
 
 
-def unfinished(sweep: Storage, ended: set[str]) -> list[Values]:
-    """Values of the trials that started and are not in `ended` (run names)."""
-    names = [name for name in sweep.names("trials") if name not in ended]
-    read = [TRIAL_VALUES.at(name=name).read(sweep) for name in names]
-    return [values for values in read if values is not None]
+def forget_outcome(sweep: Storage, name: str) -> None:
+    """Removes an outcome: the trial resumes."""
+    OUTCOME.at(name=name).remove(sweep)
+
+
+def tracking_run_id(run: Storage) -> str | None:
+    """MLflow's id of a run."""
+    identity = IDENTITY.read(run)
+    return identity.tracking_run_id if identity else None
+
+
+def _is_outcome(name: str) -> bool:
+    return name.startswith("trial-") and name.endswith(".json")
+
+
+def _comparable(identity: SweepIdentity) -> dict[str, Any]:
+    """Dotted names; the space stays one value, whose keys are dotted names themselves."""
+    whole = {name: value for name, value in identity.fields.items() if name.startswith("tune.")}
+    rest = {name: value for name, value in identity.fields.items() if name not in whole}
+    return whole | flat_fields(rest) | {"data set (its manifest)": identity.manifest_sha256[:12]}
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value)

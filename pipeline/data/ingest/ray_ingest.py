@@ -32,10 +32,14 @@ ROWS = pa.schema(
 _EMPTY = CUT_SCHEMA.empty_table()
 
 
-def join_ray(dashboard: bool = False) -> None:
+def join_ray(dashboard: bool = False, log_to_driver: bool = True) -> None:
     """Connects to the Ray cluster at RAY_ADDRESS, or starts a private one that ends with this process.
 
     Does not attach to an unrelated Ray cluster on this machine.
+
+    Args:
+        dashboard: whether a private cluster has the dashboard.
+        log_to_driver: whether this process prints what other processes print.
 
     Raises:
         UserError: no cluster answers at RAY_ADDRESS.
@@ -49,10 +53,12 @@ def join_ray(dashboard: bool = False) -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     try:
         if address:
-            ray.init(address=address, log_to_driver=True)
+            ray.init(address=address, log_to_driver=log_to_driver)
         else:
             # Any free port: the default one belongs to a cluster that accepts jobs.
-            ray.init(address="local", include_dashboard=dashboard, dashboard_port=0, log_to_driver=True)
+            ray.init(
+                address="local", include_dashboard=dashboard, dashboard_port=0, log_to_driver=log_to_driver
+            )
     except ConnectionError as error:
         raise UserError(
             f"RAY_ADDRESS={address}: no Ray cluster answers ({error}); start it or unset the variable"

@@ -1,0 +1,161 @@
+"""Compares the trials of a sweep: the best trial, the Pareto front and its knee point, and the noise between seeds."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.run_folder import TrialOutcome
+from pipeline.tuning.config import TuneConfig, mode_of
+from pipeline.tuning.constraint import Constraint
+
+# A difference of two means is larger than the noise if it exceeds this many of its standard errors.
+STANDARD_ERRORS = 2.0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A trial together with its repetitions."""
+
+    trial: TrialOutcome
+    repetitions: tuple[TrialOutcome, ...]
+    """The finished ones, with other seeds."""
+    means: dict[str, float]
+    """Mean of every objective over the trial and its repetitions, without the effect of the seeds on all trials."""
+
+    @property
+    def count(self) -> int:
+        """Number of seeds."""
+        return 1 + len(self.repetitions)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The compared trials."""
+
+    candidates: tuple[Candidate, ...] = ()
+    """Finished trials that meet the constraints; one metric: the best first."""
+    front: tuple[str, ...] = ()
+    """Run names on the Pareto front, by the first metric."""
+    best: str = ""
+    """Run name of the best trial; with several metrics: the knee point. Empty without candidates."""
+    noise: dict[str, float] = field(default_factory=dict)
+    """Standard deviation between seeds of every metric; empty without repetitions."""
+    tied: tuple[str, ...] = ()
+    """Run names of the trials whose difference from the best is within the noise, the best included."""
+
+    def of(self, name: str) -> Candidate | None:
+        """The candidate of a trial."""
+        return next((each for each in self.candidates if each.trial.run_name == name), None)
+
+
+def rank(settings: TuneConfig, trials: Sequence[TrialOutcome]) -> Ranking:
+    """Compares the finished trials. Trials that were stopped early or failed take no part.
+
+    A constraint is checked on the mean over a trial's seeds, like its objectives.
+    """
+    metrics = settings.metrics
+    constraints = [Constraint.parse(text) for text in settings.constraints]
+    needed = {*metrics, *(each.metric for each in constraints)}
+    finished = [trial for trial in trials if trial.status == "finished" and _is_measured(trial, needed)]
+    groups = {
+        trial.run_name: [trial, *(each for each in finished if each.repeats == trial.run_name)]
+        for trial in finished
+        if not trial.repeats
+    }
+    repeated = [group for group in groups.values() if len(group) > 1]
+    effects = {name: _seed_effects(repeated, name) for name in needed}
+    candidates = []
+    for trial, *repetitions in groups.values():
+        means = {
+            name: _mean(
+                [each.metrics[name] - effects[name].get(_seed(each), 0.0) for each in (trial, *repetitions)]
+            )
+            for name in needed
+        }
+        if all(constraint.violation(means) <= 0 for constraint in constraints):
+            candidates.append(Candidate(trial, tuple(repetitions), means))
+    if not candidates:
+        return Ranking()
+    # Equal values: the earlier trial first.
+    candidates.sort(key=lambda each: (_cost(each.means, metrics[0]), each.trial.number))
+    noise = {name: _noise(repeated, name) for name in metrics} if repeated else {}
+    front = [each for each in candidates if not any(_dominates(other, each, metrics) for other in candidates)]
+    best = knee(front, metrics) if len(metrics) > 1 else candidates[0]
+    return Ranking(
+        tuple(candidates),
+        tuple(each.trial.run_name for each in front),
+        best.trial.run_name,
+        noise,
+        tuple(each.trial.run_name for each in candidates if _within_noise(best, each, noise))
+        if noise
+        else (),
+    )
+
+
+def knee(front: Sequence[Candidate], metrics: Sequence[str]) -> Candidate:
+    """The point of the front that is closest to the best value of every metric, each scaled to the front's extent."""
+    costs = [[_cost(each.means, name) for name in metrics] for each in front]
+    lowest = [min(column) for column in zip(*costs, strict=True)]
+    extent = [(max(column) - min(column)) or 1.0 for column in zip(*costs, strict=True)]
+
+    def distance(index: int) -> float:
+        return math.dist([(cost - low) / span for cost, low, span in zip(costs[index], lowest, extent, strict=True)],
+                         [0.0] * len(metrics))  # fmt: skip
+
+    return front[min(range(len(front)), key=distance)]
+
+
+def _is_measured(trial: TrialOutcome, metrics: set[str]) -> bool:
+    return all(math.isfinite(trial.metrics.get(name, math.nan)) for name in metrics)
+
+
+def _cost(means: dict[str, float], metric: str) -> float:
+    """A metric as a number that is better when it is smaller."""
+    return -means[metric] if mode_of(metric) == "max" else means[metric]
+
+
+def _dominates(one: Candidate, other: Candidate, metrics: Sequence[str]) -> bool:
+    pairs = [(_cost(one.means, name), _cost(other.means, name)) for name in metrics]
+    return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
+
+
+def _seed(trial: TrialOutcome) -> Any:
+    """The seed of a repetition; None: that of the sweep."""
+    return trial.values.get("seed") if trial.repeats else None
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _seed_effects(repeated: Sequence[Sequence[TrialOutcome]], metric: str) -> dict[Any, float]:
+    """How much better or worse each seed is for the repeated trials on average. Their order does not depend on it."""
+    differences: dict[Any, list[float]] = {}
+    for group in repeated:
+        mean = _mean([trial.metrics[metric] for trial in group])
+        for trial in group:
+            differences.setdefault(_seed(trial), []).append(trial.metrics[metric] - mean)
+    return {seed: _mean(values) for seed, values in differences.items()}
+
+
+def _noise(repeated: Sequence[Sequence[TrialOutcome]], metric: str) -> float:
+    """Standard deviation between seeds of a trial's value, without the effect that a seed has on all trials.
+
+    With one repeated trial only, that effect cannot be separated and is included.
+    """
+    effects = _seed_effects(repeated, metric) if len(repeated) > 1 else {}
+    squares = 0.0
+    for group in repeated:
+        values = [trial.metrics[metric] - effects.get(_seed(trial), 0.0) for trial in group]
+        squares += sum((value - _mean(values)) ** 2 for value in values)
+    freedom = sum(len(group) - 1 for group in repeated) - max(0, len(effects) - 1)
+    return math.sqrt(squares / max(1, freedom))
+
+
+def _within_noise(best: Candidate, other: Candidate, noise: dict[str, float]) -> bool:
+    return all(
+        abs(best.means[name] - other.means[name])
+        <= STANDARD_ERRORS * deviation * math.sqrt(1 / best.count + 1 / other.count)
+        for name, deviation in noise.items()
+    )

@@ -1,0 +1,159 @@
+"""The report of a sweep: one HTML page that needs no network."""
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jinja2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.metrics.names import METRICS
+from pipeline.run_folder import TrialOutcome
+from pipeline.tuning.config import TuneConfig, metric_name
+from pipeline.tuning.ranking import Ranking
+from pipeline.tuning.space import shown
+
+MAX_NAMES = 4
+
+
+@dataclass(frozen=True)
+class Crops:
+    """The same crop of one validation image in several versions."""
+
+    image: str
+    """Name of the validation image."""
+    versions: tuple[tuple[str, NDArray[np.uint8]], ...]
+    """Label and (H, W, 3) RGB."""
+
+
+def render_report(
+    settings: TuneConfig,
+    trials: Sequence[TrialOutcome],
+    ranking: Ranking,
+    figures: Sequence[tuple[str, str, bytes]],
+    crops: Sequence[Crops],
+) -> bytes:
+    """The page.
+
+    Args:
+        settings: the sweep's.
+        trials: all ended trials.
+        ranking: their comparison.
+        figures: title, explanation and SVG of each figure.
+        crops: what the best trials make of the validation images.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("pipeline.tuning", "."), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    fields = list(settings.space)
+    order = {each.trial.run_name: place for place, each in enumerate(ranking.candidates)}
+    rows = []
+    for trial in sorted(trials, key=lambda each: (order.get(each.run_name, len(order)), each.number)):
+        candidate = ranking.of(trial.run_name)
+        rows.append(
+            {
+                "name": trial.run_name,
+                "marks": marks(trial, ranking, len(settings.metrics)),
+                "status": trial.status,
+                "values": [shown(trial.values.get(name)) for name in fields],
+                "metrics": [_metric(trial, name) for name in settings.metrics],
+                "seeds": candidate.count if candidate else 1,
+                "means": [_text(name, candidate.means[name]) for name in settings.metrics]
+                if candidate and candidate.count > 1
+                else [],
+                "step": trial.step,
+                "seconds": f"{trial.seconds:.0f}",
+                "reason": trial.reason,
+                "seed": trial.values.get("seed") if trial.repeats else None,
+            }
+        )
+    return environment.get_template("report.html.j2").render(
+        name=settings.name,
+        fields=fields,
+        metrics=[_title(name) for name in settings.metrics],
+        rows=rows,
+        summary=summary(settings, trials, ranking),
+        best=ranking.best,
+        figures=[(title, text, _data_uri(content, "svg+xml")) for title, text, content in figures],
+        crops=[(each.image, [(label, _webp(pixels)) for label, pixels in each.versions]) for each in crops],
+        settings=json.dumps(settings.model_dump(mode="json"), indent=1),
+    ).encode()  # fmt: skip
+
+
+def summary(settings: TuneConfig, trials: Sequence[TrialOutcome], ranking: Ranking) -> list[str]:
+    """What was found, in plain sentences."""
+    counts = {
+        status: sum(each.status == status for each in trials) for status in ("finished", "stopped", "failed")
+    }
+    listed = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+    lines = [f"{len(trials)} trials: {listed}."]
+    best = ranking.of(ranking.best)
+    if best is None:
+        return [*lines, "No trial can be called the best: none has finished and meets the constraints."]
+    values = ", ".join(f"{name} = {shown(value)}" for name, value in best.trial.values.items())
+    measured = ", ".join(f"{_title(name)} {_text(name, best.means[name])}" for name in settings.metrics)
+    if len(settings.metrics) > 1:
+        lines.append(
+            f"{len(ranking.front)} trials are on the Pareto front: no other trial is better in every metric. The knee, "
+            f"{ranking.best}, is the closest to the best value of each metric: {measured}, with {values}."
+        )
+    else:
+        lines.append(f"The best trial is {ranking.best}: {measured}, with {values}.")
+    others = [name for name in ranking.tied if name != ranking.best]
+    if not ranking.noise:
+        lines.append(
+            "The noise between seeds was not measured (tune.repeats): small differences may be chance."
+        )
+    else:
+        noise = ", ".join(f"{_title(name)} {value:.4f}" for name, value in ranking.noise.items())
+        equal = ", ".join(others[:MAX_NAMES])
+        if len(others) > MAX_NAMES:
+            equal += f" and {len(others) - MAX_NAMES} more"
+        tied = f"so {equal} may be equally good" if others else "less than its lead"
+        lines.append(f"The standard deviation between seeds is {noise}: {tied}.")
+    return lines
+
+
+def marks(trial: TrialOutcome, ranking: Ranking, metrics: int) -> list[str]:
+    """best (without a tie), tied, or knee and front."""
+    name = trial.run_name
+    if metrics > 1:
+        return [
+            mark
+            for mark, applies in (("knee", name == ranking.best), ("front", name in ranking.front))
+            if applies
+        ]
+    if len(ranking.tied) > 1:
+        return ["tied"] if name in ranking.tied else []
+    return ["best"] if name == ranking.best else []
+
+
+def _title(metric: str) -> str:
+    group = metric.rpartition("/")[0]
+    label = METRICS[metric_name(metric)].label
+    return f"{label}, {group}" if group else label
+
+
+def _text(metric: str, value: float) -> str:
+    known = METRICS[metric_name(metric)]
+    # One digit more than elsewhere: trials are close to each other.
+    return f"{value:.{known.decimals + 1}f}{' ' + known.unit if known.unit else ''}"
+
+
+def _metric(trial: TrialOutcome, name: str) -> str:
+    return _text(name, trial.metrics[name]) if name in trial.metrics else "–"
+
+
+def _webp(pixels: NDArray[np.uint8]) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "WEBP", lossless=True)
+    return _data_uri(buffer.getvalue(), "webp")
+
+
+def _data_uri(content: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"

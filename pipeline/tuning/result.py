@@ -1,0 +1,80 @@
+"""The result of a sweep, and the lines that the command prints."""
+
+from dataclasses import dataclass
+
+from pipeline.run_folder import TrialOutcome
+from pipeline.tuning.config import TuneConfig, mode_of
+from pipeline.tuning.space import flag_text, shown
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """Result of a sweep."""
+
+    run_id: str
+    """MLflow's id of the parent run."""
+    trials: list[TrialOutcome]
+    best: TrialOutcome | None
+    """With several metrics: the knee point of the Pareto front. None: no trial meets the constraints, or the sweep was
+    stopped before one had finished."""
+    front: list[str]
+    """Run names on the Pareto front."""
+    tied: list[str]
+    """Trials whose difference from the best is within the noise between seeds; empty: the noise was not measured."""
+    noise: dict[str, float]
+    """Standard deviation of every metric between seeds."""
+    figure: str
+    """Path of the figure of the searched fields against the metric."""
+
+
+def trial_table(settings: TuneConfig, result: SweepResult) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a table of the trials: finished ones first, the best of them at the top."""
+    metrics, fields = settings.metrics, list(settings.space)
+    worst = float("inf")
+
+    def order(trial: TrialOutcome) -> tuple[bool, float]:
+        value = trial.metrics.get(metrics[0])
+        sign = -1 if mode_of(metrics[0]) == "max" else 1
+        return trial.status != "finished", worst if value is None else sign * value
+
+    rows = [
+        [
+            trial.run_name,
+            trial.status,
+            str(trial.step),
+            *(shown(trial.values.get(name)) for name in fields),
+            *(f"{trial.metrics[name]:.4f}" if name in trial.metrics else "-" for name in metrics),
+            f"{trial.seconds:.0f}",
+        ]
+        for trial in sorted(result.trials, key=order)
+    ]
+    return ["trial", "status", "step", *fields, *metrics, "seconds"], rows
+
+
+def result_lines(settings: TuneConfig, result: SweepResult) -> list[str]:
+    """What is printed below the table: failures, noise, Pareto front, and the best trial."""
+    metrics = settings.metrics
+    lines = [f"{trial.run_name}: {trial.reason}" for trial in result.trials if trial.status == "failed"]
+    if result.noise:
+        noise = ", ".join(f"{name} {value:.4f}" for name, value in result.noise.items())
+        lines.append(f"noise (standard deviation between seeds): {noise}")
+    if len(result.front) > 1:
+        lines.append(f"Pareto front: {', '.join(result.front)}")
+    best = result.best
+    if best is None:
+        conditions = " and ".join(settings.constraints)
+        finished = any(trial.status == "finished" for trial in result.trials)
+        lines.append(
+            f"best: none; no trial meets {conditions}"
+            if finished
+            else "best: none; no trial has finished yet"
+        )
+        return lines
+    lines.append(f"figure: {result.figure}")
+    if len(result.tied) > 1:
+        lines.append(f"the differences between {', '.join(result.tied)} are within the noise between seeds")
+    values = " ".join(f"--{name} {flag_text(value)}" for name, value in best.values.items())
+    measured = ", ".join(f"{name} {best.metrics[name]:.4f}" for name in metrics)
+    kind = "knee of the Pareto front" if len(metrics) > 1 else "best"
+    lines.append(f"{kind}: {best.run_name} with {measured} at step {best.step}: {values}")
+    return lines

@@ -1,0 +1,97 @@
+"""Stage 1 is trained once for all trials that share it.
+
+A trial that differs from another one in stage 2 only has the same stage 1. It is trained as a separate run in
+`stage1/` of the sweep; the trials start from copies of its last checkpoint and end with the bits of a trial that trains
+both stages itself.
+"""
+
+import json
+from importlib import metadata
+from typing import Any
+
+from pipeline.run_folder import RESULT
+from pipeline.storage import Storage
+from pipeline.training import checkpoint as checkpoints
+from pipeline.training.checkpoint import CheckpointName
+from pipeline.training.config import TrainConfig
+from pipeline.training.identity import PACKAGES, learning_fields
+from pipeline.tuning.config import Choice, Range, TuneConfig
+from pipeline.tuning.space import digest
+
+FOLDER = "stage1"
+# Fields that stage 1 does not depend on: dotted names, or the sections that contain them.
+_STAGE_TWO = (
+    "gan",
+    "perceptual",
+    "model.discriminator",
+    "model.discriminator_num_feat",
+    "init.discriminator",
+)
+
+
+def is_shared(settings: TuneConfig, base: TrainConfig) -> bool:
+    """Whether several trials can have the same stage 1: its searched fields have a finite number of values."""
+
+    def has_few_values(span: Range | Choice) -> bool:
+        return isinstance(span, Choice) or span.step is not None
+
+    spans = [span for name, span in settings.space.items() if not _is_of_stage_two(name)]
+    return base.psnr.steps > 0 and all(map(has_few_values, spans))
+
+
+def stage_one_of(trial: TrainConfig, base: TrainConfig, manifest_sha256: str) -> TrainConfig | None:
+    """The run that trains a trial's stage 1, named by everything that shapes it; None if the trial has only one stage.
+
+    Args:
+        trial: the trial's configuration.
+        base: the sweep's, from which the run has the unused fields of stage 2.
+        manifest_sha256: digest of the data set's manifest.
+    """
+    if not (trial.psnr.steps and trial.gan.steps):
+        return None
+    size = {
+        "discriminator": base.model.discriminator,
+        "discriminator_num_feat": base.model.discriminator_num_feat,
+    }
+    alone = trial.model_copy(
+        update={
+            "gan": base.gan.model_copy(update={"steps": 0}),
+            "perceptual": base.perceptual,
+            "init": trial.init.model_copy(update={"discriminator": None}),
+            "model": trial.model.model_copy(update=size),
+        }
+    )
+    shaping: dict[str, Any] = {
+        "fields": learning_fields(alone),
+        "init": alone.init.model_dump(mode="json"),
+        "data": manifest_sha256,
+        "workers": alone.worker_range,
+        "use_gpu": alone.use_gpu,
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+    }
+    key = digest(json.dumps(shaping, sort_keys=True))
+    return alone.model_copy(update={"run_name": f"stage1-{key}"})
+
+
+def is_trained(run: Storage, steps: int) -> bool:
+    """Whether the run of a stage 1 has finished and has its last checkpoint."""
+    result = RESULT.read(run)
+    return (
+        result is not None
+        and result.step == steps
+        and CheckpointName(steps, "psnr") in checkpoints.listed(run)
+    )
+
+
+def adopt(stage_one: Storage, trial: Storage, steps: int) -> None:
+    """Copies the last checkpoint of stage 1 to a trial that has no checkpoint yet.
+
+    Raises:
+        CorruptCheckpoint: the shared checkpoint cannot be used.
+    """
+    if not checkpoints.listed(trial):
+        checkpoints.copy(stage_one, trial, CheckpointName(steps, "psnr"))
+
+
+def _is_of_stage_two(name: str) -> bool:
+    return any(name == each or name.startswith(f"{each}.") for each in _STAGE_TWO)

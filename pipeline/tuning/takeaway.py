@@ -1,0 +1,165 @@
+"""What a sweep leaves: figures, the report, best.yaml and the study's database."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import optuna
+import torch
+
+from pipeline.data import HeldOutPhoto, read_held_out
+from pipeline.imaging import bicubic_upscale, upscale
+from pipeline.model import RRDBNet
+from pipeline.run_folder import TrialOutcome
+from pipeline.storage import Storage
+from pipeline.training import checkpoint as checkpoints
+from pipeline.training.config import TrainConfig
+from pipeline.training.validation import CROP_PX, most_detailed
+from pipeline.tuning.best_config import best_yaml
+from pipeline.tuning.config import TuneConfig
+from pipeline.tuning.figure import (
+    as_png,
+    as_svg,
+    importance_figure,
+    parallel_figure,
+    pareto_figure,
+    tradeoff_figure,
+)
+from pipeline.tuning.proposals import study
+from pipeline.tuning.ranking import Ranking
+from pipeline.tuning.report import Crops, render_report
+from pipeline.tuning.space import points
+from pipeline.tuning.trial_queue import TrialQueue
+
+SHOWN_TRIALS = 4
+SHOWN_IMAGES = 4
+# With fewer trials, the importances would be chance.
+MIN_IMPORTANCE_TRIALS = 8
+
+
+def sweep_files(queue: TrialQueue, config: TrainConfig, ranking: Ranking) -> dict[str, bytes]:
+    """The files that a sweep ends with, by name.
+
+    Args:
+        queue: the ended queue.
+        config: the configuration of the sweep, with absolute paths.
+        ranking: comparison of its trials.
+    """
+    settings = queue.settings
+    trials = sorted(queue.outcomes.values(), key=lambda trial: trial.number)
+    drawn = _means(trials, ranking)
+    tradeoff = tradeoff_figure(drawn, settings, ranking)
+    figures = []
+    if len(settings.metrics) > 1:
+        text = "Red: the Pareto front; no other trial is better in both metrics. Gray: the other trials."
+        figures.append(("Pareto front", text, as_svg(pareto_figure(drawn, settings, ranking))))
+    text = "A star: the best trial; hollow: stopped early, before its last step."
+    figures.append(("Fields and metrics", text, as_svg(tradeoff)))
+    if parallel := parallel_figure(drawn, settings):
+        text = "A line is a finished trial; yellow: the best values of the first metric. Numbers: the ends of an axis."
+        figures.append(("Parallel coordinates", text, as_svg(parallel)))
+    if shares := importances(settings, queue):
+        text = "Share of the variance between the trials that a field explains (Optuna's fANOVA)."
+        figures.append(("Importance of the fields", text, as_svg(importance_figure(shares))))
+    files = {
+        "tradeoff.png": as_png(tradeoff),
+        "report.html": render_report(settings, trials, ranking, figures, crops(queue, ranking)),
+        "study.db": queue.database(),
+    }
+    best = queue.outcomes.get(ranking.best)
+    if best is not None:
+        files["best.yaml"] = best_yaml(config, settings, best)
+    return files
+
+
+def _means(trials: Sequence[TrialOutcome], ranking: Ranking) -> list[TrialOutcome]:
+    """The trials without repetitions; a trial that was repeated has the mean over its seeds."""
+    means = {each.trial.run_name: each.means for each in ranking.candidates}
+    return [
+        replace(trial, metrics=trial.metrics | means.get(trial.run_name, {}))
+        for trial in trials
+        if not trial.repeats
+    ]
+
+
+def importances(settings: TuneConfig, queue: TrialQueue) -> dict[str, dict[str, float]]:
+    """Share of every metric's variance that each field explains; empty with too few trials."""
+    searched = [plan for plan in queue.plans.values() if not plan.repeats]
+    built = study(settings, searched, {each.number: each for each in queue.outcomes.values()}, {})
+    complete = built.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
+    if len(complete) < MIN_IMPORTANCE_TRIALS:
+        return {}
+    shares = {}
+    for index, metric in enumerate(settings.metrics):
+        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+        found = optuna.importance.get_param_importances(built, evaluator=evaluator, target=_value(index))
+        shares[metric] = {name: float(found.get(name, 0.0)) for name in settings.space}
+    return shares
+
+
+def _value(index: int) -> Callable[[optuna.trial.FrozenTrial], float]:
+    return lambda trial: float(trial.values[index])
+
+
+def crops(queue: TrialQueue, ranking: Ranking) -> list[Crops]:
+    """The crop with the most detail of the first validation images, as the best trials upscale it."""
+    shown = _shown_trials(queue, ranking)
+    generators = {}
+    for label, trial in shown.items():
+        generator = _generator(queue, trial)
+        if generator is not None:
+            generators[label] = generator
+    if not generators:
+        return []
+    photos = read_held_out(queue.base.data.root)[:SHOWN_IMAGES]
+    return [_crop(photo, generators, queue.base.data.scale) for photo in photos]
+
+
+def _shown_trials(queue: TrialQueue, ranking: Ranking) -> dict[str, TrialOutcome]:
+    """The trials to be shown, by label: the best ones and the first of tune.points."""
+    names = dict.fromkeys(
+        [ranking.best, *ranking.front, *(each.trial.run_name for each in ranking.candidates)]
+    )
+    top = [name for name in names if name in queue.outcomes][:SHOWN_TRIALS]
+    labels = {name: name for name in top}
+    first: Sequence[Mapping[str, object]] = points(queue.settings, queue.base)[:1]
+    for trial in queue.outcomes.values():
+        if trial.values in first and trial.status == "finished":
+            labels[trial.run_name] = f"{trial.run_name}, tune.points[0]"
+    if ranking.best:
+        labels[ranking.best] += " (knee)" if len(queue.settings.metrics) > 1 else " (best)"
+    return {label: queue.outcomes[name] for name, label in labels.items()}
+
+
+def _generator(queue: TrialQueue, trial: TrialOutcome) -> RRDBNet | None:
+    """The EMA weights that a trial's value was measured on; None if the checkpoint is gone."""
+    config = queue.job(trial.run_name).config
+    run = Storage(config.storage) / trial.run_name
+    name = next((each for each in checkpoints.listed(run) if each.step == trial.step), None)
+    if name is None:
+        return None
+    try:
+        weights = checkpoints.read(run, name).ema
+    except checkpoints.CorruptCheckpoint:
+        return None
+    size = config.model
+    generator = RRDBNet(
+        size.num_feat, size.num_block, size.num_grow_ch, size.residual_scale, scale=config.data.scale
+    )
+    generator.load_state_dict(weights)
+    return generator.eval()
+
+
+def _crop(photo: HeldOutPhoto, generators: Mapping[str, RRDBNet], scale: int) -> Crops:
+    y, x = most_detailed(photo.lr)
+    lr = np.ascontiguousarray(photo.lr[y : y + CROP_PX, x : x + CROP_PX])
+    versions = [
+        ("input", lr.repeat(scale, axis=0).repeat(scale, axis=1)),
+        ("bicubic", bicubic_upscale(lr, scale)),
+        *(
+            (label, upscale(generator, lr, device=torch.device("cpu")))
+            for label, generator in generators.items()
+        ),
+        ("original", photo.hr[scale * y : scale * (y + CROP_PX), scale * x : scale * (x + CROP_PX)]),
+    ]
+    return Crops(photo.name, tuple(versions))

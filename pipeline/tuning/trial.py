@@ -1,0 +1,171 @@
+"""One job of a sweep, in the process that Ray Tune starts for it: a trial, or the stage 1 that several trials share."""
+
+import io
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.errors import StorageFull, UserError, without_secrets
+from pipeline.run_folder import TrainingResult, TrialOutcome
+from pipeline.storage import Storage, only_writer
+from pipeline.tracking.spool import validations
+from pipeline.training.checkpoint import CorruptCheckpoint
+from pipeline.training.config import TrainConfig
+from pipeline.training.run import run_training
+from pipeline.training.stopping import Stopped
+from pipeline.tuning.config import TuneConfig
+from pipeline.tuning.job import Job
+from pipeline.tuning.rungs import compared_from
+from pipeline.tuning.stage_one import adopt
+
+LOG = "log.txt"
+# A process of an earlier submission may need so long to notice that its driver is gone.
+LOCK_S = 60.0
+
+
+def train_job(
+    job: Job,
+    settings: TuneConfig,
+    parent_run_id: str | None,
+    report: Callable[[Mapping[str, float]], None],
+    callbacks: Sequence[Any] = (),
+) -> TrialOutcome:
+    """Trains a job to its end, or until it is stopped; never raises for a fault of the training.
+
+    A stopped job has the status `interrupted`: it resumes from its checkpoint. Not for the main thread, in which
+    signals stop a run.
+
+    Args:
+        job: what to train.
+        settings: the sweep's.
+        parent_run_id: MLflow's id of the sweep's run.
+        report: called after every validation with its metrics and `step`, if the job trains in this process.
+        callbacks: Ray Train callbacks that report otherwise.
+    """
+    began = time.monotonic()
+    outcome = TrialOutcome(
+        job.name,
+        None,
+        job.plan.values,
+        "interrupted",
+        0,
+        {},
+        number=job.plan.number,
+        repeats=job.plan.repeats,
+    )
+    with _console(job.run):
+        try:
+            _await_lock(job.run)
+            if job.stage_one:
+                _adopt(job)
+            outcome = _finished(job, settings, outcome, _train(job, parent_run_id, report, callbacks))
+        except Stopped as stopped:
+            print(stopped, flush=True)
+        except Exception as error:  # noqa: BLE001 - becomes the trial's outcome
+            text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            if not isinstance(error, UserError):
+                print(without_secrets(traceback.format_exc()), flush=True)
+            print(f"error: {without_secrets(text)}", flush=True)
+            outcome = replace(
+                outcome,
+                status="failed",
+                reason=without_secrets(" ".join(text.split()))[:500],
+                retry=isinstance(error, OSError | StorageFull),
+            )
+    if outcome.status != "finished":
+        step, metrics = latest(job.config, validations(job.run))
+        outcome = replace(outcome, step=step, metrics=metrics)
+    return replace(outcome, seconds=round(time.monotonic() - began, 1))
+
+
+def latest(config: TrainConfig, measured: Mapping[int, dict[str, float]]) -> tuple[int, dict[str, float]]:
+    """Step and metrics of the last validation of the compared stage; (0, {}) without one."""
+    steps = [step for step in measured if step > compared_from(config)]
+    return (max(steps), measured[max(steps)]) if steps else (0, {})
+
+
+def _train(
+    job: Job,
+    parent_run_id: str | None,
+    report: Callable[[Mapping[str, float]], None],
+    callbacks: Sequence[Any],
+) -> TrainingResult:
+    # A sweep that resumes after an upgrade compares trials, not bits.
+    options: dict[str, Any] = {
+        "parent_run_id": parent_run_id,
+        "compare_versions": False,
+        "initial_from": job.config.storage.rpartition("/")[0],
+    }
+    if job.config.worker_range[1] > 0:
+        return run_training(job.config, callbacks=callbacks, **options)
+    torch.set_num_threads(max(1, int(job.config.cpus_per_worker)))
+    try:
+        return run_training(job.config, report=report, **options)
+    finally:
+        if job.config.use_gpu:
+            torch.cuda.empty_cache()  # the process trains further trials
+
+
+def _finished(job: Job, settings: TuneConfig, outcome: TrialOutcome, result: TrainingResult) -> TrialOutcome:
+    """The outcome of a trial that reached its last step; `tune.value` decides which validation it is compared by."""
+    step, metrics = result.step, result.final_metrics
+    measured = {at: values for at, values in validations(job.run).items() if at > compared_from(job.config)}
+    if settings.value == "best":
+        metrics = result.metrics
+        step = max((at for at, values in measured.items() if values == metrics), default=step)
+    elif settings.value == "mean" and job.kind == "trial":
+        last = list(measured.values())[-settings.mean_validations :]
+        metrics = {name: sum(values[name] for values in last) / len(last) for name in metrics}
+    return replace(outcome, run_id=result.run_id, status="finished", step=step, metrics=metrics)
+
+
+def _adopt(job: Job) -> None:
+    try:
+        adopt(Storage(job.stage_one), job.run, job.config.psnr.steps)
+    except CorruptCheckpoint as error:
+        print(f"training stage 1 again: the shared checkpoint is unreadable ({error})", flush=True)
+
+
+def _await_lock(run: Storage) -> None:
+    """Waits until no other process trains the run. Raises UserError."""
+    deadline = time.monotonic() + LOCK_S
+    while True:
+        try:
+            with only_writer(
+                run, f"{run.uri}: another process has been training this trial for {LOCK_S:.0f} s"
+            ):
+                return
+        except UserError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.5)
+
+
+@contextmanager
+def _console(run: Storage) -> Iterator[None]:
+    """Writes what this process prints to the run's log file. In an object store, the file appears at the end."""
+    if run.remote:
+        buffer = io.StringIO()
+        try:
+            with redirect_stdout(buffer), redirect_stderr(buffer):
+                yield
+        finally:
+            run.write_bytes(LOG, buffer.getvalue().encode())
+        return
+    path = Path(run.path(LOG))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a", encoding="utf-8", buffering=1)
+    except OSError as error:  # a full disk: the training reports it
+        print(f"{path}: not written ({error})", file=sys.stderr, flush=True)
+        yield
+        return
+    with file, redirect_stdout(file), redirect_stderr(file):
+        yield

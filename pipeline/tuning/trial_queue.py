@@ -1,0 +1,289 @@
+"""Which job comes next, and what follows from its validations and its end. Independent of Ray.
+
+The files of the sweep's folder are the state; everything here is derived from them when the sweep is resumed.
+"""
+
+import logging
+from dataclasses import replace
+
+from pipeline.errors import without_secrets
+from pipeline.run_folder import TrialOutcome, TrialPlan
+from pipeline.storage import Storage
+from pipeline.tracking.spool import published_step, validations
+from pipeline.training.config import TrainConfig
+from pipeline.training.stopping import end_stop_request, request_stop
+from pipeline.tuning import stage_one, sweep_folder
+from pipeline.tuning.config import TuneConfig, mode_of
+from pipeline.tuning.job import Job
+from pipeline.tuning.proposals import as_database, number_of_trials, propose, study
+from pipeline.tuning.ranking import rank
+from pipeline.tuning.rungs import compared_from, is_weak
+from pipeline.tuning.space import trial_config, trial_name
+
+logger = logging.getLogger(__name__)
+
+
+class TrialQueue:
+    """The trials of a sweep.
+
+    Args:
+        settings: what is searched.
+        base: the trials' configuration, except for the searched fields.
+        sweep: the sweep's folder.
+        manifest_sha256: digest of the data set's manifest.
+        slots: maximum number of concurrent jobs.
+        retry_failed: also repeat the trials that failed in training.
+    """
+
+    def __init__(
+        self,
+        settings: TuneConfig,
+        base: TrainConfig,
+        sweep: Storage,
+        manifest_sha256: str,
+        slots: int,
+        retry_failed: bool = False,
+    ) -> None:
+        self.settings, self.base, self.sweep, self.slots = settings, base, sweep, slots
+        self._manifest_sha256 = manifest_sha256
+        self.is_shared = stage_one.is_shared(settings, base)
+        self.plans = {trial_name(plan.values): plan for plan in sweep_folder.plans(sweep)}
+        self.outcomes = {
+            each.run_name: each for each in sweep_folder.outcomes(sweep) if each.run_name in self.plans
+        }
+        for outcome in list(self.outcomes.values()):
+            if outcome.status == "failed" and (outcome.retry or retry_failed):
+                sweep_folder.forget_outcome(sweep, outcome.run_name)
+                del self.outcomes[outcome.run_name]
+        self.resumed = len(self.plans) - len(self.outcomes)
+        self.running: dict[str, Job] = {}
+        self.steps: dict[str, int] = {}
+        """The latest known step of every job."""
+        self.first_steps: dict[str, int] = {}
+        """The step at which every job was started by this submission."""
+        self._waiting = [plan for name, plan in self.plans.items() if name not in self.outcomes]
+        for plan in self._waiting:
+            end_stop_request(sweep / f"trials/{trial_name(plan.values)}")
+        for name in sweep.names(stage_one.FOLDER):
+            end_stop_request(sweep / f"{stage_one.FOLDER}/{name}")
+        self.histories = {name: self._history(name) for name in self.plans}
+        """Validations of every trial by step of the compared stage."""
+        self._failed_stages: dict[str, TrialOutcome] = {}
+        self.stopping = False
+        self._exhausted = False
+
+    @property
+    def total(self) -> int:
+        """Number of trials, without repetitions."""
+        return number_of_trials(self.settings)
+
+    @property
+    def done(self) -> bool:
+        """Whether no job runs and none will follow."""
+        if self.running:
+            return False
+        if not self.stopping:
+            self._fill()
+        return self.stopping or not self._waiting
+
+    def next(self) -> Job | None:
+        """The next job to start now, which counts as running from here on; None: not yet, or `done`."""
+        if self.stopping or len(self.running) >= self.slots:
+            return None
+        self._fill()
+        for plan in list(self._waiting):
+            job = self._trial(plan)
+            stage = (
+                stage_one.stage_one_of(job.config, self.base, self._manifest_sha256)
+                if self.is_shared
+                else None
+            )
+            if stage is not None:
+                stage = stage.model_copy(update={"storage": self.sweep.path(stage_one.FOLDER)})
+                run = Storage(stage.storage) / stage.run_name
+                if failure := self._failed_stages.get(stage.run_name):
+                    self._waiting.remove(plan)
+                    reason = f"{stage.run_name}: {failure.reason}"
+                    self._keep(replace(_empty(job), status="failed", reason=reason, retry=failure.retry))
+                    return self.next()
+                if not stage_one.is_trained(run, stage.psnr.steps):
+                    if stage.run_name in self.running:
+                        continue
+                    job = Job(stage.run_name, "stage 1", stage, TrialPlan(-1, {}))
+                else:
+                    job = replace(job, stage_one=run.uri)
+            if job.kind == "trial":
+                self._waiting.remove(plan)
+            self.running[job.name] = job
+            adopted = job.config.psnr.steps if job.stage_one else 0
+            self.steps[job.name] = self.first_steps[job.name] = max(0, published_step(job.run), adopted)
+            return job
+        return None
+
+    def validated(self, name: str, step: int, metrics: dict[str, float]) -> None:
+        """A job was validated. Stops it if it is among the weak ones at a rung."""
+        job = self.running[name]
+        self.steps[name] = step
+        shown = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items())
+        print(f"{name} step {step}/{job.steps}: {shown}", flush=True)
+        start = compared_from(job.config)
+        if job.kind != "trial" or step <= start:
+            return
+        history = self.histories.setdefault(name, {})
+        history[step - start] = metrics
+        if self.settings.scheduler == "asha" and not job.plan.repeats and self._is_weak(name, job):
+            metric = self.settings.metrics[0]
+            reason = (
+                f"stopped early: {metric} {metrics[metric]:.4f} at step {step - start} of {job.steps - start}"
+            )
+            self._keep(replace(_empty(job), status="stopped", step=step, metrics=metrics, reason=reason))
+            request_stop(job.run)
+
+    def ended(self, name: str, outcome: TrialOutcome) -> None:
+        """A job's process has ended."""
+        job = self.running.pop(name)
+        if job.kind == "stage 1":
+            if outcome.status == "failed":
+                self._failed_stages[name] = outcome
+            print(f"{name} {outcome.status}{_because(outcome.reason)}", flush=True)
+            if outcome.status == "interrupted":
+                self._again(job)
+            return
+        if name in self.outcomes:  # stopped early: written when it was decided
+            kept = self.outcomes[name]
+            outcome = replace(kept, run_id=self._run_id(name), seconds=outcome.seconds)
+        if outcome.status == "interrupted":
+            print(f"{name} interrupted at step {max(0, published_step(job.run))}/{job.steps}", flush=True)
+            self._again(job)
+            return
+        outcome = replace(outcome, run_id=outcome.run_id or self._run_id(name))
+        self.histories[name] = self._history(name) or self.histories.get(name, {})
+        self._keep(outcome)
+        shown = ", ".join(
+            f"{metric} {outcome.metrics[metric]:.4f}"
+            for metric in self.settings.metrics
+            if metric in outcome.metrics
+        )
+        count = sum(not each.repeats for each in self.outcomes.values())
+        print(
+            f"{name} {outcome.status} at step {outcome.step}/{job.steps}: {shown}{_because(outcome.reason)} "
+            f"({count}/{self.total})",
+            flush=True,
+        )
+
+    def _again(self, job: Job) -> None:
+        """Lets an interrupted job start again, unless the sweep is stopping."""
+        if not self.stopping:
+            end_stop_request(job.run)
+            if job.kind == "trial":
+                self._waiting.append(job.plan)
+
+    def lost(self, name: str, reason: str) -> None:
+        """A job's process died more often than it is restarted."""
+        outcome = replace(
+            _empty(self.running[name]), status="failed", reason=without_secrets(reason), retry=True
+        )
+        self.ended(name, outcome)
+
+    def stop(self) -> None:
+        """Makes all running jobs save and stop; no further job is started."""
+        self.stopping = True
+        for job in self.running.values():
+            request_stop(job.run)
+
+    def database(self) -> bytes:
+        """The searched trials as Optuna's SQLite file."""
+        return as_database(study(self.settings, self._searched(), *self._results()))
+
+    def _fill(self) -> None:
+        """Proposes trials for the free slots, and repetitions after the last one has ended."""
+        active = sum(job.kind == "trial" for job in self.running.values())
+        while not self._exhausted and active + len(self._waiting) < self.slots:
+            searched = self._searched()
+            if len(searched) >= self.total:
+                break
+            values = propose(self.settings, self.base, searched, *self._results())
+            if values is None:
+                print(f"no values are left that differ from the {len(searched)} trials so far", flush=True)
+                self._exhausted = True
+                break
+            self._plan(TrialPlan(len(self.plans), values))
+        searched = self._searched()
+        complete = self._exhausted or len(searched) >= self.total
+        if complete and all(trial_name(plan.values) in self.outcomes for plan in searched):
+            self._repeat()
+
+    def _repeat(self) -> None:
+        ranking = rank(self.settings, [each for each in self.outcomes.values() if not each.repeats])
+        order = [ranking.best, *ranking.front, *(each.trial.run_name for each in ranking.candidates)]
+        top = list(dict.fromkeys(name for name in order if name))[: self.settings.repeat_top]
+        for offset in range(1, self.settings.repeats + 1):
+            for name in top:
+                values = self.plans[name].values | {"seed": self.base.seed + offset}
+                if trial_name(values) not in self.plans:
+                    self._plan(TrialPlan(len(self.plans), values, repeats=name))
+
+    def _plan(self, plan: TrialPlan) -> None:
+        name = trial_name(plan.values)
+        sweep_folder.keep_plan(self.sweep, name, plan)
+        self.plans[name] = plan
+        self._waiting.append(plan)
+
+    def _searched(self) -> list[TrialPlan]:
+        return [plan for plan in self.plans.values() if not plan.repeats]
+
+    def _results(
+        self,
+    ) -> tuple[dict[int, TrialOutcome], dict[int, dict[int, dict[str, float]]]]:
+        outcomes = {self.plans[name].number: outcome for name, outcome in self.outcomes.items()}
+        return outcomes, {self.plans[name].number: history for name, history in self.histories.items()}
+
+    def job(self, name: str) -> Job:
+        """The job of a trial that was proposed."""
+        return self._trial(self.plans[name])
+
+    def _trial(self, plan: TrialPlan) -> Job:
+        name = trial_name(plan.values)
+        own = {"run_name": name, "storage": self.sweep.path("trials")}
+        return Job(name, "trial", trial_config(self.base, plan.values | own), plan)
+
+    def _history(self, name: str) -> dict[int, dict[str, float]]:
+        """The trial's validations by step of the compared stage."""
+        start = compared_from(trial_config(self.base, self.plans[name].values))
+        measured = validations(self.sweep / f"trials/{name}")
+        return {step - start: metrics for step, metrics in measured.items() if step > start}
+
+    def _is_weak(self, name: str, job: Job) -> bool:
+        metric = self.settings.metrics[0]
+
+        def curve(of: str) -> dict[int, float]:
+            return {step: values[metric] for step, values in self.histories[of].items() if metric in values}
+
+        others = [curve(other) for other in self.histories if other != name and not self.plans[other].repeats]
+        steps = job.steps - compared_from(job.config)
+        return is_weak(self.settings, steps, curve(name), others, mode_of(metric) == "max")
+
+    def _keep(self, outcome: TrialOutcome) -> None:
+        self.outcomes[outcome.run_name] = outcome
+        sweep_folder.keep_outcome(self.sweep, outcome)
+        self.save_study()
+
+    def save_study(self) -> None:
+        """Writes the copy of the study for optuna-dashboard."""
+        try:
+            self.sweep.write_bytes("study.db", self.database())
+        except Exception as error:  # noqa: BLE001 - a copy: the trials' files are what counts
+            logger.warning("study.db not written: %s", error)
+
+    def _run_id(self, name: str) -> str | None:
+        return sweep_folder.tracking_run_id(self.sweep / f"trials/{name}")
+
+
+def _empty(job: Job) -> TrialOutcome:
+    return TrialOutcome(
+        job.name, None, job.plan.values, "", 0, {}, number=job.plan.number, repeats=job.plan.repeats
+    )
+
+
+def _because(reason: str) -> str:
+    return f" ({reason})" if reason else ""

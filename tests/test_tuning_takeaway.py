@@ -1,0 +1,115 @@
+"""What a sweep leaves: best.yaml, the report, and what MLflow shows of it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from tiny import write_sets
+from tuning_helpers import configurations, open_queue, run_all
+
+from pipeline.config import load_config
+from pipeline.run_folder import TrialOutcome
+from pipeline.tracking.config import TrackingConfig
+from pipeline.tracking.run import open_parent
+from pipeline.tracking.sweep import log_sweep
+from pipeline.training.config import TrainConfig
+from pipeline.tuning.best_config import best_yaml
+from pipeline.tuning.config import TuneConfig
+from pipeline.tuning.ranking import rank
+from pipeline.tuning.report import summary
+from pipeline.tuning.takeaway import sweep_files
+
+
+def outcome(number: int, status: str = "finished", **metrics: float) -> TrialOutcome:
+    values = {"gan.pixel_weight": number / 10, "psnr.learning_rate": 1e-4}
+    return TrialOutcome(f"trial-{number}", f"id{number}", values, status, 12, metrics, number=number)
+
+
+def test_the_files_of_a_sweep(tmp_path: Path) -> None:
+    folder = write_sets(tmp_path)
+    changes = {
+        "tune.name": "files",
+        "tune.trials": 2,
+        "tune.metrics": ["psnr_y", "ssim_y"],
+        "tune.points": [{}],
+    }
+    changes["tune.space"] = {"gan.pixel_weight": {"low": 1e-3, "high": 1.0, "log": True}}
+    queue = open_queue(folder, **changes)
+    run_all(queue)
+    config, settings = configurations(folder, **changes)
+    files = sweep_files(queue, config, rank(settings, list(queue.outcomes.values())))
+    assert set(files) == {"tradeoff.png", "report.html", "study.db", "best.yaml"}
+    page = files["report.html"].decode()
+    for name in queue.outcomes:
+        assert name in page
+    assert "tune.points[0]" in page
+    assert "(knee)" in page
+    assert page.count("data:image/svg+xml") == 3
+    # Two images: input, bicubic, two trials, original.
+    assert page.count("data:image/webp") == 10
+    assert "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_best_yaml_is_a_full_length_configuration_with_the_best_values(tmp_path: Path) -> None:
+    config = TrainConfig.model_validate(
+        {
+            "psnr": {"steps": 40, "schedule": {"shape": "cosine"}},
+            "gan": {"steps": 20, "schedule": {"shape": "constant"}},
+            "tracking": {"uri": "https://user:hunter2@server"},
+            "workers": 4,
+        }
+    )
+    space = {"gan.pixel_weight": {"low": 0.0, "high": 1.0}, "psnr.learning_rate": {"choice": [1e-4]}}
+    settings = TuneConfig.model_validate({"name": "s", "space": space})
+    content = best_yaml(config, settings, outcome(3, psnr_y=20.0))
+    assert b"hunter2" not in content
+    (tmp_path / "best.yaml").write_bytes(content)
+    best = load_config(["--config", str(tmp_path / "best.yaml")], description="", environment={})[0]
+    assert (best.run_name, best.workers) == ("s-best", 4)
+    assert (best.gan.pixel_weight, best.psnr.learning_rate) == (0.3, 1e-4)
+    assert (best.psnr.steps, best.gan.steps, best.validate_every_steps) == (1_000_000, 400_000, 5000)
+    assert best.gan.schedule == TrainConfig().gan.schedule
+
+
+@pytest.mark.parametrize("field", ["gan.steps", "psnr.schedule"])
+def test_best_yaml_keeps_searched_lengths_and_skipped_stages(field: str, tmp_path: Path) -> None:
+    value: Any = {"gan.steps": 30, "psnr.schedule": {"shape": "halving", "milestones": [5]}}[field]
+    config = TrainConfig.model_validate({"psnr": {"steps": 40}, "gan": {"steps": 0}})
+    settings = TuneConfig.model_validate({"space": {field: {"choice": [value]}}})
+    best = TrialOutcome("trial-1", None, {field: value}, "finished", 12, {"psnr_y": 20.0})
+    (tmp_path / "best.yaml").write_bytes(best_yaml(config, settings, best))
+    loaded = load_config(["--config", str(tmp_path / "best.yaml")], description="", environment={})[0]
+    assert loaded.gan.steps == (30 if field == "gan.steps" else 0)
+    if field == "psnr.schedule":
+        assert loaded.psnr.schedule.milestones == (5,)
+
+
+def test_the_summary_names_the_best_and_what_is_not_known() -> None:
+    settings = TuneConfig.model_validate({"space": {"gan.pixel_weight": {"low": 0.0, "high": 1.0}}})
+    trials = [outcome(1, psnr_y=20.0), outcome(2, psnr_y=21.0), outcome(3, "failed")]
+    text = " ".join(summary(settings, trials, rank(settings, trials)))
+    assert "3 trials: 2 finished, 1 failed." in text
+    assert "The best trial is trial-2: PSNR (Y) 21.000 dB" in text
+    assert "not measured" in text
+    assert "No trial can be called the best" in " ".join(
+        summary(settings, trials[2:], rank(settings, trials[2:]))
+    )
+
+
+def test_the_parent_run_has_the_trials_metrics_once_and_a_link_to_the_best(tmp_path: Path) -> None:
+    write_sets(tmp_path)
+    storage = str(tmp_path / "runs")
+    uri = f"sqlite:///{storage}/mlflow.db"
+    config = TrackingConfig(uri=uri, experiment="sweeps")
+    parent = open_parent(config, storage, name="sweep", key="key", parameters={})
+    for _ in range(2):
+        points = [(0, {"psnr_y": 20.0}), (1, {"psnr_y": 21.0})]
+        assert log_sweep(parent, points, {"report.html": b"<html>"}, ("trial-1", "abc"))
+    client = MlflowClient(uri)
+    history = client.get_metric_history(parent.run_id, "trial/psnr_y")
+    assert [(point.step, point.value) for point in history] == [(0, 20.0), (1, 21.0)]
+    assert [each.path for each in client.list_artifacts(parent.run_id)] == ["report.html"]
+    tags = client.get_run(parent.run_id).data.tags
+    assert (tags["esrgan.best_trial"], tags["esrgan.best_trial_run_id"]) == ("trial-1", "abc")
+    assert "/runs/abc" in tags["mlflow.note.content"]
