@@ -11,9 +11,8 @@ from evaluation_helpers import job, user_error, write_generator
 from tracking_helpers import DATA, new_database, open_small, small_generator
 
 from pipeline.storage import Storage
-from pipeline.tracking.card_parts import license_note
 from pipeline.tracking.config import TrackingConfig
-from pipeline.tracking.logged_model import ModelCard
+from pipeline.tracking.model_card import ModelCard, license_note
 from pipeline.tracking.registry import register_generator
 
 CARD = ModelCard(

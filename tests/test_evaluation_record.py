@@ -13,8 +13,8 @@ from pipeline.evaluation.models import open_model, split_label
 from pipeline.model import generator_sha256
 from pipeline.storage import Storage
 from pipeline.tracking.config import TrackingConfig
-from pipeline.tracking.logged_model import ModelCard
 from pipeline.tracking.lookup import version_uri
+from pipeline.tracking.model_card import ModelCard
 from pipeline.tracking.registry import register_generator
 
 

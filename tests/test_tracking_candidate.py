@@ -25,8 +25,8 @@ from pipeline.run_folder import RESULT, TrainingResult
 from pipeline.storage import Storage
 from pipeline.tracking.candidate import Candidate, register_candidate, trained_generator
 from pipeline.tracking.config import TrackingConfig
-from pipeline.tracking.logged_model import ModelCard
 from pipeline.tracking.lookup import pull_generator
+from pipeline.tracking.model_card import ModelCard
 from pipeline.tracking.run import finish_run, open_run
 from pipeline.tracking.spool import images_at
 

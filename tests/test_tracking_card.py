@@ -12,7 +12,8 @@ from tracking_helpers import DATA, new_database, open_small, small_generator
 from pipeline.imaging import upscale
 from pipeline.storage import Storage
 from pipeline.tracking.config import TrackingConfig
-from pipeline.tracking.logged_model import ModelCard, log_model
+from pipeline.tracking.logged_model import log_model
+from pipeline.tracking.model_card import ModelCard
 from pipeline.tracking.run import TrackedRun
 
 
@@ -24,7 +25,7 @@ def tracked(tmp_path: Path) -> TrackedRun:
 def logged(tracked: TrackedRun, tmp_path: Path, metrics: dict[str, float]) -> tuple[str, str, str]:
     """The description for the registry, the card among the model's files, and the model's id."""
     client = mlflow.MlflowClient(tracked.uri, tracked.uri)
-    card = ModelCard("a: 1\n", DATA, data="12 photos", selected_by="psnr_y")
+    card = ModelCard("a: 1\n", DATA, data="12 photos", selected_by="psnr_y", bicubic={"psnr_y": 26.25})
     result = log_model(
         client, tracked, "esrgan-x4", tmp_path / "g.safetensors", 600, metrics, evaluation_set=DATA, card=card
     )
@@ -37,13 +38,13 @@ def logged(tracked: TrackedRun, tmp_path: Path, metrics: dict[str, float]) -> tu
 
 def test_the_card_states_what_the_model_is(tmp_path: Path, tracked: TrackedRun) -> None:
     generator = small_generator(tmp_path / "g.safetensors", 0)
-    texts = logged(tracked, tmp_path, {"psnr_y": 26.5, "bicubic_psnr_y": 26.25, "lpips": 0.3})
+    texts = logged(tracked, tmp_path, {"psnr_y": 26.5, "lpips": 0.3})
     count = sum(parameter.numel() for parameter in generator.parameters())
     for text in texts[:2]:
-        assert "| psnr_y | 26.5000 | 26.2500 |" in text
-        assert "| lpips | 0.3000 |  |" in text
-        assert "bicubic_psnr_y" not in text
-        assert "Trained on 12 photos; weights of step 600, the best by psnr_y." in text
+        assert "| held out | bicubic | 26.25 |  |" in text
+        assert "| held out | **this model** | 26.50 | 0.3000 |" in text
+        assert "this one was chosen by PSNR (Y) on the held-out images." in text
+        assert "Trained on 12 photos; weights of step 600." in text
         assert f"| parameters | {count:,} ({count * 4 / 1e6:.1f} MB) |" in text
         assert re.search(r"\| speed \| [\d,]+ ms per megapixel of output \(\w+, \d+ CPU threads\) \|", text)
         assert "expected input" in text

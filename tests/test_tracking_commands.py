@@ -10,7 +10,7 @@ from tracking_helpers import DATA, new_database, open_small, small_generator, wr
 from pipeline.errors import UserError
 from pipeline.storage import Storage
 from pipeline.tracking.config import TrackingConfig
-from pipeline.tracking.logged_model import ModelCard
+from pipeline.tracking.model_card import ModelCard
 from pipeline.tracking.registry import register_generator
 from pipeline.tracking.run import TrackedRun
 

@@ -26,8 +26,9 @@ from pipeline.model import RRDBNet, rrdbnet, save_generator, seeded
 from pipeline.model.export import export_onnx
 from pipeline.storage import Storage
 from pipeline.tracking.config import TrackingConfig
-from pipeline.tracking.logged_model import ModelCard, architecture
+from pipeline.tracking.logged_model import architecture
 from pipeline.tracking.lookup import pull_generator
+from pipeline.tracking.model_card import ModelCard
 from pipeline.tracking.registry import register_generator
 from pipeline.tracking.run import TrackedRun
 from pipeline.tracking.serving_model import Generator

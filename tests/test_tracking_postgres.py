@@ -27,8 +27,8 @@ from tracking_helpers import (
 
 from pipeline.storage import Storage
 from pipeline.tracking.config import TrackingConfig
-from pipeline.tracking.logged_model import ModelCard
 from pipeline.tracking.lookup import pull_generator
+from pipeline.tracking.model_card import ModelCard
 from pipeline.tracking.registry import register_generator
 from pipeline.tracking.sender import Sender
 

@@ -25,11 +25,11 @@ from pipeline.errors import UserError
 from pipeline.model import generator_sha256, load_generator, save_generator
 from pipeline.storage import Storage
 from pipeline.tracking import logged_model, registry
-from pipeline.tracking.card_parts import license_note, measured
 from pipeline.tracking.config import TrackingConfig
 from pipeline.tracking.connection import CONNECT_LIMITS
-from pipeline.tracking.logged_model import ModelCard, input_example
+from pipeline.tracking.logged_model import input_example
 from pipeline.tracking.lookup import pull_generator
+from pipeline.tracking.model_card import ModelCard, license_note, measured
 from pipeline.tracking.registry import (
     UPLOAD_LIMITS,
     RegisteredVersion,

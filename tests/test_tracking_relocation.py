@@ -9,8 +9,8 @@ from tracking_helpers import DATA, client_of, new_database, open_small, small_ge
 from pipeline.errors import UserError
 from pipeline.storage import Storage
 from pipeline.tracking.config import TrackingConfig
-from pipeline.tracking.logged_model import ModelCard
 from pipeline.tracking.lookup import pull_generator
+from pipeline.tracking.model_card import ModelCard
 from pipeline.tracking.registry import register_generator
 from pipeline.tracking.uri import absolute_uri, resolve_uri
 

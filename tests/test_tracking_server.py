@@ -26,8 +26,8 @@ from pipeline.storage import Storage
 from pipeline.tracking import upload
 from pipeline.tracking.candidate import upload_pending
 from pipeline.tracking.config import TrackingConfig
-from pipeline.tracking.logged_model import ModelCard
 from pipeline.tracking.lookup import pull_generator
+from pipeline.tracking.model_card import ModelCard
 from pipeline.tracking.registry import register_generator
 from pipeline.tracking.run import finish_run, open_run
 from pipeline.tracking.sender import Sender

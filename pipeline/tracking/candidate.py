@@ -15,7 +15,7 @@ from pipeline.run_folder import CANDIDATE, RESULT, SENT, CandidateDescription, T
 from pipeline.storage import Storage
 from pipeline.tracking.config import TrackingConfig
 from pipeline.tracking.connection import TrackingUnreachable, cause
-from pipeline.tracking.logged_model import ModelCard
+from pipeline.tracking.model_card import ModelCard
 from pipeline.tracking.registry import RegisteredVersion, log_generator, register_generator
 from pipeline.tracking.run import TrackedRun, require_description
 from pipeline.tracking.sender import Sender

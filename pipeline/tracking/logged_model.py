@@ -7,7 +7,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ from PIL import Image
 from pipeline.errors import without_secrets
 from pipeline.model import RRDBNet, generator_sha256, load_generator, rrdbnet
 from pipeline.model.export import export_onnx
-from pipeline.tracking.card_parts import NO_LICENSE, measured, set_of
+from pipeline.tracking.model_card import ModelCard, Usage, card_text, image_file, set_of
 from pipeline.tracking.run import TrackedRun
 from pipeline.tracking.upload import DIGEST_CHARACTERS
 
@@ -35,43 +35,6 @@ WEIGHTS = "generator.safetensors"
 SHA_TAG, SET_TAG = "esrgan.generator_sha256", "esrgan.evaluation_set"
 SPEED_PX = 64
 EXAMPLE_PX = (24, 32)  # smaller than the input in a validation image
-IMAGE_CAPTION = "From left to right: input, bicubic, the result of each stage, original."
-INITIAL_LICENSE = "\n\nTraining started from other weights (see Origin); their license applies as well."
-
-
-@dataclass(frozen=True)
-class ModelCard:
-    """Origin of a registered generator."""
-
-    config_text: str
-    """The whole configuration, as YAML."""
-    data_sha256: str
-    """Digest of the data set's manifest."""
-    data: str = ""
-    """The images that the manifest lists, in a few words."""
-    license: str = NO_LICENSE
-    """Note on the license of the training images, and so of the weights."""
-    images: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """Title to (H, W, 3) uint8 image, shown in the card."""
-    example: np.ndarray | None = None
-    """A small low-resolution image, (H, W, 3) uint8, that becomes the input example."""
-    selected_by: str = "psnr_y"
-    """The metric that chose the generator among the run's checkpoints, such as psnr_y or Set14/lpips."""
-    initial: Mapping[str, str] = field(default_factory=dict)
-    """Source and digest of the weights that training started from; empty: random."""
-    bicubic: Mapping[str, float] = field(default_factory=dict)
-    """The validation metrics of bicubic upscaling, for comparison."""
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What the card's example needs."""
-
-    uri: str
-    """Tracking URI, without a password."""
-    model_id: str
-    speed: str
-    """For a megapixel, with the machine."""
 
 
 @dataclass(frozen=True)
@@ -217,75 +180,7 @@ def write_model(
     (folder / "README.md").write_text(text, encoding="utf-8")
     (folder / "config.yaml").write_text(without_secrets(card.config_text), encoding="utf-8")
     for index, image in enumerate(card.images.values()):
-        Image.fromarray(image).save(folder / _image_file(index))
-
-
-def card_text(
-    name: str,
-    card: ModelCard,
-    metrics: Mapping[str, float],
-    origin: Mapping[str, object],
-    generator: RRDBNet,
-    usage: Usage,
-    *,
-    embed_images: bool = True,
-) -> str:
-    """The model card, in Markdown; without `embed_images` it only lists the images' files."""
-    facts = "\n".join(f"- {key}: `{value}`" for key, value in origin.items())
-    images = ""
-    if card.images:
-        files = {title: _image_file(index) for index, title in enumerate(card.images)}
-        if embed_images:
-            shown = "\n\n".join(f"**{title}**\n\n![{title}]({file})" for title, file in files.items())
-        else:
-            shown = "Files among the logged model's artifacts:\n\n"
-            shown += "\n".join(f"- {title}: `{file}`" for title, file in files.items())
-        images = f"\n\n## Images\n\n{IMAGE_CAPTION}\n\n{shown}"
-    count = sum(parameter.numel() for parameter in generator.parameters())
-    return f"""# {name}
-
-ESRGAN generator (RRDBNet) for x{generator.scale} super-resolution: uint8 RGB in, uint8 RGB out.
-{_data_line(card, origin)}
-
-{measured(metrics, card.bicubic, card.selected_by)}
-
-| | |
-|---|---|
-| network | {generator.num_block} blocks, {generator.num_feat} features, {generator.num_grow_ch} growth channels |
-| parameters | {count:,} ({count * 4 / 1e6:.1f} MB) |
-| speed | {usage.speed} |
-| expected input | photos like the training images, reduced by bicubic; noise and JPEG artifacts are enlarged |
-
-## Use
-```python
-import mlflow
-import numpy as np
-from PIL import Image
-
-mlflow.set_tracking_uri("{usage.uri}")
-model = mlflow.pyfunc.load_model("models:/{usage.model_id}")
-lr = np.asarray(Image.open("small.png").convert("RGB"))[None]  # uint8 (N, H, W, 3), any H and W
-sr = model.predict(lr)                                         # uint8 (N, {generator.scale}H, {generator.scale}W, 3)
-Image.fromarray(sr[0]).save("large.png")
-```
-`models:/{usage.model_id}` is exactly this model. Requires onnxruntime, or torch:
-`artifacts/generator.onnx` has the same interface.
-
-## Origin
-{facts}
-- the whole configuration: `config.yaml`
-
-## License
-{card.license}{INITIAL_LICENSE if card.initial else ""}
-
-## Limits
-It invents plausible detail. Do not read text, faces or measurements from its results.{images}
-"""
-
-
-def _data_line(card: ModelCard, origin: Mapping[str, object]) -> str:
-    data = f"on {card.data}" if card.data else "on images whose digest is below"
-    return f"Trained {data}; weights of step {origin['step']}, the best by {card.selected_by}."
+        Image.fromarray(image).save(folder / image_file(index))
 
 
 def _speed(generator: RRDBNet) -> str:
@@ -340,7 +235,3 @@ def _example(card: ModelCard) -> np.ndarray:
         return np.ascontiguousarray(card.example[:height, :width])
     y, x = np.mgrid[0:height, 0:width]
     return np.stack([255 * x // (width - 1), 255 * y // (height - 1), 128 + 0 * x], axis=-1).astype(np.uint8)
-
-
-def _image_file(index: int) -> str:
-    return f"image-{index}.png"

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from pipeline.metrics import better, metric_of
 from pipeline.tracking.config import TrackingConfig
 from pipeline.tracking.connection import bounded_requests, connect, has_code
-from pipeline.tracking.logged_model import SET_TAG, SHA_TAG, LoggedGenerator, ModelCard, log_model
+from pipeline.tracking.logged_model import SET_TAG, SHA_TAG, LoggedGenerator, log_model
 from pipeline.tracking.lookup import CHAMPION, by_alias, connect_existing, one_line_errors, resolve, versions
+from pipeline.tracking.model_card import ModelCard
 from pipeline.tracking.run import TrackedRun
 from pipeline.tracking.uri import known_uri
 

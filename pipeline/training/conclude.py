@@ -11,8 +11,8 @@ from pipeline.model.weights import generator_sha256
 from pipeline.run_folder import IDENTITY, RESULT, TrainingResult
 from pipeline.storage import Storage
 from pipeline.tracking.candidate import Candidate, register_candidate, trained_generator
-from pipeline.tracking.card_parts import license_note
-from pipeline.tracking.logged_model import ModelCard, input_example
+from pipeline.tracking.logged_model import input_example
+from pipeline.tracking.model_card import ModelCard, license_note
 from pipeline.tracking.run import TrackedRun
 from pipeline.tracking.spool import images_at
 from pipeline.training import checkpoint as checkpoints

@@ -1,0 +1,189 @@
+"""The model card: a registered generator's origin, metrics, use, license and limits, in Markdown."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pipeline.metrics import METRICS, metric_of
+from pipeline.model import RRDBNet
+
+LICENSE_CHARACTERS = 1500
+NO_LICENSE = "Not stated. Whether weights may be redistributed depends on the training images."
+IMAGE_CAPTION = "From left to right: input, bicubic, the result of each stage, original."
+INITIAL_LICENSE = "\n\nTraining started from other weights (see Origin); their license applies as well."
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """Origin of a registered generator."""
+
+    config_text: str
+    """The whole configuration, as YAML."""
+    data_sha256: str
+    """Digest of the data set's manifest."""
+    data: str = ""
+    """The images that the manifest lists, in a few words."""
+    license: str = NO_LICENSE
+    """Note on the license of the training images, and so of the weights."""
+    images: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Title to (H, W, 3) uint8 image, shown in the card."""
+    example: np.ndarray | None = None
+    """A small low-resolution image, (H, W, 3) uint8, that becomes the input example."""
+    selected_by: str = "psnr_y"
+    """The metric that chose the generator among the run's checkpoints, such as psnr_y or Set14/lpips."""
+    initial: Mapping[str, str] = field(default_factory=dict)
+    """Source and digest of the weights that training started from; empty: random."""
+    bicubic: Mapping[str, float] = field(default_factory=dict)
+    """The validation metrics of bicubic upscaling, for comparison."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What the card's example needs."""
+
+    uri: str
+    """Tracking URI, without a password."""
+    model_id: str
+    speed: str
+    """For a megapixel, with the machine."""
+
+
+def card_text(
+    name: str,
+    card: ModelCard,
+    metrics: Mapping[str, float],
+    origin: Mapping[str, object],
+    generator: RRDBNet,
+    usage: Usage,
+    *,
+    embed_images: bool = True,
+) -> str:
+    """The model card, in Markdown; without `embed_images` it only lists the images' files."""
+    facts = "\n".join(f"- {key}: `{value}`" for key, value in origin.items())
+    images = ""
+    if card.images:
+        files = {title: image_file(index) for index, title in enumerate(card.images)}
+        if embed_images:
+            shown = "\n\n".join(f"**{title}**\n\n![{title}]({file})" for title, file in files.items())
+        else:
+            shown = "Files among the logged model's artifacts:\n\n"
+            shown += "\n".join(f"- {title}: `{file}`" for title, file in files.items())
+        images = f"\n\n## Images\n\n{IMAGE_CAPTION}\n\n{shown}"
+    count = sum(parameter.numel() for parameter in generator.parameters())
+    return f"""# {name}
+
+ESRGAN generator (RRDBNet) for x{generator.scale} super-resolution: uint8 RGB in, uint8 RGB out.
+{_data_line(card, origin)}
+
+{measured(metrics, card.bicubic, card.selected_by)}
+
+| | |
+|---|---|
+| network | {generator.num_block} blocks, {generator.num_feat} features, {generator.num_grow_ch} growth channels |
+| parameters | {count:,} ({count * 4 / 1e6:.1f} MB) |
+| speed | {usage.speed} |
+| expected input | photos like the training images, reduced by bicubic; noise and JPEG artifacts are enlarged |
+
+## Use
+```python
+import mlflow
+import numpy as np
+from PIL import Image
+
+mlflow.set_tracking_uri("{usage.uri}")
+model = mlflow.pyfunc.load_model("models:/{usage.model_id}")
+lr = np.asarray(Image.open("small.png").convert("RGB"))[None]  # uint8 (N, H, W, 3), any H and W
+sr = model.predict(lr)                                         # uint8 (N, {generator.scale}H, {generator.scale}W, 3)
+Image.fromarray(sr[0]).save("large.png")
+```
+`models:/{usage.model_id}` is exactly this model. Requires onnxruntime, or torch:
+`artifacts/generator.onnx` has the same interface.
+
+## Origin
+{facts}
+- the whole configuration: `config.yaml`
+
+## License
+{card.license}{INITIAL_LICENSE if card.initial else ""}
+
+## Limits
+It invents plausible detail. Do not read text, faces or measurements from its results.{images}
+"""
+
+
+def _data_line(card: ModelCard, origin: Mapping[str, object]) -> str:
+    data = f"on {card.data}" if card.data else "on images whose digest is below"
+    return f"Trained {data}; weights of step {origin['step']}."
+
+
+def image_file(index: int) -> str:
+    """Name of an image of the card, next to it."""
+    return f"image-{index}.png"
+
+
+def set_of(key: str) -> str:
+    """The set in a metric's name: `Set14` of `Set14/lpips`; empty for the held-out images."""
+    return key.rpartition("/")[0]
+
+
+def measured(metrics: Mapping[str, float], bicubic: Mapping[str, float], selected_by: str) -> str:
+    """The card's table of metrics, and what chose the checkpoint.
+
+    Args:
+        metrics: the generator's validation metrics, such as psnr_y and Set14/lpips; may be empty.
+        bicubic: those of bicubic upscaling; may be empty.
+        selected_by: the metric that chose the generator among the checkpoints of its stage.
+    """
+    if not metrics:
+        return "It was not validated: there were no images for that."
+    name, metric = set_of(selected_by), METRICS.get(metric_of(selected_by))
+    return (
+        f"{_table(metrics, bicubic)}\n\n"
+        "Measured on images that were not used in training (`held out`: of the training data set below). Among the "
+        f"checkpoints of its stage this one was chosen by {metric.label if metric else selected_by} on "
+        f"{name or 'the held-out images'}."
+    )
+
+
+def _table(metrics: Mapping[str, float], bicubic: Mapping[str, float]) -> str:
+    """A row for this generator and one for bicubic on each set, a column for each metric."""
+    names = [name for name in METRICS if name in {metric_of(key) for key in metrics}]
+    header = ["images", "upscaled by", *(_title(name) for name in names)]
+    rows = []
+    for each in dict.fromkeys(map(set_of, metrics)):
+        for label, values in (("bicubic", bicubic), ("**this model**", metrics)):
+            found = [values.get(f"{each}/{name}" if each else name) for name in names]
+            if any(value is not None for value in found):
+                pairs = zip(names, found, strict=True)
+                cells = ["" if value is None else METRICS[name].shown(value) for name, value in pairs]
+                rows.append([each or "held out", label, *cells])
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _title(name: str) -> str:
+    """A metric with its unit and the direction in which it is better, such as `PSNR (Y), dB ↑`."""
+    metric = METRICS[name]
+    unit = f", {metric.unit}" if metric.unit else ""
+    return f"{metric.label}{unit} {'↑' if metric.higher_is_better else '↓'}"
+
+
+def license_note(licenses: Mapping[str, str | None]) -> str:
+    """The card's note on licenses.
+
+    Args:
+        licenses: subset of the images (`train`, `held_out`) to the text that came with them, from the manifest.
+    """
+    subsets: dict[str, list[str]] = {}
+    for name, text in licenses.items():
+        if text and text.strip():
+            subsets.setdefault(text.strip(), []).append(name)
+    if not subsets:
+        return NO_LICENSE
+    notes = []
+    for text, names in subsets.items():
+        shown = text if len(text) <= LICENSE_CHARACTERS else text[:LICENSE_CHARACTERS] + " ..."
+        quoted = "\n".join(f"    {line}" for line in shown.splitlines())
+        notes.append(f"Images ({', '.join(names)}):\n\n{quoted}")
+    return "Whether weights may be redistributed depends on the training images.\n\n" + "\n\n".join(notes)
