@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# A whole visit to a machine with a GPU: environment, GPU tests, measurements; in about 12 minutes.
+# A whole visit to a machine with a GPU: environment, measurements, GPU tests; at most 12 minutes.
 #
 #   benchmarks/gpu.sh OUT        writes OUT/report.md, and the full output of each part below OUT
 #
 # The machine needs torch, torchvision and the packages of tests/minimal.py; WHEELS=FOLDER installs missing ones from a
 # folder of wheels. Each part has a time limit and may fail without ending the visit. PARTS chooses some of:
-# environment tests step checkpoint upscale validation. DEVICE=cpu TINY=1 tries the script on a machine without a GPU.
+# environment step validation checkpoint upscale tests. DEVICE=cpu TINY=1 tries the script on a machine without a GPU.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 out=${1:?usage: benchmarks/gpu.sh OUT}
 mkdir -p "$out" && out=$(cd "$out" && pwd)
-parts=${PARTS:-environment tests step checkpoint upscale validation}
+parts=${PARTS:-environment step validation checkpoint upscale tests}
 device=${DEVICE:-cuda}
 tiny=${TINY:+--tiny}
 python=${PYTHON:-python3}
@@ -46,15 +46,16 @@ if [[ -n ${WHEELS:-} ]]; then
 fi
 printf '# GPU visit of %s\n' "$(date -u +%FT%TZ)" >"$out/report.md"
 
-part environment 60 "$python" benchmarks/gpu_environment.py --device "$device"
+# The measurements first: the tests take longest, and a visit may end early.
+part environment 40 "$python" benchmarks/gpu_environment.py --device "$device"
+part step 210 "$python" benchmarks/gpu_step.py --device "$device" ${tiny:+"$tiny"} --out "$out"
+part validation 50 "$python" benchmarks/validation.py --device "$device" ${tiny:+--size 64 80}
+part checkpoint 50 "$python" benchmarks/checkpoint.py --device "$device" --batch 16
+part upscale 60 "$python" benchmarks/upscale.py --device "$device" ${tiny:+"$tiny"}
 mark=gpu
 [[ $device == cpu ]] && mark="not gpu and not slow"
-part tests 240 "$python" -m pytest tests/test_gpu_*.py tests/test_tracking_system.py -m "$mark" -q -p no:cacheprovider \
-  --junitxml="$out/tests.xml"
-part step 300 "$python" benchmarks/gpu_step.py --device "$device" ${tiny:+"$tiny"} --out "$out"
-part checkpoint 60 "$python" benchmarks/checkpoint.py --device "$device" --batch 16
-part upscale 90 "$python" benchmarks/upscale.py --device "$device" ${tiny:+"$tiny"}
-part validation 60 "$python" benchmarks/validation.py --device "$device" ${tiny:+--size 64 80}
+part tests 280 "$python" -m pytest tests/test_gpu_*.py tests/test_model_trunk_kernels.py tests/test_tracking_system.py \
+  -m "$mark" -q -p no:cacheprovider --junitxml="$out/tests.xml"
 
 echo "== report: $out/report.md ($SECONDS s)"
 exit $failed
