@@ -45,9 +45,8 @@ def test_values_are_those_of_direct_calls(tmp_path: Path) -> None:
         "psnr_rgb": psnr(sr, hr, 4, "rgb"), "ssim_rgb": ssim(sr, hr, 4, "rgb"),
     }  # fmt: skip
     assert result["mean"] == pytest.approx(expected, abs=1e-10)
-    assert result == {
-        "mean": result["mean"], "images": [{"name": "a.png", **result["mean"]}], "border": 4, "model": str(weights),
-    }  # fmt: skip
+    assert result["images"] == [{"name": "a.png", **result["mean"]}]
+    assert (result["border"], result["model"]) == (4, str(weights))
 
 
 def test_bicubic_on_the_reference_photo(tmp_path: Path, reference: dict[str, np.ndarray]) -> None:
@@ -68,7 +67,7 @@ def test_several_models_are_listed_in_the_given_order(tmp_path: Path) -> None:
     weights = write_generator(tmp_path / "g.safetensors")
     result = run(tmp_path, "--model", "bicubic", weights, "--hr", tmp_path / "hr")
     assert [entry["model"] for entry in result["models"]] == ["bicubic", str(weights)]
-    assert all(set(entry) == {"mean", "images", "border", "model"} for entry in result["models"])
+    assert all({"mean", "images", "border", "model"} <= set(entry) for entry in result["models"])
 
 
 def test_the_mean_is_over_images_and_written_to_json(tmp_path: Path) -> None:

@@ -10,7 +10,13 @@ ROOT = Path(__file__).parent.parent
 
 def test_the_report_holds_every_part(tmp_path: Path) -> None:
     # Without pytest, safetensors and so on, the tests fail; the environment is still described.
-    environment = {**os.environ, "PYTHON": sys.executable, "DEVICE": "cpu", "PARTS": "environment step", "TINY": "1"}
+    environment = {
+        **os.environ,
+        "PYTHON": sys.executable,
+        "DEVICE": "cpu",
+        "PARTS": "environment step",
+        "TINY": "1",
+    }
     result = subprocess.run(
         [str(ROOT / "benchmarks" / "gpu.sh"), str(tmp_path / "out")],
         env=environment, capture_output=True, text=True, check=False,

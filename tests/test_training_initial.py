@@ -355,7 +355,7 @@ def test_a_sweep_reads_the_weights_once(tmp_path: Path) -> None:
     config = config_of(tmp_path, **{"init.generator": source, "init.adopt_sizes": True})
     sweep = Storage(str(tmp_path / "runs" / "sweep"))
     base, initial = resolve(config, sweep, {}, begun=False)
-    SWEEP.write(sweep, SweepIdentity({}, origins(initial)))
+    SWEEP.write(sweep, SweepIdentity({}, initial=origins(initial)))
     store(sweep, initial)
     Path(source).unlink()
     trial, given = resolve_for_run(base, sweep / "trials" / "one", None, sweep)
