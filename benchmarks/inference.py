@@ -95,7 +95,8 @@ def noise(side: int) -> np.ndarray:
 def run_large() -> dict[str, float]:
     """An image of 2500 x 2500 pixels through all of jobs/upscale.py."""
     from pipeline.evaluation.models import open_model
-    from pipeline.evaluation.upscaling import Outcome, Upscaler, plan
+    from pipeline.evaluation.output_plan import plan
+    from pipeline.evaluation.upscaling import Outcome, Upscaler
 
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)

@@ -17,7 +17,8 @@ import numpy as np
 from PIL import Image
 
 from pipeline.evaluation.models import open_model
-from pipeline.evaluation.upscaling import Upscaler, plan
+from pipeline.evaluation.output_plan import plan
+from pipeline.evaluation.upscaling import Upscaler
 from pipeline.model import RRDBNet, save_generator, seeded
 
 PAPER = {"num_feat": 64, "num_block": 23, "num_grow_ch": 32}

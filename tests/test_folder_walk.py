@@ -9,7 +9,7 @@ from evaluation_helpers import job, user_error, write_image
 from pipeline.data.config import DataConfig
 from pipeline.data.ingest.image_set import find_pairs
 from pipeline.data.ingest.plan import make_plan
-from pipeline.evaluation.upscaling import plan
+from pipeline.evaluation.output_plan import plan
 
 
 @pytest.fixture

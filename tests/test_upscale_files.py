@@ -19,7 +19,8 @@ from evaluation_helpers import (
 from PIL import Image, ImageCms
 
 from pipeline.evaluation.models import Model, open_model
-from pipeline.evaluation.upscaling import Outcome, Task, Upscaler, Work, plan, upscale_all
+from pipeline.evaluation.output_plan import Task, plan
+from pipeline.evaluation.upscaling import Outcome, Upscaler, Work, upscale_all
 from pipeline.imaging import bicubic_upscale, upscale
 
 

@@ -9,7 +9,7 @@ from evaluation_helpers import job, synthetic_image, user_error, write_generator
 from PIL import Image
 
 from pipeline.evaluation.models import Model, open_model
-from pipeline.evaluation.upscaling import plan
+from pipeline.evaluation.output_plan import plan
 
 
 @pytest.fixture
