@@ -13,6 +13,7 @@ from pipeline.imaging import DeepImage, bicubic_upscale, prepared, upscale
 from pipeline.imaging.tiling import Tile
 from pipeline.model import RRDBNet, decode_generator, set_precision
 from pipeline.model.device import emulates_bf16
+from pipeline.model.trunk import use_kernels
 from pipeline.tracking.lookup import pull_generator, version_uri
 from pipeline.training.model_source import GENERATOR_FILE, find_model_file
 
@@ -86,7 +87,10 @@ class Model:
         """The generator on its device, in its precision."""
         assert self.generator is not None
         device = choose_device("auto") if self.device == "auto" else self.device
-        return prepared(self.generator, device, self._dtype)
+        network = prepared(self.generator, device, self._dtype)
+        if isinstance(network, RRDBNet):
+            use_kernels(network)
+        return network
 
 
 def open_model(

@@ -10,6 +10,7 @@ Same mathematics as `RRDBNet.body` under autocast; products are in bfloat16 or f
 residuals in float32. `RRDBNet.body` is the reference (tests/test_model_trunk_kernels.py).
 """
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -223,7 +224,7 @@ class _Trunk(torch.autograd.Function):
         of_input, outer_top = top, top
         deltas[-1][:, :feat] = top * (scale * scale)
         # Weight gradients depend on the block's buffers only, and run in parallel to the chain of input gradients.
-        side = torch.cuda.Stream(top.device) if top.is_cuda else None
+        side = _side_stream(top.device) if top.is_cuda else None
         for block in reversed(range(blocks)):
             delta, buffer = deltas[block], buffers[block]
             for segment in (4, 3, 2, 1):
@@ -261,6 +262,11 @@ class _Trunk(torch.autograd.Function):
         return (
             of_input.view(images, height, width, feat).permute(0, 3, 1, 2), None, *of_weights, *of_biases,
         )  # fmt: skip
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 @contextmanager

@@ -1,13 +1,14 @@
 """Saves checkpoints from the training loop: a background writer, and what happens when a write fails."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pipeline.errors import StorageFull
@@ -61,6 +62,15 @@ class CheckpointWriter:
         finally:
             self._thread.shutdown()
 
+    def _copies(self, named: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+        """Copies of the tensors on the CPU; a GPU's are copied there now, and fetched by the call."""
+        if next(iter(named.values())).is_cuda:
+            try:
+                return self._snapshot.take(named)
+            except torch.OutOfMemoryError:
+                self._snapshot = Snapshot()  # No memory for a second copy: fetch at once, which takes longer.
+        return partial(dict, _copied(named))
+
     def save(
         self,
         name: CheckpointName,
@@ -85,9 +95,7 @@ class CheckpointWriter:
         """
         self.wait()
         named = {f"ema.{key}": value for key, value in ema.items()} | tensors
-        # A GPU's state is copied on the GPU, and fetched in the thread.
-        on_gpu = next(iter(named.values())).is_cuda
-        copies = self._snapshot.take(named) if on_gpu else partial(dict, _copied(named))
+        copies = self._copies(named)
 
         def work() -> None:
             before()

@@ -5,6 +5,7 @@ whole step (both networks, their optimizers and the EMA weights) is captured onc
 whole. What changes from step to step, the batch and the learning rate, lies in fixed tensors that are filled before.
 """
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,6 +20,9 @@ from pipeline.training.state import TrainState
 from pipeline.training.step import Batch, GanWeights, StepSettings, gan_step, psnr_step
 from pipeline.training.worker import Worker
 
+# Steps that may wait on the device. Without a limit the host would run ahead to the end of the logging interval: batches
+# would accumulate, and its time of waiting for them would not be the device's.
+QUEUED_STEPS = 2
 # Steps before the capture: cuDNN chooses its algorithms, Triton compiles, and optimizers create their state in them.
 WARMUP_STEPS = 3
 
@@ -49,11 +53,17 @@ class Stepper:
         self._losses: dict[str, Tensor] = {}
         if worker.device.type == "cuda":
             self._rate = torch.zeros((), device=worker.device)
-            self._stream = torch.cuda.Stream(worker.device)
+            # DistributedDataParallel's hooks belong to the stream on which it was built.
+            self._stream = (
+                torch.cuda.Stream(worker.device)
+                if self._captures
+                else torch.cuda.current_stream(worker.device)
+            )
+            self._ends: deque[torch.cuda.Event] = deque()
             self._copies = torch.cuda.Stream(worker.device)
 
     def __call__(self, state: TrainState, raw: RawBatch) -> tuple[dict[str, Tensor], float]:
-        """Does the step `state.step`; does not wait for the device.
+        """Does the step `state.step`; waits only for the end of the step before the previous one.
 
         Returns:
             The step's scalars on the device, overwritten by the next call, and the learning rate.
@@ -62,6 +72,8 @@ class Stepper:
         if self._worker.device.type != "cuda":
             batch = on_device(raw, self._config, self._worker, state.step)
             return self._step(state, batch, rate), rate
+        if len(self._ends) == QUEUED_STEPS:
+            self._ends.popleft().synchronize()
         with torch.cuda.stream(self._copies):
             batch = on_device(raw, self._config, self._worker, state.step)
         self._stream.wait_stream(self._copies)
@@ -74,6 +86,9 @@ class Stepper:
         for images in (batch.lr, batch.hr):
             images.record_stream(self._stream)
         torch.cuda.current_stream().wait_stream(self._stream)
+        end = torch.cuda.Event()
+        end.record(self._stream)
+        self._ends.append(end)
         return losses, rate
 
     def _on_stream(self, state: TrainState, batch: Batch) -> dict[str, Tensor]:
