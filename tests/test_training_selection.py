@@ -1,5 +1,6 @@
 """Which checkpoint of a stage is the best, and by which metric."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,21 @@ def test_the_default_of_stage_two_is_the_first_perceptual_metric_with_weights(
     for changes, has_held_out in (({"gan.steps": 0}, True), ({}, False)):
         unused = load(tmp_path, **{"gan.select_by": None, **changes})
         assert with_selection(unused, has_held_out).gan.select_by is None
+
+
+def test_a_resumed_stage_two_keeps_its_metric_when_others_become_available(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Storage(str(tmp_path / "run"))
+    assert checkpoints.chosen_by(run) is None
+    for name, metric in (("psnr-00000004", "psnr_y"), ("gan-00000006", "Set14/dists")):
+        state = {"best": [{"step": 6, "value": 0.1, "metric": metric, "images": ""}]}
+        run.write_bytes(f"checkpoints/{name}/state.json", json.dumps(state).encode())
+        run.write_bytes(f"checkpoints/{name}/manifest.json", b"{}")
+    assert checkpoints.chosen_by(run) == "Set14/dists"
+    monkeypatch.setattr(selection, "unavailable", lambda names, folder: {})
+    config = load(tmp_path, **{"gan.select_by": None})
+    assert with_selection(config, True, checkpoints.chosen_by(run)).gan.select_by == "dists"
 
 
 def test_without_weights_the_default_of_stage_two_is_psnr_with_a_note(

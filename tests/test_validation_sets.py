@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from evaluation_helpers import exit_code, write_image
 from gloo import run_workers
 from mlflow import MlflowClient
@@ -19,13 +20,19 @@ from pipeline.errors import UserError
 from pipeline.imaging import bicubic_upscale, matlab_bicubic_downscale, psnr
 from pipeline.metrics import FIDELITY, MetricSet
 from pipeline.model import RRDBNet, seeded
+from pipeline.model.config import ModelConfig
 from pipeline.storage import Storage
 from pipeline.tracking.lookup import pull_generator
 from pipeline.tracking.spool import ImageRecord, Metrics, read_segment, segment_steps
+from pipeline.training import validator
 from pipeline.training.checks import with_absolute_paths
 from pipeline.training.config import TrainConfig
+from pipeline.training.run_log import RunLog
+from pipeline.training.state import new_state
 from pipeline.training.validation import validate
 from pipeline.training.validation_sets import ValidationSet, find_sets, open_sets
+from pipeline.training.validator import Validator
+from pipeline.training.worker import Worker
 
 
 def load(folder: Path, **changes: Any) -> TrainConfig:
@@ -322,3 +329,25 @@ def test_the_first_validation_records_bicubic_as_the_baseline(trained: tuple[Pat
     images = [read_pair(pair, 4, border=4) for pair in pairs]
     expected = np.mean([psnr(bicubic_upscale(lr, 4), hr, border=4) for hr, lr in images])
     assert result.bicubic_metrics["Set14/psnr_y"] == pytest.approx(expected)
+
+
+def test_bicubic_is_measured_again_on_other_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed run whose sets have changed must not be compared with bicubic on the old images."""
+    config = TrainConfig()
+    state = new_state(
+        config.model_copy(update={"model": ModelConfig(num_block=1, num_feat=8)}), "psnr", torch.device("cpu")
+    )
+    measured: list[str] = []
+    monkeypatch.setattr(validator, "validate", lambda *_: {"psnr_y": 20.0})
+    monkeypatch.setattr(validator, "comparison_strips", lambda *_: {})
+
+    def bicubic(sets: list[ValidationSet], *_: object) -> dict[str, float]:
+        measured.append(sets[0].sha256)
+        return {"psnr_y": 25.0}
+
+    monkeypatch.setattr(validator, "bicubic_baseline", bicubic)
+    for digest in ("a", "a", "b"):
+        sets = [ValidationSet("held_out", [], digest)]
+        run, worker = Storage(str(tmp_path)), Worker()
+        Validator(config, worker, run, sets, RunLog(config, worker, run)).validate(state)
+    assert measured == ["a", "b"]

@@ -143,6 +143,17 @@ def listed(run: Storage) -> list[CheckpointName]:
     return sorted(found)
 
 
+def chosen_by(run: Storage) -> str | None:
+    """The metric of the best validation in the newest checkpoint of stage 2, such as Set14/lpips; not verified."""
+    names = [name for name in listed(run) if name.stage == "gan"]
+    if not names:
+        return None
+    with suppress(OSError, ValueError, KeyError, IndexError, TypeError):
+        state = CHECKPOINT_STATE.parse(run.read_bytes(f"{names[-1].folder}/state.json"))
+        return str(state["best"][0]["metric"])
+    return None
+
+
 def newest(run: Storage) -> Checkpoint | None:
     """The newest valid checkpoint; None if there never was one. Corrupt checkpoints are logged and skipped.
 

@@ -1,7 +1,7 @@
 """Saves checkpoints from the training loop: a background writer, and what happens when a write fails."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -62,7 +62,7 @@ class CheckpointWriter:
         finally:
             self._thread.shutdown()
 
-    def _copies(self, named: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+    def _copies(self, named: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
         """Copies of the tensors on the CPU; a GPU's are copied there now, and fetched by the call."""
         if next(iter(named.values())).is_cuda:
             try:

@@ -1,6 +1,5 @@
 """The end of a run: registers the best generator and writes the result."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import suppress
@@ -36,7 +35,7 @@ def conclude(
     last = config.psnr.steps + config.gan.steps
     if final is None or final.name.step != last:
         raise RuntimeError(f"{run.uri}: training ended, but the last checkpoint is not that of step {last}")
-    images = deciding_images(config, sets)
+    images = deciding_images(config, sets) or manifest.held_out_sha256
     chosen = _best(config, run, final, images)
     version = None
     if config.tracking.register_model:
@@ -138,8 +137,7 @@ def _candidate(
         model_name=config.tracking.model_name,
         generator=best,
         earlier=tuple(earlier),
-        evaluation_set=evaluation_set
-        or hashlib.sha256("".join(shard.sha256 for shard in manifest.held_out).encode()).hexdigest(),
+        evaluation_set=evaluation_set,
         card=ModelCard(
             config_text=text,
             data_sha256=manifest.sha256,

@@ -99,7 +99,7 @@ def run_training(
         )
         return result
     has_held_out = bool(manifest.held_out) if manifest else plans_held_out(config.data)
-    config = with_selection(config, has_held_out)
+    config = with_selection(config, has_held_out, checkpoints.chosen_by(run))
     check_before_start(config, run)
     sets = find_sets(config)
     if manifest is None:

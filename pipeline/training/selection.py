@@ -1,7 +1,7 @@
 """Which metric, on which set, chooses the best checkpoint of a stage."""
 
 from pipeline.errors import UserError
-from pipeline.metrics import PERCEPTUAL, unavailable
+from pipeline.metrics import PERCEPTUAL, metric_of, unavailable
 from pipeline.training.config import TrainConfig
 from pipeline.training.validation_config import HELD_OUT
 
@@ -24,12 +24,14 @@ def measured_metrics(config: TrainConfig) -> tuple[str, ...]:
     )
 
 
-def with_selection(config: TrainConfig, has_held_out: bool) -> TrainConfig:
+def with_selection(config: TrainConfig, has_held_out: bool, chosen_before: str | None = None) -> TrainConfig:
     """`config` with the defaults of `gan.select_by` and `validation.select_on` replaced by what is available here.
 
     Args:
         config: the configuration.
         has_held_out: whether the data set has held-out images.
+        chosen_before: the metric that chose the best checkpoint of stage 2 before a resume. It stays, even if its
+            weights are missing now: another one would make the best checkpoints incomparable.
 
     Raises:
         UserError: `validation.select_on` is held_out, and there are none, but other sets.
@@ -43,7 +45,8 @@ def with_selection(config: TrainConfig, has_held_out: bool) -> TrainConfig:
         chosen_set = names[0] if names and not has_held_out else HELD_OUT
         validation = validation.model_copy(update={"select_on": chosen_set})
     if gan.steps and gan.select_by is None and (names or has_held_out):
-        gan = gan.model_copy(update={"select_by": _default_metric(config)})
+        metric = metric_of(chosen_before) if chosen_before else _default_metric(config)
+        gan = gan.model_copy(update={"select_by": metric})
     return config.model_copy(update={"gan": gan, "validation": validation})
 
 

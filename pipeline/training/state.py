@@ -63,6 +63,8 @@ class TrainState:
     """The latest one."""
     bicubic: dict[str, float] = field(default_factory=dict)
     """The metrics of a validation, of bicubic upscaling: the baseline; empty before the first validation."""
+    bicubic_images: str = ""
+    """Digest of the images that it was measured on."""
     corrupt_patches: int = 0
     """Corrupt patches replaced so far, over all workers."""
     skipped: Tensor = field(default_factory=lambda: torch.zeros(2))
@@ -102,6 +104,7 @@ class TrainState:
             "metrics": latest.metrics if latest else {},
             "metrics_step": latest.step if latest else None,
             "bicubic": self.bicubic,
+            "bicubic_images": self.bicubic_images,
         }
 
     @torch.no_grad()
@@ -137,7 +140,7 @@ class TrainState:
         self.stage, self.step = scalars["stage"], scalars["step"]
         self.corrupt_patches = scalars["corrupt_patches"]
         self.best = best_of(scalars)
-        self.bicubic = scalars.get("bicubic", {})  # missing in checkpoints of earlier versions
+        self.bicubic, self.bicubic_images = scalars.get("bicubic", {}), scalars.get("bicubic_images", "")
         step = scalars["metrics_step"]
         self.validation = None if step is None else Validation(step, scalars["metrics"])
 

@@ -20,8 +20,8 @@ from pipeline.training.state import TrainState
 from pipeline.training.step import Batch, GanWeights, StepSettings, gan_step, psnr_step
 from pipeline.training.worker import Worker
 
-# Steps that may wait on the device. Without a limit the host would run ahead to the end of the logging interval: batches
-# would accumulate, and its time of waiting for them would not be the device's.
+# Steps that may wait on the device. Without a limit the host would run ahead to the end of the logging interval:
+# batches would accumulate, and its time of waiting for them would not be the device's.
 QUEUED_STEPS = 2
 # Steps before the capture: cuDNN chooses its algorithms, Triton compiles, and optimizers create their state in them.
 WARMUP_STEPS = 3

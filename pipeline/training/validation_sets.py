@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
-from pipeline.data import read_held_out
+from pipeline.data import load_manifest, read_held_out
 from pipeline.data.ingest.cutting import pixels_sha256
 from pipeline.data.ingest.decoding import PhotoRejected
 from pipeline.data.ingest.image_set import Pair, find_pairs, read_pair
@@ -42,7 +42,7 @@ class ValidationSet:
     name: str
     images: Sequence[ValidationImage]
     sha256: str = ""
-    """Digest of the images of one of `validation.sets`."""
+    """Digest of the images."""
 
     def key(self, metric: str) -> str:
         """The name of a metric on this set among a validation's metrics."""
@@ -117,7 +117,9 @@ def find_sets(config: TrainConfig) -> list[SetFiles]:
 def open_sets(config: TrainConfig, files: Sequence[SetFiles]) -> list[ValidationSet]:
     """All sets of a run; the held-out images first, if there are any. Raises UserError like `read_held_out`."""
     held_out = read_held_out(config.data.root)
-    sets = [ValidationSet(HELD_OUT, held_out)] if held_out else []
+    sets = []
+    if held_out:
+        sets.append(ValidationSet(HELD_OUT, held_out, load_manifest(config.data.root).held_out_sha256))
     for each in files:
         field, scale = _field(each.name), config.data.scale
         sets.append(
@@ -127,8 +129,13 @@ def open_sets(config: TrainConfig, files: Sequence[SetFiles]) -> list[Validation
 
 
 def deciding_images(config: TrainConfig, sets: Sequence[ValidationSet] | Sequence[SetFiles]) -> str:
-    """Digest of the images of `validation.select_on`; empty for the held-out ones, which belong to the data set."""
+    """Digest of the images of `validation.select_on`; empty if they are not in `sets`."""
     return next((each.sha256 for each in sets if each.name == config.validation.select_on), "")
+
+
+def all_images(sets: Sequence[ValidationSet]) -> str:
+    """Digest of the images of all sets."""
+    return hashlib.sha256("".join(f"{each.name} {each.sha256};" for each in sets).encode()).hexdigest()
 
 
 def _find(name: str, folders: str | SetFolders, scale: int, metrics: MetricSet) -> SetFiles:

@@ -16,7 +16,7 @@ from pipeline.training.run_log import RunLog
 from pipeline.training.selection import measured_metrics, select_key
 from pipeline.training.state import Best, TrainState, Validation
 from pipeline.training.validation import bicubic_baseline, comparison_strips, own_batches, validate
-from pipeline.training.validation_sets import ValidationSet, deciding_images
+from pipeline.training.validation_sets import ValidationSet, all_images, deciding_images
 from pipeline.training.worker import Worker
 
 
@@ -49,6 +49,7 @@ class Validator:
                 raise UserError(f"validation image {image.name}: {error}; see validation.metrics") from None
         for index in chain(*own_batches(images, worker.device)):
             images[index].hr  # noqa: B018 - read now, so that a missing file is found before the first step
+        self._images = all_images(sets)
         self._stage_one: list[RRDBNet] | None = None
         """Stage 1's result, shown next to stage 2's; empty if it is unreadable, None if it was not read yet."""
 
@@ -63,8 +64,9 @@ class Validator:
             return
         scale, device = self._config.data.scale, self._worker.device
         metrics = validate(state.ema, self._sets, self._metrics)
-        if not metrics.keys() <= state.bicubic.keys():
+        if state.bicubic_images != self._images or not metrics.keys() <= state.bicubic.keys():
             state.bicubic = bicubic_baseline(self._sets, self._metrics, scale)
+            state.bicubic_images = self._images
             self._log.baseline(state, self._sets)
         was_below = self._was_below(state)
         state.validation = Validation(state.step, metrics)

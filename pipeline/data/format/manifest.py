@@ -106,6 +106,11 @@ class Manifest:
             raise _not_valid(self.root, error) from None
         return tuple(sources)
 
+    @property
+    def held_out_sha256(self) -> str:
+        """Digest of the held-out images."""
+        return hashlib.sha256("".join(shard.sha256 for shard in self.held_out).encode()).hexdigest()
+
     def facts(self) -> dict[str, Any]:
         """What the data set was made from and how: `source`, `held_out`, `degradation`, `patches`, and the settings."""
         return {
