@@ -222,7 +222,7 @@ def test_a_sweeps_trials_start_from_the_weights_read_at_its_first_start(
 ) -> None:
     source = published(folder / "swept.pth")
     changes = {
-        "workers": 1, "psnr.steps": 2, "gan.steps": 2, "init.generator": source, "init.adopt_sizes": True,
+        "workers": 1, "psnr.steps": 0, "gan.steps": 2, "init.generator": source, "init.adopt_sizes": True,
         "tune.name": "swept", "tune.space": {"gan.pixel_weight": {"low": 1e-3, "high": 1.0}},
     }  # fmt: skip
     for trials in (1, 2):

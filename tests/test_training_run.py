@@ -396,7 +396,7 @@ def test_a_gan_without_perceptual_loss_needs_no_perceptual_weights(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_a_missing_gpu_is_found_before_the_start(folder: Path) -> None:
-    with pytest.raises(UserError, match="use_gpu=true: this machine has no GPU"):
+    with pytest.raises(UserError, match="use_gpu=true: torch cannot use a GPU here"):
         train(folder, run_name="gpu", use_gpu=True)
     assert not (folder / "runs" / "gpu").exists()
 
