@@ -19,6 +19,7 @@ from pipeline.training import checkpoint as checkpoints
 from pipeline.training.run import run_training
 from pipeline.tuning import sweep_folder
 from pipeline.tuning.ranking import rank
+from pipeline.tuning.space import trial_name
 from pipeline.tuning.status import status_lines
 from pipeline.tuning.trial_queue import TrialQueue
 
@@ -250,6 +251,18 @@ def test_trials_may_be_added_and_foreign_files_are_ignored(folder: Path) -> None
     more = open_queue(folder, **{"tune.name": "more", "tune.trials": 2})
     assert sum(job.kind == "trial" for job in run_all(more)) == 1
     assert set(queue.outcomes) < set(more.outcomes)
+
+
+def test_an_invalid_plan_of_an_earlier_version_fails_and_the_sweep_goes_on(folder: Path) -> None:
+    changes = {"tune.name": "invalid", "tune.trials": 2, "tune.space": {"crop_px": {"low": 32, "high": 64}}}
+    first = open_queue(folder, **changes)
+    values = {"crop_px": 33.5}
+    sweep_folder.keep_plan(first.sweep, trial_name(values), TrialPlan(0, values))
+    queue = open_queue(folder, **changes)
+    assert queue.next() is not None
+    (failed,) = queue.outcomes.values()
+    assert (failed.status, failed.number) == ("failed", 0)
+    assert "crop_px" in failed.reason
 
 
 def test_the_status_has_a_line_for_each_running_job_and_the_time_left(folder: Path) -> None:

@@ -110,6 +110,27 @@ def test_points_come_first_and_are_completed_from_the_configuration() -> None:
 
 
 @pytest.mark.parametrize("search", ["random", "tpe"])
+def test_invalid_values_inside_a_range_are_drawn_again(search: str) -> None:
+    settings = sweep({"crop_px": {"low": 64, "high": 128}}, search=search, trials=12)
+    drawn = [plan.values for plan in proposals(settings, 12)]
+    assert len(drawn) == 12
+    for values in drawn:
+        trial_config(BASE, values)
+
+
+def test_a_grid_leaves_out_invalid_combinations() -> None:
+    settings = sweep({"crop_px": {"low": 64, "high": 72, "step": 1}}, search="grid", trials=9)
+    assert [plan.values["crop_px"] for plan in proposals(settings, 9)] == [64, 68, 72]
+
+
+def test_an_optional_integer_is_drawn_as_an_integer() -> None:
+    settings = sweep({"gan.schedule.period_steps": {"low": 20, "high": 90}})
+    base = TrainConfig.model_validate({"gan": {"steps": 100, "schedule": {"shape": "cosine"}}})
+    for plan in proposals(settings, 4, base):
+        assert type(plan.values["gan.schedule.period_steps"]) is int
+
+
+@pytest.mark.parametrize("search", ["random", "tpe"])
 @pytest.mark.parametrize("metrics", [["psnr_y"], ["psnr_y", "ssim_y"]])
 def test_a_resumed_sweep_proposes_what_an_undisturbed_one_does(search: str, metrics: list[str]) -> None:
     settings = sweep(WEIGHTS, search=search, trials=12, metrics=metrics)

@@ -9,6 +9,7 @@ import math
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,9 +20,9 @@ from pipeline.run_folder import TrialOutcome, TrialPlan
 from pipeline.training.config import TrainConfig
 from pipeline.tuning.config import TuneConfig, mode_of
 from pipeline.tuning.constraint import Constraint
-from pipeline.tuning.space import Values, distributions, from_optuna, grid, points, to_optuna
+from pipeline.tuning.space import Values, distributions, from_optuna, grid, is_valid, points, to_optuna
 
-# Proposals that repeat an earlier trial are drawn again; then the first value that is left in a finite space is used.
+# Invalid and repeated proposals are drawn again; then the first value that is left in a finite space is used.
 DRAWS = 50
 _STATES = {"finished": TrialState.COMPLETE, "stopped": TrialState.PRUNED, "failed": TrialState.FAIL}
 
@@ -39,7 +40,7 @@ def propose(
     outcomes: Mapping[int, TrialOutcome],
     validations: Mapping[int, Mapping[int, Mapping[str, float]]],
 ) -> Values | None:
-    """Values that differ from those of all earlier trials; None if there are none left.
+    """Valid values that differ from those of all earlier trials; None if there are none left.
 
     Args:
         settings: the sweep's.
@@ -53,16 +54,19 @@ def propose(
     every = grid(settings)
     if settings.search == "grid":
         chosen += every or []
-    for values in chosen:
-        if values not in earlier:
-            return values
+
+    def is_new(values: Values) -> bool:
+        return values not in earlier and is_valid(base, values)
+
+    if found := next(filter(is_new, chosen), None):
+        return found
     for draw in range(DRAWS):
         built = study(settings, plans, outcomes, validations)
         built.sampler = _sampler(settings, base.seed, len(plans), draw)
         values = from_optuna(settings, built.ask(distributions(settings)).params)
-        if values not in earlier:
+        if is_new(values):
             return values
-    return next((values for values in every or [] if values not in earlier), None)
+    return next(filter(is_new, every or []), None)
 
 
 def study(
@@ -84,7 +88,10 @@ def study(
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         built.set_metric_names(list(settings.metrics))
     for plan in plans:
-        built.add_trial(_frozen(settings, plan, outcomes.get(plan.number), validations.get(plan.number, {})))
+        with suppress(ValueError):  # a plan of an earlier version, with values outside the space
+            built.add_trial(
+                _frozen(settings, plan, outcomes.get(plan.number), validations.get(plan.number, {}))
+            )
     return built
 
 

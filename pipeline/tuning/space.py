@@ -7,7 +7,8 @@ import math
 import shlex
 from collections.abc import Mapping
 from decimal import Decimal
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
 
 import optuna
 from pydantic import BaseModel
@@ -119,6 +120,15 @@ def trial_config(base: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
         raise UserError(f"tune.space: {error}") from None
 
 
+def is_valid(base: TrainConfig, values: Mapping[str, Any]) -> bool:
+    """Whether `base` with these values is a valid configuration."""
+    try:
+        trial_config(base, values)
+    except UserError:
+        return False
+    return True
+
+
 def trial_name(values: Mapping[str, Any]) -> str:
     """A trial's run name: a digest of its values."""
     return f"trial-{digest(json.dumps(values, sort_keys=True))}"
@@ -217,7 +227,7 @@ def _stepped(name: str, span: Range, index: int) -> float | int:
 
 
 def _field_type(name: str) -> Any:
-    """The annotation of a field by its dotted name; None if no such field exists."""
+    """The annotation of a field by its dotted name, `int` for `int | None`; None if no such field exists."""
     section: Any = TrainConfig
     for part in name.split("."):
         if not (
@@ -225,7 +235,8 @@ def _field_type(name: str) -> Any:
         ):
             return None
         section = section.model_fields[part].annotation
-    return section
+    kinds = [each for each in get_args(section) if each is not NoneType]
+    return kinds[0] if get_origin(section) in (Union, UnionType) and len(kinds) == 1 else section
 
 
 def _value_at(config: TrainConfig, name: str) -> Any:

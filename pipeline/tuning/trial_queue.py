@@ -6,7 +6,7 @@ The files of the sweep's folder are the state; everything here is derived from t
 import logging
 from dataclasses import replace
 
-from pipeline.errors import without_secrets
+from pipeline.errors import UserError, without_secrets
 from pipeline.run_folder import TrialOutcome, TrialPlan
 from pipeline.storage import Storage
 from pipeline.tracking.spool import published_step, validations
@@ -18,7 +18,7 @@ from pipeline.tuning.job import Job
 from pipeline.tuning.proposals import as_database, number_of_trials, propose, study
 from pipeline.tuning.ranking import rank
 from pipeline.tuning.rungs import compared_from, is_weak
-from pipeline.tuning.space import trial_config, trial_name
+from pipeline.tuning.space import is_valid, trial_config, trial_name
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,15 @@ class TrialQueue:
             return None
         self._fill()
         for plan in list(self._waiting):
-            job = self._trial(plan)
+            try:
+                job = self._trial(plan)
+            except UserError as error:  # a plan of an earlier version
+                self._waiting.remove(plan)
+                name, values = trial_name(plan.values), plan.values
+                self._keep(
+                    TrialOutcome(name, None, values, "failed", 0, {}, str(error), plan.number, plan.repeats)
+                )
+                return self.next()
             stage = (
                 stage_one.stage_one_of(job.config, self.base, self._manifest_sha256)
                 if self.is_shared
@@ -204,7 +212,9 @@ class TrialQueue:
                 break
             values = propose(self.settings, self.base, searched, *self._results())
             if values is None:
-                print(f"no values are left that differ from the {len(searched)} trials so far", flush=True)
+                print(
+                    f"no valid values are left that differ from the {len(searched)} trials so far", flush=True
+                )
                 self._exhausted = True
                 break
             self._plan(TrialPlan(len(self.plans), values))
@@ -249,6 +259,8 @@ class TrialQueue:
 
     def _history(self, name: str) -> dict[int, dict[str, float]]:
         """The trial's validations by step of the compared stage."""
+        if not is_valid(self.base, self.plans[name].values):
+            return {}
         start = compared_from(trial_config(self.base, self.plans[name].values))
         measured = validations(self.sweep / f"trials/{name}")
         return {step - start: metrics for step, metrics in measured.items() if step > start}
