@@ -3,6 +3,7 @@
 import errno
 import json
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +264,19 @@ def test_an_invalid_plan_of_an_earlier_version_fails_and_the_sweep_goes_on(folde
     (failed,) = queue.outcomes.values()
     assert (failed.status, failed.number) == ("failed", 0)
     assert "crop_px" in failed.reason
+
+
+def test_stage_1_has_a_name_where_the_project_is_not_installed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    queue = open_queue(folder, **{"tune.name": "uninstalled", "tune.trials": 1})
+    monkeypatch.setattr(metadata, "version", version)
+    job = queue.next()
+    assert job is not None
+    assert job.kind == "stage 1"
 
 
 def test_the_status_has_a_line_for_each_running_job_and_the_time_left(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """What a sweep leaves: best.yaml, the report, and what MLflow shows of it."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,16 +10,16 @@ from tiny import write_sets
 from tuning_helpers import configurations, open_queue, run_all
 
 from pipeline.config import load_config
-from pipeline.run_folder import TrialOutcome
+from pipeline.run_folder import TrialOutcome, TrialPlan
 from pipeline.tracking.config import TrackingConfig
 from pipeline.tracking.run import open_parent
 from pipeline.tracking.sweep import log_sweep
 from pipeline.training.config import TrainConfig
-from pipeline.tuning.best_config import best_yaml
+from pipeline.tuning.best_config import best_config, best_yaml
 from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.ranking import rank
 from pipeline.tuning.report import summary
-from pipeline.tuning.takeaway import sweep_files
+from pipeline.tuning.takeaway import importances, sweep_files
 
 
 def outcome(number: int, status: str = "finished", **metrics: float) -> TrialOutcome:
@@ -70,6 +71,27 @@ def test_best_yaml_is_a_full_length_configuration_with_the_best_values(tmp_path:
     assert (best.gan.pixel_weight, best.psnr.learning_rate) == (0.3, 1e-4)
     assert (best.psnr.steps, best.gan.steps, best.validate_every_steps) == (1_000_000, 400_000, 5000)
     assert best.gan.schedule == TrainConfig().gan.schedule
+
+
+def test_best_yaml_of_a_sweep_with_the_longest_name(tmp_path: Path) -> None:
+    config, settings = configurations(tmp_path, **{"tune.name": "n" * 100})
+    best = TrialOutcome("trial-1", None, {"gan.adversarial_weight": 0.01}, "finished", 12, {"psnr_y": 25.0})
+    assert best_config(config, settings, best).run_name == "n" * 95 + "-best"
+
+
+def test_trials_with_equal_values_have_no_importances() -> None:
+    settings = TuneConfig.model_validate({"space": {"crop_px": {"low": 32, "high": 64}}})
+    plans = [TrialPlan(number, {"crop_px": 32 + number}) for number in range(9)]
+    ended = [
+        TrialOutcome(f"trial-{plan.number}", None, plan.values, "finished", 1, {"psnr_y": 20.0},
+                     number=plan.number)
+        for plan in plans
+    ]  # fmt: skip
+    queue: Any = SimpleNamespace(
+        plans={f"trial-{plan.number}": plan for plan in plans},
+        outcomes={each.run_name: each for each in ended},
+    )
+    assert importances(settings, queue) == {}
 
 
 @pytest.mark.parametrize("field", ["gan.steps", "psnr.schedule"])

@@ -29,15 +29,16 @@ def identity_of(
     config: TrainConfig, manifest_sha256: str, initial: Mapping[str, InitialWeights] | None = None
 ) -> RunIdentity:
     """The identity of a new run; `initial` has its given initial weights by network."""
-    versions = {name: _version(name) for name in PACKAGES}
+    versions = {name: installed_version(name) for name in PACKAGES}
     key, fields = uuid.uuid4().hex, learning_fields(config)
     return RunIdentity(key, fields, manifest_sha256, versions=versions, initial=dict(initial or {}))
 
 
-def _version(package: str) -> str:
+def installed_version(package: str) -> str:
+    """A package's version; `not installed` for this project when it is run from its folder."""
     try:
         return metadata.version(package)
-    except metadata.PackageNotFoundError:  # this project, run from its folder
+    except metadata.PackageNotFoundError:
         return "not installed"
 
 

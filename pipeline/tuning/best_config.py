@@ -31,7 +31,7 @@ def best_config(config: TrainConfig, settings: TuneConfig, best: TrialOutcome) -
         if getattr(config, stage).steps:
             changes[f"{stage}.steps"] = getattr(full, stage).steps
             changes |= flat_fields({stage: {"schedule": getattr(full, stage).schedule.model_dump()}})
-    changes["run_name"] = f"{settings.name}-best"
+    changes["run_name"] = f"{settings.name[:95]}-best"  # at most 100 characters
     searched = {
         name: value for name, value in best.values.items() if name != "seed" or "seed" in settings.space
     }

@@ -6,7 +6,6 @@ both stages itself.
 """
 
 import json
-from importlib import metadata
 from typing import Any
 
 from pipeline.run_folder import RESULT
@@ -14,7 +13,7 @@ from pipeline.storage import Storage
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training.checkpoint import CheckpointName
 from pipeline.training.config import TrainConfig
-from pipeline.training.identity import PACKAGES, learning_fields
+from pipeline.training.identity import PACKAGES, installed_version, learning_fields
 from pipeline.tuning.config import Choice, Range, TuneConfig
 from pipeline.tuning.space import digest
 
@@ -67,7 +66,7 @@ def stage_one_of(trial: TrainConfig, base: TrainConfig, manifest_sha256: str) ->
         "data": manifest_sha256,
         "workers": alone.worker_range,
         "use_gpu": alone.use_gpu,
-        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "versions": {name: installed_version(name) for name in PACKAGES},
     }
     key = digest(json.dumps(shaping, sort_keys=True))
     return alone.model_copy(update={"run_name": f"stage1-{key}"})

@@ -83,7 +83,7 @@ def _means(trials: Sequence[TrialOutcome], ranking: Ranking) -> list[TrialOutcom
 
 
 def importances(settings: TuneConfig, queue: TrialQueue) -> dict[str, dict[str, float]]:
-    """Share of every metric's variance that each field explains; empty with too few trials."""
+    """Share of every metric's variance that each field explains; empty with too few trials, or without variance."""
     searched = [plan for plan in queue.plans.values() if not plan.repeats]
     built = study(settings, searched, {each.number: each for each in queue.outcomes.values()}, {})
     complete = built.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
@@ -92,7 +92,10 @@ def importances(settings: TuneConfig, queue: TrialQueue) -> dict[str, dict[str, 
     shares = {}
     for index, metric in enumerate(settings.metrics):
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-        found = optuna.importance.get_param_importances(built, evaluator=evaluator, target=_value(index))
+        try:
+            found = optuna.importance.get_param_importances(built, evaluator=evaluator, target=_value(index))
+        except RuntimeError:  # the values are (almost) equal: there is no variance to explain
+            continue
         shares[metric] = {name: float(found.get(name, 0.0)) for name in settings.space}
     return shares
 
