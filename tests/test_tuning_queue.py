@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -90,6 +91,31 @@ def test_an_unreadable_shared_checkpoint_is_trained_again(folder: Path) -> None:
     assert trial is not None
     assert run_job(queue, trial).status == "finished"
     assert "training stage 1 again" in trial.run.read_bytes("log.txt").decode()
+
+
+def test_a_missing_shared_checkpoint_is_trained_again(folder: Path) -> None:
+    queue = open_queue(folder, **{"tune.name": "missing", "tune.trials": 1})
+    stage = queue.next()
+    assert stage is not None
+    run_job(queue, stage)
+    shutil.rmtree(Path(stage.run.uri) / "checkpoints/psnr-00000006")
+    again = queue.next()
+    assert again is not None
+    assert again.name == stage.name
+    run_job(queue, again)
+    trial = queue.next()
+    assert trial is not None
+    assert trial.kind == "trial"
+
+
+def test_a_stage_1_without_its_last_checkpoint_fails_its_trials(folder: Path) -> None:
+    queue = open_queue(folder, **{"tune.name": "no-checkpoint", "tune.trials": 1})
+    stage = queue.next()
+    assert stage is not None
+    queue.ended(stage.name, TrialOutcome(stage.name, None, {}, "finished", 6, {}))
+    assert queue.next() is None
+    (outcome,) = queue.outcomes.values()
+    assert (outcome.status, outcome.retry) == ("failed", True)
 
 
 @pytest.mark.parametrize("value", ["last", "best", "mean"])

@@ -7,7 +7,7 @@ import logging
 from dataclasses import replace
 
 from pipeline.errors import UserError, without_secrets
-from pipeline.run_folder import TrialOutcome, TrialPlan
+from pipeline.run_folder import RESULT, TrialOutcome, TrialPlan
 from pipeline.storage import Storage
 from pipeline.tracking.spool import published_step, validations
 from pipeline.training.config import TrainConfig
@@ -117,6 +117,7 @@ class TrialQueue:
                 if not stage_one.is_trained(run, stage.psnr.steps):
                     if stage.run_name in self.running:
                         continue
+                    RESULT.remove(run)  # of a run whose last checkpoint is gone: it would count as finished
                     job = Job(stage.run_name, "stage 1", stage, TrialPlan(-1, {}))
                 else:
                     job = replace(job, stage_one=run.uri)
@@ -151,6 +152,8 @@ class TrialQueue:
         """A job's process has ended."""
         job = self.running.pop(name)
         if job.kind == "stage 1":
+            if outcome.status == "finished" and not stage_one.is_trained(job.run, job.config.psnr.steps):
+                outcome = replace(outcome, status="failed", reason="no last checkpoint", retry=True)
             if outcome.status == "failed":
                 self._failed_stages[name] = outcome
             print(f"{name} {outcome.status}{_because(outcome.reason)}", flush=True)
