@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from tuning_helpers import configurations, open_queue, run_all, sweep_fields
 
 from pipeline.data import prepare
 from pipeline.errors import UserError
-from pipeline.run_folder import IDENTITY, SWEEP, RunIdentity, TrialOutcome
+from pipeline.run_folder import IDENTITY, OUTCOME, SWEEP, RunIdentity, TrialOutcome
 from pipeline.storage import Storage, only_writer
 from pipeline.training.stopping import request_stop, stop_requested
 from pipeline.tuning import sweep_folder
@@ -140,6 +141,27 @@ def test_a_sweep_stops_its_trials_when_its_hours_are_over_or_a_stop_is_requested
         assert queue.stopping
         assert stop_requested(job.run)
         assert queue.next() is None
+
+
+def test_a_sweep_whose_folder_cannot_be_written_stops_with_the_reason(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = open_queue(folder, **{"tune.name": "full-disk", "psnr.steps": 0, "gan.allow_random_start": True})
+    job = queue.next()
+    assert job is not None
+
+    def full(sweep: Storage, outcome: TrialOutcome) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sweep_folder, "keep_outcome", full)
+    listener = Listener(queue, poll_s=0.0)
+    ended = OUTCOME.dump(TrialOutcome(job.name, None, {}, "finished", 6, {"psnr_y": 20.0})).decode()
+    listener.on_trial_complete(
+        0, [], SimpleNamespace(config={"name": job.name}, last_result={"outcome": ended})
+    )
+    assert "No space left" in str(listener.failure)
+    assert queue.done
+    assert queue.outcomes == {}  # the next submission reads the result from the trial's folder
 
 
 def run(folder: Path, **changes: Any) -> None:

@@ -3,6 +3,8 @@
 import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +14,7 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.search import Searcher
 
+from pipeline.errors import UserError, without_secrets
 from pipeline.metrics.names import METRICS
 from pipeline.run_folder import OUTCOME
 from pipeline.tracking.run import TrackedRun
@@ -32,6 +35,7 @@ def run_jobs(queue: TrialQueue, parent: TrackedRun) -> None:
     """Runs the queue's jobs until there are no more, or until the sweep is stopped.
 
     Raises:
+        UserError: the sweep's folder could not be written; the running jobs have been stopped.
         KeyboardInterrupt, SystemExit: from signals; the jobs' processes end with Ray Tune.
     """
     settings, base, sweep = queue.settings, queue.base, queue.sweep
@@ -73,6 +77,8 @@ def run_jobs(queue: TrialQueue, parent: TrackedRun) -> None:
         tuner.fit()
     finally:
         sweep.remove("ray")
+    if listener.failure:
+        raise listener.failure
 
 
 def fitting(base: TrainConfig, nodes: list[dict[str, Any]]) -> int:
@@ -128,6 +134,8 @@ class Listener(tune.Callback):
         """
         self._queue, self._poll_s = queue, poll_s
         self._began = self._polled = self._printed = time.monotonic()
+        self.failure: UserError | None = None
+        """Why the sweep's folder could not be written."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
@@ -141,16 +149,18 @@ class Listener(tune.Callback):
             return
         metrics = {key: float(value) for key, value in result.items() if metric_name(key) in METRICS}
         if "step" in result and name in self._queue.running:
-            self._queue.validated(name, int(result["step"]), metrics)
+            with self._stopping_on_failure():
+                self._queue.validated(name, int(result["step"]), metrics)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A job's function has returned."""
         name = trial.config["name"]
         content = (trial.last_result or {}).get("outcome")
-        if content is None:
-            self._queue.lost(name, "its process ended")
-        else:
-            self._queue.ended(name, OUTCOME.parse(content.encode()))
+        with self._stopping_on_failure():
+            if content is None:
+                self._queue.lost(name, "its process ended")
+            else:
+                self._queue.ended(name, OUTCOME.parse(content.encode()))
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A job's process died, and Ray Tune starts another."""
@@ -158,7 +168,19 @@ class Listener(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A job's process died too often."""
-        self._queue.lost(trial.config["name"], "its process ended repeatedly (killed, or out of memory)")
+        with self._stopping_on_failure():
+            self._queue.lost(trial.config["name"], "its process ended repeatedly (killed, or out of memory)")
+
+    @contextmanager
+    def _stopping_on_failure(self) -> Iterator[None]:
+        """Ends the sweep when its folder cannot be written: Ray Tune would end without the other trials' outcomes."""
+        try:
+            yield
+        except OSError as error:
+            reason = without_secrets(str(error))
+            self.failure = UserError(f"{self._queue.sweep.uri}: not written ({reason}); run again to resume")
+            with suppress(OSError):
+                self._queue.stop()
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Ray Tune has processed its events."""

@@ -279,8 +279,8 @@ class TrialQueue:
         return is_weak(self.settings, steps, curve(name), others, mode_of(metric) == "max")
 
     def _keep(self, outcome: TrialOutcome) -> None:
-        self.outcomes[outcome.run_name] = outcome
         sweep_folder.keep_outcome(self.sweep, outcome)
+        self.outcomes[outcome.run_name] = outcome
         self.save_study()
 
     def save_study(self) -> None:
