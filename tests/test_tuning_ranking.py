@@ -90,6 +90,24 @@ def test_differences_within_the_noise_between_seeds_are_a_tie() -> None:
     assert rank(settings(), [each for each in trials if not each.repeats]).tied == ()
 
 
+def test_a_single_repeated_trial_is_compared_by_its_mean() -> None:
+    trials = [trial(1, psnr_y=21.0), repetition(11, "trial-1", 7, psnr_y=19.0), trial(2, psnr_y=20.5)]
+    ranking = rank(settings(), trials)
+    assert ranking.best == "trial-2"
+    assert [each.means["psnr_y"] for each in ranking.candidates] == [20.5, 20.0]
+
+
+def test_constraints_are_checked_on_what_was_measured() -> None:
+    # Seed 7 is better by 2 dB for the repeated trials; the third one was measured without it.
+    trials = [
+        trial(1, psnr_y=24.0), repetition(11, "trial-1", 7, psnr_y=26.0),
+        trial(2, psnr_y=24.2), repetition(12, "trial-2", 7, psnr_y=26.2),
+        trial(3, psnr_y=23.5),
+    ]  # fmt: skip
+    ranking = rank(settings(constraints=["psnr_y >= 24"]), trials)
+    assert [each.trial.run_name for each in ranking.candidates] == ["trial-2", "trial-1"]
+
+
 def test_a_lead_larger_than_the_noise_is_no_tie() -> None:
     trials = [
         trial(1, psnr_y=20.00), repetition(11, "trial-1", 7, psnr_y=20.51),

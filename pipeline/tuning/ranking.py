@@ -52,7 +52,7 @@ class Ranking:
 def rank(settings: TuneConfig, trials: Sequence[TrialOutcome]) -> Ranking:
     """Compares the finished trials. Trials that were stopped early or failed take no part.
 
-    A constraint is checked on the mean over a trial's seeds, like its objectives.
+    A constraint is checked on the mean of what was measured with a trial's seeds, without a correction.
     """
     metrics = settings.metrics
     constraints = [Constraint.parse(text) for text in settings.constraints]
@@ -64,7 +64,8 @@ def rank(settings: TuneConfig, trials: Sequence[TrialOutcome]) -> Ranking:
         if not trial.repeats
     }
     repeated = [group for group in groups.values() if len(group) > 1]
-    effects = {name: _seed_effects(repeated, name) for name in needed}
+    # With one repeated trial, the effect of a seed on all trials cannot be separated from that on this trial.
+    effects = {name: _seed_effects(repeated, name) if len(repeated) > 1 else {} for name in needed}
     candidates = []
     for trial, *repetitions in groups.values():
         means = {
@@ -73,7 +74,8 @@ def rank(settings: TuneConfig, trials: Sequence[TrialOutcome]) -> Ranking:
             )
             for name in needed
         }
-        if all(constraint.violation(means) <= 0 for constraint in constraints):
+        measured = {name: _mean([each.metrics[name] for each in (trial, *repetitions)]) for name in needed}
+        if all(constraint.violation(measured) <= 0 for constraint in constraints):
             candidates.append(Candidate(trial, tuple(repetitions), means))
     if not candidates:
         return Ranking()
