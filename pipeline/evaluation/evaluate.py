@@ -104,6 +104,7 @@ def _protocol(
 ) -> dict[str, Any]:
     """What determines the numbers in addition to the models, and when and with what they were computed."""
     with_lr = config.lr or config.hr
+    packages = ["torch", "numpy", "pillow", *(["torchmetrics"] if is_installed("torchmetrics") else [])]
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hr": Storage(config.hr).uri,
@@ -115,7 +116,7 @@ def _protocol(
         "tile_px": settings.tile_px,
         "precision": config.precision,
         "device": config.device,
-        "versions": {name: metadata.version(name) for name in ("torch", "numpy", "pillow", "scikit-image")},
+        "versions": {name: metadata.version(name) for name in packages},
     }
 
 

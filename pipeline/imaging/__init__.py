@@ -1,4 +1,4 @@
-"""Functions on 8-bit images: bicubic degradation, metrics, tiled inference. Needs numpy, torch and scikit-image."""
+"""Functions on 8-bit images: bicubic degradation, metrics (`ssim` needs scikit-image), tiled inference."""
 
 from pipeline.imaging.arrays import DeepImage, Image, to_tensor, to_uint8
 from pipeline.imaging.bicubic import (
