@@ -19,6 +19,8 @@ import psutil
 from pipeline import command
 from pipeline.config import load_config, make_parser
 from pipeline.errors import UserError
+from pipeline.run_folder import RESULT
+from pipeline.storage import Storage
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "demo.yaml"
@@ -62,9 +64,9 @@ def main(argv: list[str]) -> int:
 
     _print_step("evaluation on the held-out images")
     stage_one = run / "checkpoints" / f"psnr-{config.psnr.steps:08d}"
-    champion = f"models:/{config.tracking.model_name}@champion"
+    model = trained_model(run, config.tracking.model_name)
     evaluate = [sys.executable, "jobs/evaluate.py"]
-    evaluate += ["--model", "bicubic", f"stage 1={stage_one}", f"stage 2={champion}"]
+    evaluate += ["--model", "bicubic", f"stage 1={stage_one}", f"stage 2={model}"]
     evaluate += ["--hr", str(out / "data" / "photos" / "held_out"), "--out", str(out / "evaluation")]
     _call([*evaluate, "--tracking.uri", store], environment)
 
@@ -74,11 +76,21 @@ def main(argv: list[str]) -> int:
     print(f"  figure      {out}/evaluation/comparison.png")
     print(f"  report      {out}/evaluation/report.html")
     print(f"  run         {run}")
-    print(f"  model       {champion} in {store}")
+    print(f"  model       {model} in {store}")
     print(f"  MLflow      {programs}/mlflow ui --backend-store-uri {store}")
-    print(f"  try it      {programs}/python jobs/upscale.py --model {champion} --tracking.uri {store} "
+    print(f"  try it      {programs}/python jobs/upscale.py --model {model} --tracking.uri {store} "
           "--input YOUR_IMAGES --output DIR")  # fmt: skip
     return 0
+
+
+def trained_model(run: Path, name: str) -> str:
+    """The version that a run has registered, which need not be the champion; without one the run's folder."""
+    result = RESULT.read(Storage(str(run)))
+    return (
+        str(run)
+        if result is None or result.model_version is None
+        else f"models:/{name}/{result.model_version}"
+    )
 
 
 @contextmanager

@@ -37,14 +37,15 @@ def main(argv: list[str]) -> None:
     metrics = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
     print(f"run {result.run_name}: step {result.step} of stage {result.stage}")
     print(f"checkpoint: {result.checkpoint}")
+    model = None
     if result.model_version is not None:
-        print(f"registered: models:/{config.tracking.model_name}/{result.model_version} ({metrics})")
+        model = f"models:/{config.tracking.model_name}/{result.model_version}"
+        print(f"registered: {model} ({metrics})")
     if result.run_id is not None and config.tracking.enabled:
         from pipeline.tracking.next_steps import next_steps
 
-        model_name = config.tracking.model_name if result.model_version is not None else None
         uri = resolve_uri(config.tracking, config.storage)
-        print(*next_steps(uri, result.run_id, model_name), sep="\n")
+        print(*next_steps(uri, result.run_id, model), sep="\n")
 
 
 if __name__ == "__main__":

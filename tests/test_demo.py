@@ -9,6 +9,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pipeline.run_folder import RESULT, TrainingResult
+from pipeline.storage import Storage
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "jobs"))
+import demo as demo_job
+
 JOBS = Path(__file__).parent.parent / "jobs"
 
 DEMO = """
@@ -58,6 +64,13 @@ def test_a_stopped_demo_leaves_no_processes(tmp_path: Path, number: int, code: i
     assert (tmp_path / "ray-stopped").exists()
     assert len(step_and_child) == 2
     assert not running
+
+
+def test_the_evaluated_model_is_that_of_the_demos_run(tmp_path: Path) -> None:
+    assert demo_job.trained_model(tmp_path, "x4") == str(tmp_path)
+    result = TrainingResult("demo", "id", "gan", 20, "0" * 64, "checkpoints/gan-00000020", 3, {}, {})
+    RESULT.write(Storage(str(tmp_path)), result)
+    assert demo_job.trained_model(tmp_path, "x4") == "models:/x4/3"
 
 
 def is_running(process: psutil.Process) -> bool:

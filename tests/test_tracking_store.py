@@ -52,12 +52,12 @@ def test_a_home_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
 def test_the_commands_after_a_run_have_its_store(tmp_path: Path) -> None:
     uri = new_database(tmp_path / "a b")
     tracked = open_small(TrackingConfig(uri=uri), Storage(str(tmp_path / "run")), "a")
-    store, look, use = next_steps(uri, tracked.run_id, "esrgan-x4")
+    store, look, use = next_steps(uri, tracked.run_id, "models:/esrgan-x4/3")
     assert store == f"store: {uri} (the default of other commands: {store_file()})"
     assert f"--backend-store-uri '{uri}'" in look
     page = f"#/experiments/{tracked.experiment_id}/runs/{tracked.run_id}?workflowType=machine_learning"
     assert look.endswith(page)
-    assert use == "use:  python jobs/upscale.py -n models:/esrgan-x4@champion -i IMAGES -o OUT"
+    assert use == "use:  python jobs/upscale.py -n models:/esrgan-x4/3 -i IMAGES -o OUT"
     assert len(next_steps(uri, tracked.run_id, None)) == 2
 
 

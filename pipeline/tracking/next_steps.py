@@ -12,13 +12,13 @@ from pipeline.tracking.uri import remember_uri
 LOCAL_SERVER = "http://127.0.0.1:5000"
 
 
-def next_steps(uri: str, run_id: str, model_name: str | None) -> list[str]:
+def next_steps(uri: str, run_id: str, model: str | None) -> list[str]:
     """Lines for the end of a run; also makes `uri` the store that other commands use by default.
 
     Args:
         uri: absolute tracking URI.
         run_id: MLflow's id of the run.
-        model_name: the registered model; None if nothing was registered.
+        model: the registered version, models:/NAME/VERSION; None if nothing was registered.
     """
     file = remember_uri(uri)
     shown = without_secrets(uri)
@@ -28,9 +28,9 @@ def next_steps(uri: str, run_id: str, model_name: str | None) -> list[str]:
         lines.append(f"look: {page}")
     else:
         lines.append(f"look: mlflow server --backend-store-uri {shlex.quote(shown)} --workers 1, then {page}")
-    if model_name is not None:
+    if model is not None:
         flag = "" if file else f" --tracking.uri {shlex.quote(shown)}"
-        lines.append(f"use:  python jobs/upscale.py -n models:/{model_name}@champion -i IMAGES -o OUT{flag}")
+        lines.append(f"use:  python jobs/upscale.py -n {model} -i IMAGES -o OUT{flag}")
     return lines
 
 
