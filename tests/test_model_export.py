@@ -1,5 +1,6 @@
 """The ONNX file computes the generator's images, at any size."""
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import onnxruntime
 import pytest
 import torch
 
+from pipeline.errors import UserError
 from pipeline.imaging import upscale
 from pipeline.model import RRDBNet, seeded
 from pipeline.model.export import Images, export_onnx
@@ -68,6 +70,13 @@ def test_the_same_generator_gives_the_same_file(tmp_path: Path) -> None:
     for name in ("a", "b"):
         export_onnx(seeded(0, lambda: RRDBNet(4, 1, 2)), tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_without_the_package_onnx_the_error_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(UserError, match=r"^an ONNX file: the package onnx is not installed; install it, or"):
+        export_onnx(seeded(0, lambda: RRDBNet(4, 1, 2)), tmp_path / "g.onnx")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_several_threads_may_export(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What a later stage needs is tried before anything starts: one line for each mistake."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,6 +101,19 @@ def test_a_node_without_the_perceptual_weights_is_found_before_stage_1(tmp_path:
 def test_weights_that_are_not_used_need_not_be_there(tmp_path: Path, changes: dict[str, object]) -> None:
     config = load(tmp_path, **{"perceptual.weights": "/no/weights.pth", **changes})
     check_before_start(config, Storage(config.storage) / "tiny")
+
+
+def test_a_model_that_cannot_be_registered_is_found_before_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    run = Storage(str(tmp_path / "runs")) / "tiny"
+    with pytest.raises(
+        UserError, match=r"tracking\.register_model=true .*: the package onnx is not installed"
+    ):
+        check_before_start(load(tmp_path), run)
+    for field, value in (("tracking.register_model", False), ("tracking.uri", "none")):
+        check_before_start(load(tmp_path, **{field: value}), run)
 
 
 def test_every_layer_of_vgg19_survives_the_smallest_crop() -> None:

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from pipeline.errors import require_package
 from pipeline.model.rrdbnet import RRDBNet, upscale_8bit
 
 OPSET = 18
@@ -47,7 +48,11 @@ def export_onnx(generator: RRDBNet, path: str | os.PathLike[str], images: Images
         images: uint8: (N, H, W, 3) to (N, H_out, W_out, 3), weights in float32. fp32, fp16: (N, 3, H, W) to
             (N, 3, H_out, W_out), RGB in [0, 1], as chaiNNer and most other programs expect it; images and weights in
             float32 or float16.
+
+    Raises:
+        UserError: the package onnx is not installed.
     """
+    require_package("onnx", "an ONNX file", "export another format")
     network = copy.deepcopy(generator).float().cpu().eval()
     if images == "uint8":
         module: nn.Module = _EightBit(network)

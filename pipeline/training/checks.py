@@ -103,6 +103,9 @@ def check_before_start(config: TrainConfig, run: Storage) -> None:
         require_gpu("use_gpu=true", "set use_gpu=false")
     if config.worker_range[1] > 0:
         require_package("ray", f"workers={config.workers}", "set workers=0")
+    if config.tracking.enabled and config.tracking.register_model:
+        needed_for = "tracking.register_model=true (the model has an ONNX file)"
+        require_package("onnx", needed_for, "set tracking.register_model=false")
     require(measured_metrics(config), config.validation.weights_folder)
     perceptual_features(config)
     run.require_writable("storage")
