@@ -110,7 +110,7 @@ def load_config(
 
 def _without_flags(argv: Sequence[str], default_file: Path | None, environment: Mapping[str, str]) -> Config:
     """The configuration of the file and the environment, for the values that --help shows."""
-    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    known = make_parser("")
     known.add_argument("--config")
     name = known.parse_known_args(list(argv))[0].config
     file = Path(name) if name else default_file

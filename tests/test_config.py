@@ -361,6 +361,12 @@ def test_help_lists_what_most_runs_set_with_the_values_that_apply(monkeypatch: p
     )
 
 
+@pytest.mark.parametrize("argv", [["--config", "-h"], ["-h", "--config"], ["--config", "--help"]])
+def test_help_with_an_incomplete_flag_is_one_error_line(argv: list[str]) -> None:
+    with pytest.raises(UserError, match=r"^[^\n]*--config: expected one argument[^\n]*$"):
+        load(argv)
+
+
 def test_help_shows_no_password() -> None:
     text = printed_help("--help", environment={"ESRGAN_TRACKING__URI": "postgresql://user:geheim@host/db"})
     assert "geheim" not in text
