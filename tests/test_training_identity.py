@@ -1,9 +1,13 @@
 """Run identity: which changes of the configuration are reported on resume."""
 
+from pathlib import Path
+
 import pytest
 
+from pipeline.run_folder import IDENTITY, InitialWeights
+from pipeline.storage import Storage
 from pipeline.training.config import TrainConfig
-from pipeline.training.identity import diff, identity_of
+from pipeline.training.identity import claim, diff, identity_of
 
 ONE, BOTH = {"conv3_4": 1.0}, {"conv3_4": 1.0, "conv5_4": 1.0}
 
@@ -32,3 +36,16 @@ def test_a_field_that_was_added_since_has_its_default_in_an_old_run() -> None:
     old = identity_of(TrainConfig(), "0" * 64)
     del old.fields["gan"]["pixel_weight"], old.fields["precision"]
     assert diff(old, new) == []
+
+
+def test_the_source_of_equal_weights_is_the_present_one(tmp_path: Path) -> None:
+    run = Storage(str(tmp_path))
+    earlier, present = (
+        identity_of(TrainConfig(), "0" * 64, {"generator": InitialWeights(source, "1" * 64)})
+        for source in ("models:/x4@champion", "/weights/copy.safetensors")
+    )
+    old = claim(run, None, earlier, [])
+    new = claim(run, old, present, diff(old, present))
+    assert new.initial["generator"].source == "/weights/copy.safetensors"
+    assert new.key == old.key
+    assert IDENTITY.read(run) == new

@@ -129,8 +129,10 @@ def claim(run: Storage, old: RunIdentity | None, new: RunIdentity, changes: Sequ
         changes: `diff(old, new)`, checked by `check_resume`.
     """
     if old is not None and not changes:
-        return old
-    if old is not None and has_begun(run):
+        if old.initial == new.initial:
+            return old
+        new = replace(old, initial=new.initial)  # equal weights from another source
+    elif old is not None and has_begun(run):
         print(f"resuming with changes: {'; '.join(changes)}", flush=True)
         new = replace(new, key=old.key, tracking_run_id=old.tracking_run_id)
     IDENTITY.write(run, new)
