@@ -56,7 +56,14 @@ def stage_one_of(trial: TrainConfig, base: TrainConfig, manifest_sha256: str) ->
         update={
             "gan": base.gan.model_copy(update={"steps": 0}),
             "perceptual": base.perceptual,
-            "init": trial.init.model_copy(update={"discriminator": None}),
+            "init": trial.init.model_copy(
+                update={
+                    "discriminator": None,
+                    # They need weights.
+                    "partial": trial.init.partial and trial.init.generator is not None,
+                    "adopt_sizes": trial.init.adopt_sizes and trial.init.generator is not None,
+                }
+            ),
             "model": trial.model.model_copy(update=size),
         }
     )
