@@ -212,6 +212,22 @@ def test_base64_images_of_any_size_give_base64_png(model, images) -> None:
     np.testing.assert_array_equal(results[1], model.predict(second[None])[0])
 
 
+def test_a_16_bit_gray_png_is_scaled_to_8_bits(model) -> None:
+    levels = np.random.default_rng(2).integers(0, 256, (9, 7), dtype=np.uint8)
+    deep = png_base64(levels.astype(np.uint16) * 257)
+    (sr,) = model.predict([deep])
+    gray = np.repeat(levels[None, ..., None], 3, axis=3)
+    np.testing.assert_array_equal(decoded(sr), model.predict(gray)[0])
+
+
+def test_base64_may_be_bytes(model, images) -> None:
+    text = png_base64(images["small"][0])
+    served = model.unwrap_python_model()
+    assert served.predict(None, [text.encode()]) == served.predict(None, [text])
+    with pytest.raises(ValueError, match="expected base64 of a PNG"):
+        served.predict(None, [b"\xff\xfe"])
+
+
 def test_other_integers_are_uint8(model, images) -> None:
     np.testing.assert_array_equal(
         model.predict(images["small"].astype(np.int64)), model.predict(images["small"])

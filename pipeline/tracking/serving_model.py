@@ -146,12 +146,17 @@ def _uint8(images: np.ndarray) -> np.ndarray:
 
 
 def _decoded(text: Any) -> np.ndarray:
-    """(H, W, 3) of a base64 image file, also as a data: address. Raises InputError."""
+    """(H, W, 3) uint8 of a base64 image file (str or bytes), also as a data: address. Raises InputError."""
     from PIL import Image, ImageOps
 
+    if isinstance(text, bytes):
+        text = text.decode("latin-1")  # base64 is ASCII; other bytes are refused below
     try:
         content = base64.b64decode(str(text).partition("base64,")[2] or str(text), validate=True)
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP")))
+        if image.mode.startswith("I"):  # 16-bit gray, which convert("RGB") clips at 255
+            levels = (np.asarray(image).astype(np.uint32) + 128) // 257
+            return np.repeat(levels.astype(np.uint8)[..., None], 3, axis=2)
         return np.asarray(image.convert("RGB"))
     except (binascii.Error, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(
