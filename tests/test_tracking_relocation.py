@@ -62,6 +62,18 @@ def test_a_database_moved_without_its_files_uses_those_at_the_old_place(moved: P
     assert path.is_relative_to(moved)
 
 
+def test_a_folder_that_is_missing_for_a_while_is_not_replaced(moved: Path) -> None:
+    uri = f"sqlite:///{moved.parent}/alone/mlflow.db"
+    pull_generator("models:/esrgan-x4@champion", f"sqlite:///{moved}/mlflow.db")
+    (moved.parent / "alone").mkdir()
+    shutil.move(moved / "mlflow.db", moved.parent / "alone" / "mlflow.db")
+    (moved / "mlartifacts").rename(moved / "unmounted")
+    with pytest.raises(UserError):
+        pull_generator("models:/esrgan-x4@champion", uri)
+    (moved / "unmounted").rename(moved / "mlartifacts")
+    assert pull_generator("models:/esrgan-x4@champion", uri).is_relative_to(moved)
+
+
 @pytest.mark.parametrize("name", ["a?b", "50%25", "a#b"])
 def test_a_path_that_sqlite_addresses_cannot_hold_is_refused_at_once(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()

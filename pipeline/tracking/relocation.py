@@ -20,8 +20,7 @@ _ADDRESSES = (
 def follow_moved_store(uri: str) -> None:
     """Rewrites the addresses of artifacts that were next to the database at an earlier place; prints both places.
 
-    The earlier folder is kept if it still exists and there is none next to the database. Other stores than SQLite files
-    are left unchanged.
+    The earlier folder is kept if there is none next to the database. Other stores than SQLite files are left unchanged.
 
     Raises:
         UserError: the database cannot be written; names both places.
@@ -32,7 +31,8 @@ def follow_moved_store(uri: str) -> None:
     new = str(file.parent / ARTIFACTS)
     with closing(sqlite3.connect(file, timeout=30)) as database:
         for old in _earlier_places(database, new):
-            if Path(old).is_dir() and (not Path(new).is_dir() or Path(old).samefile(new)):
+            # Without the new folder the files are at the earlier place, or on a disk that is not mounted.
+            if not Path(new).is_dir() or (Path(old).is_dir() and Path(old).samefile(new)):
                 continue
             try:
                 with database:
