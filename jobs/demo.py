@@ -68,6 +68,7 @@ def main(argv: list[str]) -> int:
     evaluate = [sys.executable, "jobs/evaluate.py"]
     evaluate += ["--model", "bicubic", f"stage 1={stage_one}", f"stage 2={model}"]
     evaluate += ["--hr", str(out / "data" / "photos" / "held_out"), "--out", str(out / "evaluation")]
+    evaluate += ["--metrics", *config.validation.metrics]
     _call([*evaluate, "--tracking.uri", store], environment)
 
     minutes = (time.monotonic() - began) / 60
