@@ -100,6 +100,9 @@ def test_a_run_on_s3_registers_its_generator(tmp_path: Path, monkeypatch: pytest
         ("generator-00000010", 30.0),
         ("generator-00000020", 40.0),
     ]
+    # Stage 1's result was not chosen by stage 2's metric.
+    cards = [(Path(model.artifact_location) / "README.md").read_text() for model in models]
+    assert ["was chosen by" in card for card in cards] == [False, True]
 
 
 @pytest.mark.parametrize("content", [None, b"corrupt"])

@@ -127,11 +127,11 @@ def register_candidate(run: Storage, tracked: TrackedRun, candidate: Candidate) 
     """
     config = TrackingConfig(model_name=candidate.model_name)
     data, best = candidate.evaluation_set, candidate.generator
-    without_images = replace(candidate.card, images={})
+    earlier_card = replace(candidate.card, images={}, is_chosen=False)
     with tempfile.TemporaryDirectory(prefix="esrgan-generator-") as folder:
         for earlier in candidate.earlier:
             path = _fetch(run, earlier, Path(folder))
-            log_generator(tracked, config, path, earlier.step, earlier.metrics, data, without_images)
+            log_generator(tracked, config, path, earlier.step, earlier.metrics, data, earlier_card)
         return register_generator(
             tracked,
             config,

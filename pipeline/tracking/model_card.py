@@ -32,6 +32,8 @@ class ModelCard:
     """A small low-resolution image, (H, W, 3) uint8, that becomes the input example."""
     selected_by: str = "psnr_y"
     """The metric that chose the generator among the run's checkpoints, such as psnr_y or Set14/lpips."""
+    is_chosen: bool = True
+    """Whether it did; False for the result of an earlier stage."""
     initial: Mapping[str, str] = field(default_factory=dict)
     """Source and digest of the weights that training started from; empty: random."""
     bicubic: Mapping[str, float] = field(default_factory=dict)
@@ -76,7 +78,7 @@ def card_text(
 ESRGAN generator (RRDBNet) for x{generator.scale} super-resolution: uint8 RGB in, uint8 RGB out.
 {_data_line(card, origin)}
 
-{measured(metrics, card.bicubic, card.selected_by)}
+{measured(metrics, card.bicubic, card.selected_by if card.is_chosen else None)}
 
 | | |
 |---|---|
@@ -127,22 +129,26 @@ def set_of(key: str) -> str:
     return key.rpartition("/")[0]
 
 
-def measured(metrics: Mapping[str, float], bicubic: Mapping[str, float], selected_by: str) -> str:
+def measured(metrics: Mapping[str, float], bicubic: Mapping[str, float], selected_by: str | None) -> str:
     """The card's table of metrics, and what chose the checkpoint.
 
     Args:
         metrics: the generator's validation metrics, such as psnr_y and Set14/lpips; may be empty.
         bicubic: those of bicubic upscaling; may be empty.
-        selected_by: the metric that chose the generator among the checkpoints of its stage.
+        selected_by: the metric that chose the generator among the checkpoints of its stage; None: not stated.
     """
     if not metrics:
         return "It was not validated: there were no images for that."
+    text = (
+        f"{_table(metrics, bicubic)}\n\n"
+        "Measured on images that were not used in training (`held out`: of the training data set below)."
+    )
+    if selected_by is None:
+        return text
     name, metric = set_of(selected_by), METRICS.get(metric_of(selected_by))
     return (
-        f"{_table(metrics, bicubic)}\n\n"
-        "Measured on images that were not used in training (`held out`: of the training data set below). Among the "
-        f"checkpoints of its stage this one was chosen by {metric.label if metric else selected_by} on "
-        f"{name or 'the held-out images'}."
+        f"{text} Among the checkpoints of its stage this one was chosen by {metric.label if metric else selected_by} "
+        f"on {name or 'the held-out images'}."
     )
 
 
