@@ -35,7 +35,9 @@ def main(argv: list[str]) -> None:
     )
     command.require_writable_file(options.json, "--json")
     name = config.tracking.model_name
-    uri = resolve_uri(config.tracking, absolute(config.storage))
+    uri = None  # the store of the last run
+    if options.config or "storage" in options.given or config.tracking.uri is not None:
+        uri = resolve_uri(config.tracking, absolute(config.storage))
     previous = promote(name, options.model_version, uri)
     command.write_json(options.json, {"model_name": name, "champion": options.model_version, "was": previous})
     before = "there was none" if previous is None else f"it was version {previous}"

@@ -104,6 +104,7 @@ def load_config(
         values = merged(Config, values, overrides)
     config = validated(Config, values, sources)
     given = flat_fields(merged(Config, sources[1][1], sources[0][1]))
+    options.given = given
     options.prepare_command = _prepare_command(config, given, chosen)
     return config, options
 
@@ -112,7 +113,7 @@ def _without_flags(argv: Sequence[str], default_file: Path | None, environment: 
     """The configuration of the file and the environment, for the values that --help shows."""
     known = make_parser("")
     known.add_argument("--config")
-    name = known.parse_known_args(list(argv))[0].config
+    name = known.parse_known_args([word for word in argv if word not in SHORT])[0].config
     file = Path(name) if name else default_file
     sources: list[tuple[str, dict[str, Any]]] = [
         ("environment", _environment_values(environment)),

@@ -13,6 +13,7 @@ from pipeline.tracking.config import TrackingConfig
 from pipeline.tracking.model_card import ModelCard
 from pipeline.tracking.registry import register_generator
 from pipeline.tracking.run import TrackedRun
+from pipeline.tracking.uri import remember_uri
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "jobs"))
 import promote
@@ -49,6 +50,14 @@ def test_promote_moves_the_champion_and_prints_the_previous_one(
 def test_promote_uses_the_database_next_to_the_runs(tracked: TrackedRun, capsys) -> None:
     storage = str(Path(tracked.folder).parent)
     promote.main(["--model-version", "1", "--storage", storage])
+    assert "champion of esrgan-x4: version 1" in capsys.readouterr().out
+
+
+def test_promote_uses_the_store_of_the_last_run(tracked: TrackedRun, capsys, monkeypatch) -> None:
+    for name in ("ESRGAN_TRACKING__URI", "MLFLOW_TRACKING_URI", "ESRGAN_STORAGE"):
+        monkeypatch.delenv(name, raising=False)
+    remember_uri(tracked.uri)
+    promote.main(["--model-version", "1"])
     assert "champion of esrgan-x4: version 1" in capsys.readouterr().out
 
 

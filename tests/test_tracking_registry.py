@@ -253,7 +253,8 @@ def test_a_removed_champion_alias_is_restored_only_by_hand(tracked, config, tmp_
         after = register(tracked, config, tmp_path, value, seed=seed)
         assert not after.champion
         assert after.reason == (
-            f"the alias champion was removed; to promote it: python jobs/promote.py --model-version {after.version}"
+            "the alias champion was removed; to promote it: python jobs/promote.py "
+            f"--model-version {after.version} --tracking.model_name {config.model_name}"
         )
     assert champion_version(config.model_name, tracked.uri) is None
     promote(config.model_name, 2, tracked.uri)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,7 +209,8 @@ def _selected_by(version: ModelVersion) -> str:
 
 
 def _promote_hint(version: ModelVersion) -> str:
-    return f"to promote it: python jobs/promote.py --model-version {version.version}"
+    name = shlex.quote(version.name)
+    return f"to promote it: python jobs/promote.py --model-version {version.version} --tracking.model_name {name}"
 
 
 def _value(version: ModelVersion, key: str) -> float | None:
