@@ -94,7 +94,7 @@ def importances(settings: TuneConfig, queue: TrialQueue) -> dict[str, dict[str, 
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
         try:
             found = optuna.importance.get_param_importances(built, evaluator=evaluator, target=_value(index))
-        except RuntimeError:  # the values are (almost) equal: there is no variance to explain
+        except RuntimeError:  # the values are (almost) equal: without variance
             continue
         shares[metric] = {name: float(found.get(name, 0.0)) for name in settings.space}
     return shares
