@@ -112,15 +112,13 @@ def test_points_come_first_and_are_completed_from_the_configuration() -> None:
 @pytest.mark.parametrize("search", ["random", "tpe"])
 def test_invalid_values_inside_a_range_are_drawn_again(search: str) -> None:
     settings = sweep({"crop_px": {"low": 64, "high": 128}}, search=search, trials=12)
-    drawn = [plan.values for plan in proposals(settings, 12)]
-    assert len(drawn) == 12
-    for values in drawn:
-        trial_config(BASE, values)
+    drawn = [plan.values["crop_px"] for plan in proposals(settings, 12)]
+    assert sorted(drawn) == [64, 96, 128]
 
 
 def test_a_grid_leaves_out_invalid_combinations() -> None:
-    settings = sweep({"crop_px": {"low": 64, "high": 72, "step": 1}}, search="grid", trials=9)
-    assert [plan.values["crop_px"] for plan in proposals(settings, 9)] == [64, 68, 72]
+    settings = sweep({"crop_px": {"low": 64, "high": 128, "step": 8}}, search="grid", trials=9)
+    assert [plan.values["crop_px"] for plan in proposals(settings, 9)] == [64, 96, 128]
 
 
 def test_an_optional_integer_is_drawn_as_an_integer() -> None:

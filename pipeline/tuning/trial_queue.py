@@ -95,12 +95,7 @@ class TrialQueue:
             try:
                 job = self._trial(plan)
             except UserError as error:  # a plan of an earlier version
-                self._waiting.remove(plan)
-                name, values = trial_name(plan.values), plan.values
-                self._keep(
-                    TrialOutcome(name, None, values, "failed", 0, {}, str(error), plan.number, plan.repeats)
-                )
-                return self.next()
+                return self._cannot_start(plan, str(error))
             stage = (
                 stage_one.stage_one_of(job.config, self.base, self._manifest_sha256)
                 if self.is_shared
@@ -110,10 +105,7 @@ class TrialQueue:
                 stage = stage.model_copy(update={"storage": self.sweep.path(stage_one.FOLDER)})
                 run = Storage(stage.storage) / stage.run_name
                 if failure := self._failed_stages.get(stage.run_name):
-                    self._waiting.remove(plan)
-                    reason = f"{stage.run_name}: {failure.reason}"
-                    self._keep(replace(_empty(job), status="failed", reason=reason, retry=failure.retry))
-                    return self.next()
+                    return self._cannot_start(plan, f"{stage.run_name}: {failure.reason}", failure.retry)
                 if not stage_one.is_trained(run, stage.psnr.steps):
                     if stage.run_name in self.running:
                         continue
@@ -128,6 +120,12 @@ class TrialQueue:
             self.steps[job.name] = self.first_steps[job.name] = max(0, published_step(job.run), adopted)
             return job
         return None
+
+    def _cannot_start(self, plan: TrialPlan, reason: str, retry: bool = False) -> Job | None:
+        self._waiting.remove(plan)
+        outcome = _empty(trial_name(plan.values), plan)
+        self._keep(replace(outcome, status="failed", reason=reason, retry=retry))
+        return self.next()
 
     def validated(self, name: str, step: int, metrics: dict[str, float]) -> None:
         """A job was validated. Stops it if it is among the weak ones at a rung."""
@@ -145,7 +143,8 @@ class TrialQueue:
             reason = (
                 f"stopped early: {metric} {metrics[metric]:.4f} at step {step - start} of {job.steps - start}"
             )
-            self._keep(replace(_empty(job), status="stopped", step=step, metrics=metrics, reason=reason))
+            stopped = replace(_empty(name, job.plan), status="stopped", step=step)
+            self._keep(replace(stopped, metrics=metrics, reason=reason))
             request_stop(job.run)
 
     def ended(self, name: str, outcome: TrialOutcome) -> None:
@@ -191,9 +190,8 @@ class TrialQueue:
 
     def lost(self, name: str, reason: str) -> None:
         """A job's process died more often than it is restarted."""
-        outcome = replace(
-            _empty(self.running[name]), status="failed", reason=without_secrets(reason), retry=True
-        )
+        outcome = _empty(name, self.running[name].plan)
+        outcome = replace(outcome, status="failed", reason=without_secrets(reason), retry=True)
         self.ended(name, outcome)
 
     def stop(self) -> None:
@@ -294,10 +292,8 @@ class TrialQueue:
         return sweep_folder.tracking_run_id(self.sweep / f"trials/{name}")
 
 
-def _empty(job: Job) -> TrialOutcome:
-    return TrialOutcome(
-        job.name, None, job.plan.values, "", 0, {}, number=job.plan.number, repeats=job.plan.repeats
-    )
+def _empty(name: str, plan: TrialPlan) -> TrialOutcome:
+    return TrialOutcome(name, None, plan.values, "", 0, {}, number=plan.number, repeats=plan.repeats)
 
 
 def _because(reason: str) -> str:
