@@ -18,7 +18,8 @@ def blocked_packages() -> list[str]:
     """All other dependencies."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     dependencies = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
-    return sorted({re.split(r"[\[<>=]", each)[0] for each in dependencies} - NEEDED)
+    # An extra may name this project.
+    return sorted({re.split(r"[\[<>=]", each)[0] for each in dependencies} - NEEDED - {project["name"]})
 
 
 def blocked_modules() -> list[str]:

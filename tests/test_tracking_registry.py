@@ -113,7 +113,7 @@ def test_a_champion_chosen_by_another_metric_is_not_compared(tracked, config, tm
     assert not other.champion
     assert other.reason == (
         "champion version 1 was chosen by lpips and this version by psnr_y; to promote it: python jobs/promote.py "
-        "--model-version 2"
+        f"--model-version 2 --tracking.model_name {config.model_name}"
     )
 
 

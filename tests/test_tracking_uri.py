@@ -1,5 +1,7 @@
 """Tracking URIs: absolute, accepted or refused in one line, and never shown with a password."""
 
+from pathlib import Path
+
 import pytest
 
 from pipeline.errors import UserError, without_secrets
@@ -103,10 +105,10 @@ def test_runs_on_s3_need_a_server() -> None:
         resolve_uri(TrackingConfig(), "s3://bucket/runs")
 
 
-def test_the_argument_precedes_the_environment() -> None:
+def test_the_argument_precedes_the_environment(tmp_path: Path) -> None:
     both = {"ESRGAN_TRACKING__URI": "http://ours:1", "MLFLOW_TRACKING_URI": "http://mlflow:1"}
     assert known_uri("http://given:1", both) == "http://given:1"
     assert known_uri(None, both) == "http://ours:1"
     assert known_uri(None, {"MLFLOW_TRACKING_URI": "http://mlflow:1"}) == "http://mlflow:1"
     with pytest.raises(UserError, match="no tracking server is configured"):
-        known_uri(None, {})
+        known_uri(None, {"XDG_CONFIG_HOME": str(tmp_path)})

@@ -4,7 +4,7 @@ import platform
 import shutil
 from pathlib import Path
 
-from pipeline.errors import StorageFull, UserError, require_package
+from pipeline.errors import StorageFull, UserError, is_installed, require_package
 from pipeline.metrics import require
 from pipeline.model import Lite0Features, VGGFeatures
 from pipeline.model.device import require_gpu
@@ -103,7 +103,7 @@ def check_before_start(config: TrainConfig, run: Storage) -> None:
         require_gpu("use_gpu=true", "set use_gpu=false")
     if config.worker_range[1] > 0:
         require_package("ray", f"workers={config.workers}", "set workers=0")
-    if config.tracking.enabled and config.tracking.register_model:
+    if config.tracking.enabled and config.tracking.register_model and is_installed("mlflow"):
         needed_for = "tracking.register_model=true (the model has an ONNX file)"
         require_package("onnx", needed_for, "set tracking.register_model=false")
     require(measured_metrics(config), config.validation.weights_folder)
