@@ -8,6 +8,7 @@ at full size, and written as JPEG with quality 95 and 4:4:4.
 """
 
 import csv
+import shutil
 import subprocess
 import sys
 from collections import defaultdict
@@ -57,4 +58,6 @@ def reduce(source: Path, target: Path) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python models/photos.py FOLDER")
+    if shutil.which("apt-get") is None:
+        sys.exit("error: apt-get was not found; the photos are in packages of Debian")
     print(f"{collect(Path(sys.argv[1]))} photos in {sys.argv[1]}")

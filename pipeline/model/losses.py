@@ -97,10 +97,10 @@ def perceptual_loss(
     weights: Mapping[str, float],
     mean: Mean = torch.mean,
 ) -> Tensor:
-    """Weighted sum over layers of the L1 distance of VGG features before activation (ESRGAN, sec. 3.3).
+    """Weighted sum over layers of the L1 distance of features, in the paper VGG19's before activation (sec. 3.3).
 
     Args:
-        features_sr: `VGGFeatures` of the generator's output: layer name to (N, channels, height, width).
+        features_sr: `VGGFeatures` or `Lite0Features` of the generator's output: layer name to (N, channels, H, W).
         features_hr: the same for the target, computed without gradient.
         weights: layer name to weight; each layer must be in both.
         mean: see the module's docstring.

@@ -34,10 +34,8 @@ def _trunk(x: Tensor, body: nn.Sequential, scale: float) -> Tensor | None:
         return None
     if not _usable(x.device):
         return None
-    channels = (
-        body.get_submodule("0.rdb1.conv5").get_parameter("weight").shape[1]
-    )  # of a dense block's buffer
-    if x.shape[0] * x.shape[2] * x.shape[3] * channels >= _MOST_ELEMENTS:
+    of_buffer = body.get_submodule("0.rdb1.conv5").get_parameter("weight").shape[1]
+    if x.shape[0] * x.shape[2] * x.shape[3] * of_buffer >= _MOST_ELEMENTS:
         return None
     # Imported here: Triton exists on GPU machines only, and takes a second to load.
     from pipeline.model.trunk_kernels import trunk

@@ -47,9 +47,7 @@ class PsnrStage(Section):
     learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate of stage 1.")
     pixel_loss: PixelLoss = "l1"
     ms_ssim_weight: float = Field(
-        0.0,
-        ge=0,
-        description="Weight of the MS-SSIM loss, added to the pixel loss; 5 is about the ratio of Zhao et al. 2017.",
+        0.0, ge=0, description="Weight of the MS-SSIM loss; 5 is about the ratio of Zhao et al. 2017."
     )
     schedule: Schedule = Field(
         Schedule(shape="cosine", period_steps=250_000, final_share=5e-4),
@@ -89,7 +87,7 @@ class GanStage(Section):
     pixel_loss: PixelLoss = "l1"
     pixel_weight: float = Field(1e-2, ge=0, description="Weight of the pixel loss.")
     ms_ssim_weight: float = Field(0.0, ge=0, description="Weight of the MS-SSIM loss.")
-    perceptual_weight: float = Field(1.0, ge=0, description="Weight of the VGG19 feature loss.")
+    perceptual_weight: float = Field(1.0, ge=0, description="Weight of the perceptual loss.")
     adversarial_weight: float = Field(5e-3, ge=0, description="Weight of the adversarial loss.")
 
 
@@ -99,7 +97,7 @@ class PerceptualConfig(Section):
     weights: str = Field(
         "imagenet",
         description="`imagenet` (torchvision's VGG19), `efficientnet_lite0` (of the extra `features`), `random` (a "
-        "seeded VGG19, for tests and the demo), or the path of a VGG19 state dict.",
+        "seeded VGG19, for tests), or the path of a VGG19 state dict.",
     )
     sha256: str | None = Field(
         None, pattern="^[0-9a-f]{64}$", description="Expected sha256 of the file in perceptual.weights."

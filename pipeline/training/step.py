@@ -126,7 +126,7 @@ def gan_step(
     with settings.autocast(batch.lr.device):
         sr = state.generator(batch.lr)
 
-    # Gradient of the losses on pixels and features at the generator's output; this frees VGG's graph.
+    # Gradient of the losses on pixels and features at the generator's output; this frees their graph.
     cut = sr.detach().requires_grad_()
     content, losses = _image_losses(cut, batch.hr, mean, weights.pixel, settings)
     perceptual = content.new_zeros(())
