@@ -186,8 +186,12 @@ def test_divergence_is_one_line_after_a_second_try(ray_cluster: str, folder: Pat
     assert [fault.kind for fault in noted] == ["diverged", "diverged"]
 
 
-def test_a_refusal_ends_workers_that_wait_in_a_collective(ray_cluster: str, tmp_path: Path) -> None:
+def test_a_refusal_ends_workers_that_wait_in_a_collective(
+    ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A worker that ended normally would leave the others in it until the time-out, with NCCL."""
+    # As Ray's progress bars do: no default of ours may be a function that cannot be pickled then.
+    monkeypatch.setattr("builtins.print", lambda *values, **options: None)
     run, began = Storage(str(tmp_path / "run")), time.monotonic()
 
     def work() -> None:

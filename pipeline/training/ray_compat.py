@@ -81,13 +81,17 @@ class PlacementGroupCleanup(WorkerGroupCallback, ControllerCallback):
         remove_orphaned_placement_groups(of_actor=ray.get_runtime_context().get_actor_id())
 
 
+def _raise(reason: str) -> None:
+    raise RuntimeError(reason)
+
+
 @dataclass
 class CheckedTorchConfig(TorchConfig):
     """A TorchConfig that calls a function on every worker before they join their process group."""
 
     prepare_worker: Callable[[], str] = str
     """Returns why its worker cannot train; empty if it can."""
-    refuse: Callable[[str], None] = print
+    refuse: Callable[[str], None] = _raise
     """Called in the controller with the first reason; raises."""
 
     @property
