@@ -43,17 +43,34 @@ def train(folder: Path, **changes: Any) -> TrainingResult:
     return tiny.train(folder, **{"workers": 2, "tracking.register_model": False, **changes})
 
 
+def processes(kind: str) -> list[psutil.Process]:
+    """Processes of this kind of this session's Ray cluster, whose processes are our children."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if kind in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
 def hurt_at(
     run: Storage, step: int, kind: str, number: signal.Signals, done: threading.Event, hurt: list[int]
 ) -> None:
-    """Sends a signal to a process of this kind as soon as a checkpoint of `step` is there; ours are our children."""
+    """Sends a signal to a process of this kind as soon as a checkpoint of `step` is there.
+
+    Processes that an earlier run left and that are about to end are excluded. Before a controller is killed, its
+    workers are halted: else they might end the run before Ray stops them.
+    """
+    earlier = set(processes(""))
     while not done.wait(0.05):
         if any(name.step >= step for name in checkpoints.listed(run)):
-            for process in psutil.Process().children(recursive=True):
-                if kind in " ".join(process.cmdline()):
-                    process.send_signal(number)
-                    hurt.append(process.pid)
-                    return
+            for worker in set(processes("RayTrainWorker")) - earlier:
+                if kind == "TrainController":
+                    worker.suspend()
+            for process in set(processes(kind)) - earlier:
+                process.send_signal(number)
+                hurt.append(process.pid)
+                return
 
 
 @pytest.fixture(scope="module")
@@ -154,10 +171,9 @@ def test_ray_trains_own_processes_know_which_ray_is_theirs(ray_cluster: str, fol
 
     def watch() -> None:
         while not done.wait(0.2):
-            for process in psutil.Process().children(recursive=True):
+            for process in processes("PlacementGroupCleaner"):
                 with suppress(psutil.Error):
-                    if "PlacementGroupCleaner" in " ".join(process.cmdline()):
-                        addresses.add(process.environ().get("RAY_ADDRESS"))
+                    addresses.add(process.environ().get("RAY_ADDRESS"))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
