@@ -3,7 +3,7 @@
     python models/photos.py photos              writes photos/train/*.jpg and photos/held_out/*.jpg
 
 On Debian 12 or newer. Downloads about 160 MB with `apt-get download`, which needs no root. photos.tsv next to
-this file names each photo's package, license and author. Photos are reduced to 1600 pixels, because most are not sharp
+this file names each photo's package, license and author. Photos are reduced to 1100 pixels, because most are not sharp
 at full size, and written as JPEG with quality 95 and 4:4:4.
 """
 
@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 
 from PIL import Image
 
-LONGEST_PX = 1600
+LONGEST_PX = 1100
 TABLE = Path(__file__).with_name("photos.tsv")
 
 

@@ -10,7 +10,7 @@ from pipeline.section import Section
 
 MODEL_HELP = (
     "models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint's or a run's folder, a weight file (.safetensors, "
-    ".pth, .pt, .ckpt), or bicubic; LABEL=M sets the name in tables and reports."
+    ".pth, .pt, .ckpt), compact-x4 (in models/), or bicubic; LABEL=M sets the name in tables and reports."
 )
 
 

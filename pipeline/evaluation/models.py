@@ -15,7 +15,7 @@ from pipeline.model import RRDBNet, decode_generator, set_precision
 from pipeline.model.device import emulates_bf16
 from pipeline.model.trunk import use_kernels
 from pipeline.tracking.lookup import pull_generator, version_uri
-from pipeline.training.model_source import GENERATOR_FILE, find_model_file
+from pipeline.training.model_source import GENERATOR_FILE, find_model_file, shipped_model
 
 BICUBIC = "bicubic"
 # Low-resolution pixels up to which an image is upscaled without tiles (about 2.2 GB for the paper's network).
@@ -105,7 +105,8 @@ def open_model(
 
     Args:
         source: models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint folder, a run's folder (its newest valid
-            checkpoint), a .safetensors or .pth file, or `bicubic`; LABEL=SOURCE sets the label.
+            checkpoint), a .safetensors or .pth file, compact-x4 (in models/), or `bicubic`; LABEL=SOURCE sets the
+            label.
         tracking_uri: the MLflow tracking server of models:/; by default the environment's.
         device: a torch device, for the generator.
         precision: fp32, tf32, bf16 or fp16.
@@ -170,7 +171,7 @@ def interpolated(first: Model, second: Model, alpha: float) -> Model:
 
 
 def notes(models: Sequence[Model]) -> list[str]:
-    """Warnings about how the files were read and how they are computed, one line each."""
+    """A description of the project's own models, and warnings about how files were read and are computed."""
     # Those of Ray's workers are unknown here.
     slow = any(
         model.precision == "bf16"
@@ -183,6 +184,7 @@ def notes(models: Sequence[Model]) -> list[str]:
         for model in models
         if model.info.get("residual_scale_source") == "default"
     ]
+    lines += [f"{model.name}: {model.info['description']}" for model in models if shipped_model(model.name)]
     if slow:
         lines.append("--precision bf16: this device emulates bfloat16 (slow); use fp32")
     return lines

@@ -65,14 +65,16 @@ def save_generator(
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
-def encode_generator(generator: RRDBNet, metadata: Mapping[str, str] | None = None) -> bytes:
-    """The content of a .safetensors file of the generator, for `decode_generator`.
+def encode_generator(
+    generator: RRDBNet, metadata: Mapping[str, str] | None = None, dtype: torch.dtype = torch.float32
+) -> bytes:
+    """The content of a .safetensors file of the generator, for `decode_generator`; its weights are rounded to `dtype`.
 
     Equal networks and metadata give equal bytes.
     """
     entries = {**(metadata or {}), **sizes_as_text(generator)}
     # The library writes metadata in a random order, so the header is built here.
-    content = safetensors.torch.save(_plain_state(generator))
+    content = safetensors.torch.save(_plain_state(generator, dtype))
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.dumps(
         {"__metadata__": dict(sorted(entries.items())), **json.loads(content[8:end])}
@@ -201,9 +203,9 @@ def _reading_fault(file: BinaryIO, error: Exception) -> str:
     return f"{first_line[:120]}; give a .safetensors or .pth file"
 
 
-def _plain_state(generator: RRDBNet) -> dict[str, Tensor]:
+def _plain_state(generator: RRDBNet, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     return {
-        name: tensor.detach().cpu().float().contiguous() for name, tensor in generator.state_dict().items()
+        name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in generator.state_dict().items()
     }
 
 

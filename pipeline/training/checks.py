@@ -12,6 +12,7 @@ from pipeline.section import flat_fields
 from pipeline.storage import Storage, absolute, is_remote
 from pipeline.training.config import TrainConfig
 from pipeline.training.init_config import NETWORKS
+from pipeline.training.model_source import shipped_model
 from pipeline.training.selection import measured_metrics, metric_key
 from pipeline.training.validation_config import HELD_OUT, SetFolders
 
@@ -72,7 +73,7 @@ def _absolute_folders(folders: str | SetFolders) -> str | SetFolders:
 
 def _absolute_source(field: str, source: str | None) -> str | None:
     """A model source with a local path made absolute; it is read before a copied working directory is deleted."""
-    if source is None or source.startswith("models:/"):
+    if source is None or source.startswith("models:/") or shipped_model(source):
         return source
     try:
         return absolute(source)

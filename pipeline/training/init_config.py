@@ -14,7 +14,8 @@ class InitConfig(Section):
         None,
         min_length=1,
         description="Initial weights of the generator: models:/NAME@ALIAS, models:/NAME/VERSION, a run's or "
-        "checkpoint's folder, a .safetensors, .pth, .pt or .ckpt file, also in an object store. Default: random.",
+        "checkpoint's folder, a .safetensors, .pth, .pt or .ckpt file, also in an object store, or compact-x4 (in "
+        "models/). Default: random.",
     )
     discriminator: str | None = Field(
         None,

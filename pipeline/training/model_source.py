@@ -12,6 +12,13 @@ from pipeline.training import checkpoint
 
 GENERATOR_FILE, TRAINING_FILE = "generator.safetensors", "training.safetensors"
 SUFFIXES = (".safetensors", ".pth.tar", ".pth", ".pt", ".ckpt")
+_SHIPPED = Path(__file__).resolve().parents[2] / "models"
+
+
+def shipped_model(source: str) -> Path | None:
+    """The file of a model in the project's folder models/, by its name, such as compact-x4; None: another source."""
+    path = _SHIPPED / f"{source}.safetensors"
+    return path if path.parent == _SHIPPED and path.is_file() else None
 
 
 def read_model_file(source: str, file: str, name: str) -> bytes:
@@ -23,13 +30,16 @@ def find_model_file(source: str, file: str, name: str) -> tuple[bytes, str]:
     """The bytes of a weight file, local or in an object store, and the address of the file or checkpoint.
 
     Args:
-        source: a weight file, a checkpoint's folder, or a run's folder (its newest valid checkpoint).
+        source: a weight file, a checkpoint's folder, a run's folder (its newest valid checkpoint), or the name of a
+            model in models/.
         file: which of a checkpoint's files.
         name: what errors call the source.
 
     Raises:
         UserError: missing, unreadable or, in a checkpoint, corrupt.
     """
+    if file == GENERATOR_FILE and (shipped := shipped_model(source)):
+        return shipped.read_bytes(), str(shipped)
     if source.lower().endswith(SUFFIXES):
         folder, _, base = source.rpartition("/")
         storage = Storage(folder or ("/" if source.startswith("/") else "."))
@@ -53,7 +63,7 @@ def find_model_file(source: str, file: str, name: str) -> tuple[bytes, str]:
         raise UserError(f"{name}: neither a checkpoint ({file}) nor a run with one (checkpoints/){corrupt}")
     raise UserError(
         f"{name}: no such file or folder; give models:/NAME@ALIAS, a checkpoint's or run's folder, "
-        "or a weight file (.safetensors, .pth, .pt, .ckpt)"
+        "compact-x4, or a weight file (.safetensors, .pth, .pt, .ckpt)"
     )
 
 
