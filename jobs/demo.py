@@ -66,11 +66,15 @@ def main(argv: list[str]) -> int:
     stage_one = run / "checkpoints" / f"psnr-{config.psnr.steps:08d}"
     model = trained_model(run, config.tracking.model_name)
     evaluate = [sys.executable, "jobs/evaluate.py"]
-    evaluate += ["--model", "bicubic", f"stage 1={stage_one}", f"stage 2={model}"]
+    given = f"{config.init.generator}={config.init.generator}"
+    evaluate += ["--model", "bicubic", given, f"stage 1={stage_one}", f"stage 2={model}"]
     evaluate += ["--hr", str(out / "data" / "photos" / "held_out"), "--out", str(out / "evaluation")]
     evaluate += ["--metrics", *config.validation.metrics]
     _call([*evaluate, "--tracking.uri", store], environment)
 
+    print(
+        f"{config.init.generator} came with the project (models/); stages 1 and 2 were trained now, from it."
+    )
     minutes = (time.monotonic() - began) / 60
     programs = Path(sys.executable).parent
     print(f"\nDone in {minutes:.1f} minutes. Results:")
