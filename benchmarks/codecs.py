@@ -48,7 +48,7 @@ def main() -> None:
             written = time.process_time() - began
             manifest = load_manifest(data.root)
             stored = sum(shard.bytes for shard in manifest.shards) / (manifest.patches * manifest.patch_px**2)
-            reader = PatchReader(data.root, manifest.layout)
+            reader = PatchReader(manifest)
             draws = np.random.default_rng(0)
             patches = draws.integers(0, manifest.patches, READ).tolist()
             offsets = (draws.integers(0, (manifest.patch_px - CROP) // 4 + 1, (READ, 2)) * 4).tolist()

@@ -367,7 +367,7 @@ def first_batches(folder: Path, rounds: int) -> list[tuple[str, ...]]:
             manifest = load_manifest(str(folder / str(patches)))
             with opened(manifest, 1, BATCH, crop) as (reader, samples):
                 for patch in samples.of_step(0).patch.tolist():
-                    reader.edges(manifest.layout.locate(patch)[0])
+                    reader.edges(manifest.locate(patch)[0])
                 for index in range(BATCH):
                     reader.crop(index, 0, 0, crop)
             results.setdefault(patches, []).append(time.perf_counter() - began)

@@ -95,7 +95,7 @@ def test_each_footer_is_read_once(codec: str, tmp_path: Path, monkeypatch: pytes
     )
     shards = 20
     manifest = load_manifest(write_patches(tmp_path, shards, SIDE, SCALE, rows=1, codec=codec))
-    reader = reading.PatchReader(manifest.root, manifest.layout)
+    reader = reading.PatchReader(manifest)
     for patch in 2 * list(range(shards)):
         reader.patch(patch)
     reader.close()

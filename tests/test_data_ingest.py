@@ -145,7 +145,7 @@ def test_a_shard_is_closed_between_images(folder: Path, monkeypatch: pytest.Monk
     assert [shard.rows for shard in manifest.shards] == [9, 9, 9]
     assert [shard.rows for shard in manifest.held_out] == [1, 1]
     first = [entry["first_patch"] for entry in manifest.sources if entry["set"] == "train"]
-    assert first == manifest.layout.first_ids.tolist()
+    assert first == manifest.first_ids.tolist()
 
 
 @pytest.mark.ray
@@ -166,14 +166,12 @@ def test_a_flipped_byte_in_any_patch_is_caught(folder: Path, codec: str) -> None
     manifest = load_manifest(data.root)
     path = Path(data.root) / manifest.shards[0].name
     whole = path.read_bytes()
-    valid = [
-        PatchReader(data.root, manifest.layout).patch(patch)[0].copy() for patch in range(manifest.patches)
-    ]
+    valid = [PatchReader(manifest).patch(patch)[0].copy() for patch in range(manifest.patches)]
     for offset in range(100, len(whole), len(whole) // 40):
         corrupt = bytearray(whole)
         corrupt[offset] ^= 0x20
         path.write_bytes(bytes(corrupt))
-        reader = PatchReader(data.root, manifest.layout)
+        reader = PatchReader(manifest)
         for patch in range(manifest.patches):
             with contextlib.suppress(CorruptPatch):
                 assert np.array_equal(reader.patch(patch)[0], valid[patch])

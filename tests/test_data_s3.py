@@ -3,7 +3,7 @@
 import functools
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +20,7 @@ from pipeline.data.feed import Feed
 from pipeline.data.feed.fetch import REQUESTS
 from pipeline.data.format import reader
 from pipeline.data.format.local_copy import local_copy
-from pipeline.data.format.reader import CorruptPatch, PatchReader, StoreUnreachable, _RemoteFile
+from pipeline.data.format.reader import CorruptPatch, PatchReader, StoreUnreachable
 from pipeline.data.format.verify import verify
 from pipeline.data.ingest import prepare as prepare_module
 from pipeline.data.ingest.sources import list_photos
@@ -98,11 +98,11 @@ def test_corruption_on_s3_is_found(bucket: str, tmp_path: Path) -> None:
     manifest = load_manifest(data.root)
     storage, name = Storage(data.root), manifest.shards[0].name
     content = bytearray(storage.read_bytes(name))
-    patches = PatchReader(data.root, manifest.layout)
+    patches = PatchReader(manifest)
     place = bytes(content).index(patches.patch(7)[0].tobytes())
     content[place + 64 * 3 * 20] ^= 4  # in its row 20
     storage.write_bytes(name, bytes(content))
-    patches = PatchReader(data.root, manifest.layout)
+    patches = PatchReader(manifest)
     with pytest.raises(CorruptPatch, match="row 7"):
         patches.crop(7, 0, 0, 32)
     assert np.array_equal(patches.crop(6, 0, 0, 32)[0].shape, (32, 32, 3))
@@ -111,6 +111,23 @@ def test_corruption_on_s3_is_found(bucket: str, tmp_path: Path) -> None:
     storage.remove(name)
     (line,) = verify(manifest, progress=False)
     assert line == f"s3://images/set/{name}: missing"
+
+
+def before_each_read(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], None]) -> None:
+    """Calls `act` with the offset before every range read of a remote shard."""
+    real = PatchReader._open
+
+    def opened(self: PatchReader, number: int) -> object:
+        file = real(self, number)
+
+        def read_at(size: int, offset: int) -> bytes:
+            if self.remote:
+                act(offset)
+            return file.read_at(size, offset)
+
+        return SimpleNamespace(read_at=read_at)
+
+    monkeypatch.setattr(PatchReader, "_open", opened)
 
 
 def test_a_temporarily_unreachable_store_is_retried(
@@ -123,16 +140,13 @@ def test_a_temporarily_unreachable_store_is_retried(
 
     attempted: set[int] = set()
 
-    class Flaky(_RemoteFile):
+    def fail_first(offset: int) -> None:
         """A connection that fails at the first read of every offset."""
+        if offset not in attempted:
+            attempted.add(offset)
+            raise OSError("AWS Error NETWORK_CONNECTION during GetObject operation")
 
-        def read(self, offset: int, size: int) -> np.ndarray:
-            if offset not in attempted:
-                attempted.add(offset)
-                raise OSError("AWS Error NETWORK_CONNECTION during GetObject operation")
-            return super().read(offset, size)
-
-    monkeypatch.setattr(reader, "_RemoteFile", Flaky)
+    before_each_read(monkeypatch, fail_first)
     monkeypatch.setattr(reader, "RETRY_AFTER_S", (0.0, 0.0, 0.0))
     for one, other in zip(whole, feed.batches(0, 8), strict=True):
         assert (one.hr == other.hr).all()
@@ -150,16 +164,13 @@ def test_requests_to_a_store_are_concurrent(
     requests = itertools.count(1)
     enough = threading.Event()
 
-    class Meeting(_RemoteFile):
-        """Answers only once half of the maximum number of requests are pending."""
+    def wait_for_others(offset: int) -> None:
+        """Returns only once half of the maximum number of requests are pending."""
+        if next(requests) == REQUESTS // 2:
+            enough.set()
+        assert enough.wait(timeout=60)
 
-        def read(self, offset: int, size: int) -> np.ndarray:
-            if next(requests) == REQUESTS // 2:
-                enough.set()
-            assert enough.wait(timeout=60)
-            return super().read(offset, size)
-
-    monkeypatch.setattr(reader, "_RemoteFile", Meeting)
+    before_each_read(monkeypatch, wait_for_others)
     feeds = [Feed(address, seed=3, batch_size=REQUESTS // 2, crop_px=16) for address in (local, root)]
     for one, other in zip(*(feed.batches(0, 6) for feed in feeds), strict=True):
         assert (one.hr == other.hr).all()
@@ -178,7 +189,7 @@ def test_an_unreachable_store_is_not_corruption(tmp_path: Path, monkeypatch: pyt
     with s3_bucket(monkeypatch) as address:
         upload(Path(write_patches(tmp_path, 5)), f"{address}/set")
         manifest = load_manifest(f"{address}/set")
-        patches = PatchReader(manifest.root, manifest.layout)
+        patches = PatchReader(manifest)
         patches.crop(0, 0, 0, 16)
     with pytest.raises(
         StoreUnreachable, match=r"set/patches-00000\.parquet: the object store does not answer"

@@ -213,7 +213,7 @@ def test_flat_patches_are_excluded_by_min_detail(tmp_path: Path) -> None:
     some = made(f"{tmp_path}/*.png", tmp_path / "some", patch_stride_px=64, min_detail=1.0)
     assert (every["photo.png"]["patches"], some["photo.png"]["patches"]) == (3, 1)
     manifest = load_manifest(str(tmp_path / "some"))
-    reader = PatchReader(manifest.root, manifest.layout)
+    reader = PatchReader(manifest)
     assert reader.row(0, 0)["x"] == 128
     reader.close()
     with pytest.raises(UserError, match=r"data\.min_detail=200\.0: every patch has a lower score"):
@@ -225,7 +225,7 @@ def test_every_codec_is_lossless(tmp_path: Path, codec: str) -> None:
     (tmp_path / "photo.png").write_bytes(encoded(pixels_of(0)))
     made(f"{tmp_path}/*.png", tmp_path / "data", codec=codec)
     manifest = load_manifest(str(tmp_path / "data"))
-    reader = PatchReader(manifest.root, manifest.layout)
+    reader = PatchReader(manifest)
     low = matlab_bicubic_downscale(pixels_of(0), 4)
     hr, lr = reader.patch(3)
     assert np.array_equal(hr, pixels_of(0)[32:96, 32:96])
@@ -242,7 +242,7 @@ def test_scales_and_mirrored_edges(tmp_path: Path, scale: int) -> None:
     for edge in ("replicate", "symmetric"):
         made(f"{tmp_path}/*.png", tmp_path / edge, scale=scale, patch_px=36, patch_stride_px=12, edge=edge)
         manifest = load_manifest(str(tmp_path / edge))
-        reader = PatchReader(manifest.root, manifest.layout)
+        reader = PatchReader(manifest)
         cut = pixels_of(0)[: 94 // scale * scale, : 95 // scale * scale]
         low = matlab_bicubic_downscale(cut, scale, edge=edge)
         side = 36 // scale
@@ -306,7 +306,7 @@ def test_given_low_resolution_is_stored_checked_and_reported(
     assert "1 x other of 2" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"its low resolution was files, now data\.lr_dir is None"):
         made(photos, tmp_path / "data", max_rejected_share=0.5)
-    reader = PatchReader(manifest.root, manifest.layout)
+    reader = PatchReader(manifest)
     assert np.array_equal(reader.patch(4)[1], low_by_pillow(pixels_of(1), 4)[:16, :16])
     reader.close()
 

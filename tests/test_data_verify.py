@@ -57,7 +57,7 @@ def test_a_flipped_byte_anywhere_in_a_shard_is_found(tmp_path: Path, codec: str)
 def test_the_corrupt_patch_and_its_image_are_named(tmp_path: Path) -> None:
     manifest = make(tmp_path)
     path = tmp_path / "data" / manifest.shards[0].name
-    reader = PatchReader(manifest.root, manifest.layout)
+    reader = PatchReader(manifest)
     pixels = reader.patch(11)[0].tobytes()
     reader.close()
     flip(path, path.read_bytes().index(pixels) + 5000)
@@ -99,7 +99,7 @@ def test_a_row_count_that_is_not_the_shards_is_found_and_never_read(
         with pytest.raises(UserError, match="has 2 rows, and the manifest"):
             read_held_out(manifest.root)
     else:
-        reader = PatchReader(manifest.root, manifest.layout)
+        reader = PatchReader(manifest)
         with pytest.raises(CorruptPatch, match="has 18 rows"):
             reader.patch(0)
         reader.close()

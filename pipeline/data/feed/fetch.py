@@ -173,17 +173,16 @@ def reader_and_samples(
     manifest: Manifest, seed: int, batch_size: int, crop_px: int
 ) -> tuple[PatchReader, Samples]:
     """Reader (closed by the caller) and samples of a data set. Raises UserError: the crop does not fit the patches."""
-    layout = manifest.layout
-    if layout.patch_px < crop_px:
+    if manifest.patch_px < crop_px:
         raise UserError(
-            f"crop_px={crop_px}: the patches in {manifest.root} have {layout.patch_px} pixels; lower crop_px"
+            f"crop_px={crop_px}: the patches in {manifest.root} have {manifest.patch_px} pixels; lower crop_px"
         )
-    if crop_px % layout.scale:
+    if extra := crop_px % manifest.scale:
         raise UserError(
-            f"crop_px={crop_px} is not a multiple of data.scale={layout.scale}; use {crop_px - crop_px % layout.scale}"
+            f"crop_px={crop_px} is not a multiple of data.scale={manifest.scale}; use {crop_px - extra}"
         )
-    samples = Samples(layout.patches, layout.patch_px, layout.scale, seed, batch_size, crop_px)
-    return PatchReader(manifest.root, layout), samples
+    samples = Samples(manifest.patches, manifest.patch_px, manifest.scale, seed, batch_size, crop_px)
+    return PatchReader(manifest), samples
 
 
 def _replacement(samples: Samples, step: int, position: int, attempt: int) -> tuple[int, int, int, int]:

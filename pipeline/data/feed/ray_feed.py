@@ -137,9 +137,9 @@ class FeedDataConfig(ray.train.DataConfig):
                 for node in ray.nodes()
                 if node["Alive"]
             }
-            layout = load_manifest(self._fields["root"]).layout
+            codec = load_manifest(self._fields["root"]).codec
             local = not is_remote(self._fields["root"]) or self._fields["local_cache"] is not None
-            if layout.codec == "raw" and local:
+            if codec == "raw" and local:
                 transport, reason = "thread", "raw patches on a local disk"
             else:
                 transport, reason = choose(cpus, worker_node_ids or [], world_size, self._cpus_per_worker)

@@ -50,11 +50,11 @@ def contact_sheet(manifest: Manifest) -> Image.Image:
 
 def _some_patches(manifest: Manifest) -> list[_Patch]:
     names = {entry["source_id"]: PurePosixPath(entry["path"]).name for entry in manifest.sources}
-    reader = PatchReader(manifest.root, manifest.layout)
+    reader = PatchReader(manifest)
     patches = []
     for number in _evenly_spaced(manifest.patches, _READ):
         try:
-            cells = reader.row(*manifest.layout.locate(number))
+            cells = reader.row(*manifest.locate(number))
             hr, lr = reader.patch(number)
         except CorruptPatch:
             continue

@@ -31,7 +31,7 @@ def local_copy(root: str, folder: str | None) -> str:
         with target.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not (target / NAME).exists():
-                _copy(Storage(root), target, [*manifest.layout.shards, *manifest.held_out], folder)
+                _copy(Storage(root), target, [*manifest.shards, *manifest.held_out], folder)
                 Storage(str(target)).write_bytes(NAME, manifest.content)
     except OSError as error:
         raise UserError(f"data.local_cache={folder}: cannot be written ({error.strerror or error})") from None

@@ -52,17 +52,24 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What a reader of patches needs; small, because every worker gets a copy."""
+class Manifest:
+    """A complete data set. Patch ids are 0..patches-1, in the order of the shards' rows."""
 
-    scale: int
-    patch_px: int
-    codec: str
-    shards: tuple[Shard, ...]
+    root: str
+    sha256: str  # of the bytes of manifest.json
+    scale: int  # high-resolution pixels per low-resolution pixel
+    patch_px: int  # side of a high-resolution patch
+    codec: str  # encoding of the pixels, one of CODECS
+    shards: tuple[Shard, ...]  # of patches
+    held_out: tuple[Shard, ...]
+    settings: dict[str, Any]
+    rejected: tuple[dict[str, Any], ...]  # path, set, reason, bytes
+    degradation: dict[str, Any]
+    content: bytes  # of manifest.json
 
     @property
     def patches(self) -> int:
-        """Number of patches; patch ids are 0..patches-1, in the order of the shards' rows."""
+        """Number of patches."""
         return sum(shard.rows for shard in self.shards)
 
     @cached_property
@@ -74,20 +81,6 @@ class Layout:
         """(shard number, row in it) of a patch id."""
         shard = int(np.searchsorted(self.first_ids, patch, side="right")) - 1
         return shard, patch - int(self.first_ids[shard])
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """A complete data set."""
-
-    root: str
-    sha256: str  # of the bytes of manifest.json
-    layout: Layout
-    held_out: tuple[Shard, ...]
-    settings: dict[str, Any]
-    rejected: tuple[dict[str, Any], ...]  # path, set, reason, bytes
-    degradation: dict[str, Any]
-    content: bytes  # of manifest.json
 
     @cached_property
     def sources(self) -> tuple[dict[str, Any], ...]:
@@ -130,31 +123,6 @@ class Manifest:
         text = f"{len(paths)} image{'s' * (len(paths) > 1)}: {' '.join(ends)}"
         # File names may hold line breaks and bytes that are not UTF-8.
         return " ".join(text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace").split())
-
-    @property
-    def scale(self) -> int:
-        """High-resolution pixels per low-resolution pixel."""
-        return self.layout.scale
-
-    @property
-    def patch_px(self) -> int:
-        """Side of a high-resolution patch."""
-        return self.layout.patch_px
-
-    @property
-    def patches(self) -> int:
-        """Number of patches."""
-        return self.layout.patches
-
-    @property
-    def codec(self) -> str:
-        """Encoding of the pixels, one of CODECS."""
-        return self.layout.codec
-
-    @property
-    def shards(self) -> tuple[Shard, ...]:
-        """Shards of patches."""
-        return self.layout.shards
 
 
 def encode(content: dict[str, Any]) -> bytes:
@@ -203,30 +171,28 @@ def decode(content: bytes, root: str) -> Manifest:
                 "prepare the data set again"
             )
         settings = raw["settings"]
-        layout = Layout(
+        manifest = Manifest(
+            root=root,
+            sha256=hashlib.sha256(content).hexdigest(),
             scale=int(settings["scale"]),
             patch_px=int(settings["patch_px"]),
             codec=str(settings["codec"]),
             shards=_shards(raw["shards"], "patches"),
-        )
-        if not layout.shards:
-            raise ValueError("it lists no shards with patches")
-        if layout.codec not in CODECS:
-            raise ValueError(f"codec={layout.codec!r}; expected {' or '.join(CODECS)}")
-        if layout.patches != raw["patches"]:
-            raise ValueError(f"patches={raw['patches']}, but the shards contain {layout.patches}")
-        if end < 0 or not content.endswith(_END):
-            raise ValueError("it does not end with its sources")
-        return Manifest(
-            root=root,
-            sha256=hashlib.sha256(content).hexdigest(),
-            layout=layout,
             held_out=_shards(raw["held_out"], "held_out"),
             settings=settings,
             rejected=tuple(raw["rejected"]),
             degradation=raw["degradation"],
             content=content,
         )
+        if not manifest.shards:
+            raise ValueError("it lists no shards with patches")
+        if manifest.codec not in CODECS:
+            raise ValueError(f"codec={manifest.codec!r}; expected {' or '.join(CODECS)}")
+        if manifest.patches != raw["patches"]:
+            raise ValueError(f"patches={raw['patches']}, but the shards contain {manifest.patches}")
+        if end < 0 or not content.endswith(_END):
+            raise ValueError("it does not end with its sources")
+        return manifest
     except (KeyError, TypeError, ValueError) as error:
         raise _not_valid(root, error) from None
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pyarrow.parquet as pq
 
-from pipeline.data.format.manifest import Layout
+from pipeline.data.format.manifest import Manifest
 from pipeline.data.format.row_checksums import WORD, row_checksums, unpack
 from pipeline.data.format.shards import PATCH_SCHEMA
 
@@ -54,7 +54,7 @@ def column_edges(metadata: pq.FileMetaData, shard_bytes: int) -> np.ndarray:
 def read_rows(
     read: Callable[[int, int], np.ndarray],
     edges: Sequence[int],
-    layout: Layout,
+    manifest: Manifest,
     patch: int,
     top: int,
     bottom: int,
@@ -72,7 +72,7 @@ def read_rows(
     Raises:
         ValueError: a checksum mismatch; and what `read` raises.
     """
-    scale, side = layout.scale, layout.patch_px
+    scale, side = manifest.scale, manifest.patch_px
     small, width, small_width = side // scale, 3 * side, 3 * (side // scale)
     low, high = top // scale, bottom // scale
     hr_first = edges[_HR + 1] - (side - top) * width
@@ -94,7 +94,7 @@ def read_rows(
 
 
 def read_cells(
-    read: Callable[[int, int], np.ndarray], edges: Sequence[int], layout: Layout
+    read: Callable[[int, int], np.ndarray], edges: Sequence[int], manifest: Manifest
 ) -> tuple[bytes, bytes, np.ndarray]:
     """The columns hr and lr (WebP files) and row_checksums (uint8) of a patch, unverified: arguments as `read_rows`.
 
@@ -103,5 +103,5 @@ def read_cells(
     first = edges[_HR]
     data = read(first, edges[_CHECKSUMS + 1] - first)
     hr, lr = (data[edges[column] - first : edges[column + 1] - first].tobytes() for column in (_HR, _LR))
-    rows = layout.patch_px + layout.patch_px // layout.scale + 1
+    rows = manifest.patch_px + manifest.patch_px // manifest.scale + 1
     return hr[hr.find(b"RIFF") :], lr[lr.find(b"RIFF") :], data[-WORD * rows :]

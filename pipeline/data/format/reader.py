@@ -5,12 +5,8 @@ and verified by row checksums (raw_rows.py). WebP patches are read whole and ver
 """
 
 import hashlib
-import io
 import logging
-import os
-import threading
 import time
-from collections import OrderedDict
 from functools import cache, lru_cache, partial
 from typing import Any
 
@@ -18,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.format.manifest import Layout, Shard
+from pipeline.data.format.manifest import Manifest, Shard
 from pipeline.data.format.raw_rows import column_edges, read_cells, read_rows
 from pipeline.data.format.row_checksums import patch_checksums, unpack
 from pipeline.data.format.shards import PATCH_SCHEMA, decode_pixels
@@ -46,81 +42,18 @@ class StoreUnreachable(OSError):
     """An object store that does not answer; whether the patch is corrupt is unknown."""
 
 
-class _LocalFile:
-    """Positional reads from a file; threads may share it."""
-
-    def __init__(self, path: str) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY)
-
-    def read(self, offset: int, size: int) -> np.ndarray:
-        buffer = np.empty(size, np.uint8)
-        done = 0
-        while done < size:
-            count = os.preadv(self.descriptor, [buffer[done:].data], offset + done)
-            if count == 0:
-                raise EOFError(f"ends at byte {offset + done}")
-            done += count
-        return buffer
-
-    def close(self) -> None:
-        os.close(self.descriptor)
-
-
-class _RemoteFile:
-    """Range reads from an object store; threads may share it."""
-
-    def __init__(self, filesystem: Any, path: str) -> None:
-        self.file = filesystem.open_input_file(path)
-
-    def read(self, offset: int, size: int) -> np.ndarray:
-        data = self.file.read_at(size, offset)
-        if len(data) != size:
-            raise EOFError(f"ends at byte {offset + len(data)}")
-        return np.frombuffer(data, np.uint8)
-
-    def close(self) -> None:
-        """Does nothing: another thread may be reading, and the file closes with its last reference."""
-
-
-class _Window(io.RawIOBase):
-    """A part of a file in memory, at its offset in the file, for pyarrow."""
-
-    def __init__(self, data: np.ndarray, offset: int) -> None:
-        self._data, self._offset, self._position = data.data, offset, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, position: int, whence: int = os.SEEK_SET) -> int:
-        end = self._offset + len(self._data)
-        self._position = position + (0, self._position, end)[whence]
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def read(self, size: int = -1) -> memoryview:
-        first = self._position - self._offset
-        part = self._data[first:] if size < 0 else self._data[first : first + size]
-        self._position += len(part)
-        return part
-
-
 class PatchReader:
     """Patches of one data set. Keeps few files open, and 36 bytes per row of every shard read so far.
 
     If the data set is in an object store, threads may share the reader.
     """
 
-    def __init__(self, root: str, layout: Layout) -> None:
-        self.layout = layout
-        self._storage = Storage(root)
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self._storage = Storage(manifest.root)
         self._filesystem, self._base = self._storage.filesystem()
-        self._files: OrderedDict[int, _LocalFile | _RemoteFile] = OrderedDict()
-        self._lock = threading.Lock()
+        # A file closes with its last reference: another thread may be reading when it leaves the cache.
+        self._file = lru_cache(maxsize=_OPEN_SHARDS)(self._open)
         self.edges = cache(self._read_edges)
         # Only `row` needs it, whose callers read one shard after another; it takes 2.4 MB for 364 rows.
         self._footer = lru_cache(maxsize=1)(self._read_footer)
@@ -139,37 +72,50 @@ class PatchReader:
             CorruptPatch: what was read is not what was written.
             StoreUnreachable: an object store does not answer.
         """
-        scale = self.layout.scale
+        scale = self.manifest.scale
         hr, lr = self._rows(patch, y, y + crop_px)
         return hr[:, x : x + crop_px], lr[:, x // scale : (x + crop_px) // scale]
 
     def patch(self, patch: int) -> tuple[np.ndarray, np.ndarray]:
         """A whole patch: uint8 (patch_px, patch_px, 3) and its low-resolution version. Raises as `crop`."""
-        return self._rows(patch, 0, self.layout.patch_px)
+        return self._rows(patch, 0, self.manifest.patch_px)
 
     def row(self, number: int, row: int) -> dict[str, Any]:
         """All cells of a row of shard `number`, verified by page checksums. Raises as `crop`."""
         try:
-            return self._cells(number, row)
+            first, *_, end = self.edges(number)[row].tolist()
+            # The row at its offset in the file. The zeros before it are never touched, so they take no memory.
+            content = np.zeros(end, np.uint8)
+            content[first:] = self._read(number, first, end - first)
+            file = pq.ParquetFile(
+                pa.BufferReader(content), metadata=self._footer(number), page_checksum_verification=True
+            )
+            try:
+                (cells,) = file.read_row_group(row).to_pylist()
+            except (OSError, ValueError, pa.ArrowException):
+                raise ValueError(_unreadable_column(file, row)) from None
+            expected = int(self.manifest.first_ids[number]) + row
+            if cells["patch_id"] != expected:
+                raise ValueError(f"contains patch {cells['patch_id']}, expected {expected}")
+            return cells
         except ValueError as error:
             raise self._corrupt(number, row, error) from None
 
     def close(self) -> None:
         """Closes all files."""
-        while self._files:
-            self._files.popitem()[1].close()
+        self._file.cache_clear()
 
     def _rows(self, patch: int, top: int, bottom: int) -> tuple[np.ndarray, np.ndarray]:
-        number, row = self.layout.locate(patch)
-        scale, side = self.layout.scale, self.layout.patch_px
+        number, row = self.manifest.locate(patch)
+        scale, side = self.manifest.scale, self.manifest.patch_px
         try:
             edges = self.edges(number)[row].tolist()
             read = partial(self._read, number)
-            if self.layout.codec == "raw":
-                return read_rows(read, edges, self.layout, patch, top, bottom, one_request=self.remote)
-            *cells, sums = read_cells(read, edges, self.layout)
+            if self.manifest.codec == "raw":
+                return read_rows(read, edges, self.manifest, patch, top, bottom, one_request=self.remote)
+            *cells, sums = read_cells(read, edges, self.manifest)
             hr, lr = (
-                decode_pixels(cell, self.layout.codec, length)
+                decode_pixels(cell, self.manifest.codec, length)
                 for cell, length in zip(cells, (side, side // scale), strict=True)
             )
             sums = unpack(patch, sums)
@@ -179,68 +125,37 @@ class PatchReader:
         except ValueError as error:
             raise self._corrupt(number, row, error) from None
 
-    def _cells(self, number: int, row: int) -> dict[str, Any]:
-        metadata = self._footer(number)
-        group = metadata.row_group(row)
-        chunks = [group.column(column) for column in range(group.num_columns)]
-        first, end = (
-            chunks[0].data_page_offset,
-            chunks[-1].data_page_offset + chunks[-1].total_compressed_size,
-        )
-        window = _Window(self._read(number, first, end - first), first)
-        file = pq.ParquetFile(pa.PythonFile(window, "r"), metadata=metadata, page_checksum_verification=True)
-        try:
-            (cells,) = file.read_row_group(row).to_pylist()
-        except (OSError, ValueError, pa.ArrowException):
-            raise ValueError(_unreadable_column(file, row)) from None
-        expected = int(self.layout.first_ids[number]) + row
-        if cells["patch_id"] != expected:
-            raise ValueError(f"contains patch {cells['patch_id']}, expected {expected}")
-        return cells
-
     def _corrupt(self, number: int, row: int, error: ValueError) -> CorruptPatch:
-        return CorruptPatch(self._storage.path(self.layout.shards[number].name), row, str(error))
+        return CorruptPatch(self._storage.path(self.manifest.shards[number].name), row, str(error))
 
     def _read(self, number: int, offset: int, size: int) -> np.ndarray:
-        """A range of a shard. Raises ValueError: it cannot be read; StoreUnreachable."""
+        """A range of a shard, uint8. Raises ValueError: it cannot be read; StoreUnreachable."""
         waits = iter(RETRY_AFTER_S)
         while True:
             try:
-                return self._file(number).read(offset, size)
-            except (OSError, EOFError, pa.ArrowException) as error:
+                data = self._file(number).read_at(size, offset)
+            except (OSError, pa.ArrowException) as error:
                 reason = str(error).splitlines()[0]
-                # A missing or truncated file stays so, and a disk that fails now will fail again.
-                if not self.remote or isinstance(error, FileNotFoundError | EOFError):
+                # A missing file stays so, and a disk that fails now will fail again.
+                if not self.remote or isinstance(error, FileNotFoundError):
                     raise ValueError(f"cannot be read: {reason}") from None
+            else:
+                if len(data) < size:
+                    raise ValueError(f"cannot be read: ends at byte {offset + len(data)}")
+                return np.frombuffer(data, np.uint8)
             wait_s = next(waits, None)
-            path = self._storage.path(self.layout.shards[number].name)
+            path = self._storage.path(self.manifest.shards[number].name)
             if wait_s is None:
                 raise StoreUnreachable(f"{path}: the object store does not answer ({reason})")
             logger.warning("%s: retrying in %g s (%s)", path, wait_s, reason)
-            with self._lock:
-                self._files.pop(number, None)  # opened again by the next attempt
+            self._file.cache_clear()  # the next attempt opens it again
             time.sleep(wait_s)
 
-    def _file(self, number: int) -> _LocalFile | _RemoteFile:
-        with self._lock:
-            file = self._files.get(number)
-            if file is not None:
-                self._files.move_to_end(number)
-                return file
-        # Opening may wait for a server. Two threads may open the same file; either one works.
-        shard = self.layout.shards[number]
-        if self.remote:
-            file = _RemoteFile(self._filesystem, join(self._base, shard.name))
-        else:
-            file = _LocalFile(self._storage.path(shard.name))
-        with self._lock:
-            self._files[number] = file
-            if len(self._files) > _OPEN_SHARDS:
-                self._files.popitem(last=False)[1].close()
-        return file
+    def _open(self, number: int) -> pa.NativeFile:
+        return self._filesystem.open_input_file(join(self._base, self.manifest.shards[number].name))
 
     def _read_footer(self, number: int) -> pq.FileMetaData:
-        shard = self.layout.shards[number]
+        shard = self.manifest.shards[number]
         footer = self._read(number, shard.bytes - shard.footer_bytes, shard.footer_bytes)
         try:
             return read_footer(footer.tobytes(), shard)
@@ -248,7 +163,7 @@ class PatchReader:
             raise ValueError(str(error).splitlines()[0]) from None
 
     def _read_edges(self, number: int) -> np.ndarray:
-        return column_edges(self._read_footer(number), self.layout.shards[number].bytes)
+        return column_edges(self._read_footer(number), self.manifest.shards[number].bytes)
 
 
 def _unreadable_column(file: pq.ParquetFile, row: int) -> str:

@@ -73,8 +73,8 @@ def _shard_corruption(storage: Storage, shard: Shard) -> str | None:
 
 def _corrupt_rows(manifest: Manifest, number: int) -> list[str]:
     """One line per corrupt patch; one for all if all share a reason; none if only bytes between rows differ."""
-    reader = PatchReader(manifest.root, manifest.layout)
-    first = int(manifest.layout.first_ids[number])
+    reader = PatchReader(manifest)
+    first = int(manifest.first_ids[number])
     corrupt: list[CorruptPatch] = []
     for row in range(manifest.shards[number].rows):
         try:
