@@ -91,7 +91,8 @@ def rates(
     results: dict[str, list[float]] = {}
     cost: dict[str, list[float]] = {}
     steps: dict[str, list[float]] = {}
-    with opened(load_manifest(feed.root), feed.seed, BATCH, CROP) as (reader, order), ray_or_not(with_ray):
+    reader, order = opened(load_manifest(feed.root), feed.seed, BATCH, CROP)
+    with closing(reader), ray_or_not(with_ray):
         ways["fetch"] = lambda: timed(fetch(reader, order, step, 0, BATCH) for step in range(60))
         if with_ray:
             from pipeline.data.feed.ray_feed import RayFeed
@@ -365,7 +366,8 @@ def first_batches(folder: Path, rounds: int) -> list[tuple[str, ...]]:
         for patches in (10_000, 1_000_000):
             began = time.perf_counter()
             manifest = load_manifest(str(folder / str(patches)))
-            with opened(manifest, 1, BATCH, crop) as (reader, samples):
+            reader, samples = opened(manifest, 1, BATCH, crop)
+            with closing(reader):
                 for patch in samples.of_step(0).patch.tolist():
                     reader.edges(manifest.locate(patch)[0])
                 for index in range(BATCH):

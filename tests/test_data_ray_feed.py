@@ -56,7 +56,7 @@ def test_auto_selects_the_thread_if_workers_occupy_all_cores() -> None:
 def test_every_rank_gets_its_own_feed_and_the_choice_is_printed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    config = FeedDataConfig(root="data", feed="thread", **FIELDS)
+    config = FeedDataConfig(Feed("data", **FIELDS), "thread")
     feeds = [feeds["train"] for feeds in config.configure({"train": None}, 3)]
     assert feeds == [Feed("data", **FIELDS, rank=rank, world_size=3) for rank in range(3)]
     assert capsys.readouterr().out == "data.feed: thread (as configured)\n"
@@ -76,7 +76,7 @@ def test_auto_uses_ray_data_only_where_patches_are_decoded_or_downloaded(
     node = {"NodeID": "a", "Alive": True, "Resources": {"CPU": 9.0}}
     monkeypatch.setattr(ray, "nodes", lambda: [node])
     root = write_patches(tmp_path, 3, codec=codec)
-    FeedDataConfig(root=root, **FIELDS).configure({"train": None}, 1)
+    FeedDataConfig(Feed(root, **FIELDS)).configure({"train": None}, 1)
     assert capsys.readouterr().out == f"data.feed: {expected}\n"
 
 
@@ -84,11 +84,11 @@ def test_auto_uses_ray_data_only_where_patches_are_decoded_or_downloaded(
 def test_read_tasks_cover_every_step_once_and_stay_few(tmp_path: Path, steps: int) -> None:
     feed = Feed(write_patches(tmp_path, 3), **FIELDS)
     source = StepSource(feed, 5, 5 + steps)
-    spans = [(task.read_fn.first, task.read_fn.last) for task in source.get_read_tasks(-1)]
+    spans = [task.read_fn.args[2] for task in source.get_read_tasks(-1)]
     assert len(spans) <= MAX_TASKS
-    assert spans[0][0] == 5
-    assert spans[-1][1] == 5 + steps
-    assert all(one[1] == two[0] and two[0] < two[1] for one, two in pairwise(spans))
+    assert spans[0].start == 5
+    assert spans[-1].stop == 5 + steps
+    assert all(one.stop == two.start and len(two) for one, two in pairwise(spans))
 
 
 @pytest.mark.ray
@@ -157,7 +157,7 @@ def test_two_workers_of_ray_train_get_their_shares_in_order(
         scaling_config=ray.train.ScalingConfig(num_workers=2),
         torch_config=ray.train.torch.TorchConfig(backend="gloo"),
         datasets={"train": lambda: None},
-        dataset_config=FeedDataConfig(root=root, feed=transport, **FIELDS),  # type: ignore[arg-type]
+        dataset_config=FeedDataConfig(Feed(root, **FIELDS), transport),  # type: ignore[arg-type]
         run_config=ray.train.RunConfig(name="feed", storage_path=str(tmp_path / "ray")),
     ).fit()
 

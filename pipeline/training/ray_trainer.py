@@ -15,6 +15,7 @@ import torch
 from pydantic import TypeAdapter
 from ray.train.v2.api.callback import UserCallback
 
+from pipeline.data.feed import Feed
 from pipeline.data.feed.ray_feed import FeedDataConfig
 from pipeline.errors import StorageFull, UserError
 from pipeline.run_folder import REFUSAL, Fault, FaultKind, Refusal
@@ -128,13 +129,15 @@ def _trainer(
         ),
         datasets={"train": lambda: None},
         dataset_config=FeedDataConfig(
-            root=config.data.root,
-            seed=config.seed,
-            batch_size=config.batch_size,
-            crop_px=config.crop_px,
-            feed=config.data.feed,
-            cpus_per_worker=config.cpus_per_worker,
-            local_cache=config.data.local_cache,
+            Feed(
+                config.data.root,
+                config.seed,
+                config.batch_size,
+                config.crop_px,
+                local_cache=config.data.local_cache,
+            ),
+            config.data.feed,
+            config.cpus_per_worker,
         ),
         run_config=ray.train.RunConfig(
             # A unique name: runs resume from our checkpoints, never from Ray Train's own state.

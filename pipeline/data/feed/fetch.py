@@ -2,9 +2,8 @@
 
 import logging
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -157,21 +156,7 @@ def put_flipped(out: np.ndarray, pixels: np.ndarray, flips: int) -> None:
         out[...] = view
 
 
-@contextmanager
-def opened(
-    manifest: Manifest, seed: int, batch_size: int, crop_px: int
-) -> Iterator[tuple[PatchReader, Samples]]:
-    """Reader and samples of a data set; closes the reader. Raises UserError: the crop does not fit the patches."""
-    reader, samples = reader_and_samples(manifest, seed, batch_size, crop_px)
-    try:
-        yield reader, samples
-    finally:
-        reader.close()
-
-
-def reader_and_samples(
-    manifest: Manifest, seed: int, batch_size: int, crop_px: int
-) -> tuple[PatchReader, Samples]:
+def opened(manifest: Manifest, seed: int, batch_size: int, crop_px: int) -> tuple[PatchReader, Samples]:
     """Reader (closed by the caller) and samples of a data set. Raises UserError: the crop does not fit the patches."""
     if manifest.patch_px < crop_px:
         raise UserError(

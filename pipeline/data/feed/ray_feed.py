@@ -2,8 +2,8 @@
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
 from itertools import islice, pairwise
 from typing import Any, Literal
 
@@ -14,9 +14,9 @@ import ray.data
 import ray.train
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
-from ray.exceptions import GetTimeoutError, RayTaskError
+from ray.exceptions import RayTaskError
 
-from pipeline.data.feed.fetch import RawBatch, empty_images, fetch_steps, reader_and_samples
+from pipeline.data.feed.fetch import RawBatch, empty_images, fetch_steps, opened
 from pipeline.data.feed.samples import Samples, rank_share
 from pipeline.data.feed.thread_feed import PREFETCH_STEPS, Feed, prefetched
 from pipeline.data.format.manifest import load_manifest
@@ -32,7 +32,6 @@ BLOCKS_PER_TASK = 4
 MAX_TASKS = 1500
 # Without a limit Ray Data prefetches hundreds of steps; with a lower one, only one of its two tasks can run.
 STORE_BYTES = 384 * 2**20
-START_TIMEOUT_S = 120.0
 # Ray Data's executor uses about one core per worker while it is throttled.
 CORES_FOR_RAY = 4.0
 
@@ -49,7 +48,7 @@ class RayFeed(Feed):
         """As `Feed.batches`; `local_cache` is not used, because a task may run on any node.
 
         Raises:
-            UserError: as `Feed.batches`, or no task could be started.
+            UserError: as `Feed.batches`.
         """
         yield from prefetched(self._received(first_step, last_step, pinned), PREFETCH_STEPS)
 
@@ -57,7 +56,6 @@ class RayFeed(Feed):
         if first_step >= last_step:
             return
         source = StepSource(self, first_step, last_step)
-        _require_tasks_start()
         dataset = ray.data.read_datasource(
             source,
             override_num_blocks=source.tasks,
@@ -98,28 +96,18 @@ class FeedDataConfig(ray.train.DataConfig):
     """Gives every worker its own feed instead of a split of a data set, so that the order depends on steps alone.
 
     Ray Train calls `configure` whenever a worker group starts, with its world size.
+
+    Args:
+        feed: the feed of a single worker.
+        transport: the field `data.feed`.
+        cpus_per_worker: CPUs that each worker reserves.
     """
 
     def __init__(
-        self,
-        *,
-        root: str,
-        seed: int,
-        batch_size: int,
-        crop_px: int,
-        feed: Literal["auto", "ray", "thread"] = "auto",
-        cpus_per_worker: float = 1.0,
-        local_cache: str | None = None,
+        self, feed: Feed, transport: Literal["auto", "ray", "thread"] = "auto", cpus_per_worker: float = 1.0
     ) -> None:
         super().__init__()
-        self._fields: dict[str, Any] = {
-            "root": root,
-            "seed": seed,
-            "batch_size": batch_size,
-            "crop_px": crop_px,
-            "local_cache": local_cache,
-        }
-        self._feed, self._cpus_per_worker = feed, cpus_per_worker
+        self._feed, self._transport, self._cpus_per_worker = feed, transport, cpus_per_worker
 
     def configure(
         self,
@@ -130,23 +118,22 @@ class FeedDataConfig(ray.train.DataConfig):
         **more: Any,
     ) -> list[dict[str, Any]]:
         """For each rank, its feed under every name in `datasets`; prints the transport and the reason."""
-        transport, reason = self._feed, "as configured"
+        feed, transport, reason = self._feed, self._transport, "as configured"
         if transport == "auto":
-            cpus = {
-                node["NodeID"]: float(node["Resources"].get("CPU", 0.0))
-                for node in ray.nodes()
-                if node["Alive"]
-            }
-            codec = load_manifest(self._fields["root"]).codec
-            local = not is_remote(self._fields["root"]) or self._fields["local_cache"] is not None
-            if codec == "raw" and local:
+            local = not is_remote(feed.root) or feed.local_cache is not None
+            if local and load_manifest(feed.root).codec == "raw":
                 transport, reason = "thread", "raw patches on a local disk"
             else:
+                cpus = {
+                    node["NodeID"]: float(node["Resources"].get("CPU", 0.0))
+                    for node in ray.nodes()
+                    if node["Alive"]
+                }
                 transport, reason = choose(cpus, worker_node_ids or [], world_size, self._cpus_per_worker)
         print(f"data.feed: {transport} ({reason})", flush=True)
         make = RayFeed if transport == "ray" else Feed
-        feeds = [make(**self._fields, rank=rank, world_size=world_size) for rank in range(world_size)]
-        return [dict.fromkeys(datasets, feed) for feed in feeds]
+        shared = asdict(feed) | {"world_size": world_size}
+        return [dict.fromkeys(datasets, make(**shared | {"rank": rank})) for rank in range(world_size)]
 
 
 def choose(
@@ -197,33 +184,19 @@ class StepSource(Datasource):
                 input_files=None,
                 exec_stats=None,
             )
-            tasks.append(
-                ReadTask(_FetchTask(self._feed, self._sha256, first, last, self._block_steps), metadata)
-            )
+            fetch = partial(_fetch_blocks, self._feed, self._sha256, range(first, last), self._block_steps)
+            tasks.append(ReadTask(fetch, metadata))
         return tasks
 
 
-@dataclass(frozen=True)
-class _FetchTask:
-    """The work of one task: batches of its steps, block by block."""
-
-    feed: Feed
-    manifest_sha256: str
-    first: int
-    last: int
-    block_steps: int
-
-    def __call__(self) -> Iterator[pa.Table]:
-        feed = self.feed
-        reader, samples = _shared_reader(
-            feed.root, self.manifest_sha256, feed.seed, feed.batch_size, feed.crop_px
-        )
-        share = rank_share(feed.batch_size, feed.rank, feed.world_size)
-        steps = range(self.first, self.last)
-        with closing(fetch_steps(reader, samples, steps, *share)) as batches:
-            for start in range(0, len(steps), self.block_steps):
-                block = steps[start : start + self.block_steps]
-                yield _packed(block, list(islice(batches, len(block))))
+def _fetch_blocks(feed: Feed, manifest_sha256: str, steps: range, block_steps: int) -> Iterator[pa.Table]:
+    """The work of one task: the batches of `steps`, block by block."""
+    reader, samples = _shared_reader(feed.root, manifest_sha256, feed.seed, feed.batch_size, feed.crop_px)
+    share = rank_share(feed.batch_size, feed.rank, feed.world_size)
+    with closing(fetch_steps(reader, samples, steps, *share)) as batches:
+        for start in range(0, len(steps), block_steps):
+            block = steps[start : start + block_steps]
+            yield _packed(block, list(islice(batches, len(block))))
 
 
 @lru_cache(maxsize=4)
@@ -236,7 +209,7 @@ def _shared_reader(
         raise UserError(
             f"data.root={root}: the data set was prepared again after training started; restart the run"
         )
-    return reader_and_samples(manifest, seed, batch_size, crop_px)
+    return opened(manifest, seed, batch_size, crop_px)
 
 
 def _packed(steps: Sequence[int], batches: Sequence[RawBatch]) -> pa.Table:
@@ -263,20 +236,3 @@ def _unpacked(block: pa.Table, crop_px: int, pinned: bool) -> Iterator[tuple[int
             pixels[name] = empty_images((count, side, side, 3), pinned)
             pixels[name][...] = np.frombuffer(cell, np.uint8).reshape(pixels[name].shape)
         yield block["step"][row].as_py(), RawBatch(**pixels, corrupt=block["corrupt"][row].as_py())
-
-
-def _require_tasks_start() -> None:
-    """Checks that a task like the feed's runs; Ray Data would wait for it without a message. Raises UserError."""
-    probe = ray.remote(_nothing).options(num_cpus=0).remote()
-    try:
-        ray.get(probe, timeout=START_TIMEOUT_S)
-    except GetTimeoutError:
-        ray.cancel(probe, force=True)
-        raise UserError(
-            f"data.feed=ray: no task of the feed started within {START_TIMEOUT_S:g} s (`ray status` shows what the "
-            "cluster is waiting for); use data.feed=thread"
-        ) from None
-
-
-def _nothing() -> None:
-    return None

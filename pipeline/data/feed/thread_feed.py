@@ -49,7 +49,8 @@ class Feed:
     def _fetched(self, first_step: int, last_step: int, pinned: bool) -> Generator[RawBatch, None, None]:
         manifest = load_manifest(local_copy(self.root, self.local_cache))
         share = rank_share(self.batch_size, self.rank, self.world_size)
-        with opened(manifest, self.seed, self.batch_size, self.crop_px) as (reader, samples):
+        reader, samples = opened(manifest, self.seed, self.batch_size, self.crop_px)
+        with closing(reader):
             yield from fetch_steps(reader, samples, range(first_step, last_step), *share, pinned=pinned)
 
 
