@@ -1,11 +1,11 @@
-"""Images to tensors and back, and upscaling tile by tile."""
+"""Upscaling tile by tile, and the levels of its output."""
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.imaging import bicubic_upscale, prepared, to_tensor, to_uint8, upscale
+from pipeline.imaging import bicubic_upscale, prepared, upscale
 from pipeline.model import RRDBNet, seeded
 
 
@@ -24,27 +24,32 @@ def photo(height: int, width: int) -> np.ndarray:
     return np.random.default_rng([height, width]).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def test_uint8_to_tensor_and_back_is_lossless() -> None:
-    levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
-    tensor = to_tensor(levels)
-    assert tensor.shape == (1, 3, 16, 16)
-    assert tensor.dtype == torch.float32
-    assert (tensor.min(), tensor.max()) == (0, 1)
-    np.testing.assert_array_equal(to_uint8(tensor), levels)
+class Constant(nn.Module):
+    """Every pixel of its output has one value."""
+
+    scale, unshuffle = 1, 1
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor(value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ones_like(x) * self.value
 
 
-def test_single_images_and_views_become_batches() -> None:
-    image = photo(5, 7)
-    image.flags.writeable = False
-    np.testing.assert_array_equal(to_uint8(to_tensor(image[::-1, 1:])), image[None, ::-1, 1:])
-    with pytest.raises(ValueError, match="float64"):
-        to_tensor(image.astype(float))
-
-
-def test_levels_are_clamped_and_rounded_half_to_even() -> None:
-    values = torch.tensor([-1.0, 0.5 / 255, 1.5 / 255, 2.4 / 255, 7.0, float("nan")]).view(1, 1, 1, 6)
-    assert to_uint8(values).ravel().tolist() == [0, 0, 2, 2, 255, 0]
-    assert to_uint8(torch.full((1, 3, 2, 2), 0.5, dtype=torch.bfloat16)).dtype == np.uint8
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_levels_are_clamped_and_rounded_half_to_even(dtype: type) -> None:
+    most = np.iinfo(dtype).max
+    for value, level in [
+        (-1.0, 0),
+        (0.5 / most, 0),
+        (1.5 / most, 2),
+        (2.4 / most, 2),
+        (7.0, most),
+        (np.nan, 0),
+    ]:
+        output = upscale(Constant(value), np.zeros((1, 1, 3), dtype))
+        assert (output.dtype, set(output.ravel().tolist())) == (dtype, {level})
 
 
 @pytest.mark.parametrize(("tile_px", "size"), [(16, (40, 33)), (25, (51, 26)), (7, (5, 20)), (64, (10, 12))])

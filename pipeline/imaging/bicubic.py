@@ -11,9 +11,11 @@ from functools import cache
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from pipeline.imaging.arrays import DeepImage, Image, require_deep_image, require_image
+from pipeline.imaging.arrays import DeepImage, Image, require_image
 
 Edge = Literal["replicate", "symmetric"]
 Floats = NDArray[np.floating[Any]]
@@ -56,9 +58,30 @@ def bicubic_upscale(lr: DeepImage, scale: int = 4, edge: Edge = "replicate") -> 
     Raises:
         ValueError: the scale, edge, dtype or shape is not supported.
     """
-    require_deep_image(lr, "lr")
+    require_image(lr, "lr", deep=True)
     _check_options(scale, edge)
     return _resize(lr, _upscaling(scale), edge)
+
+
+def downscale_batch(images: Tensor, scale: int) -> Tensor:
+    """`matlab_bicubic_downscale` with replicated edges, bit for bit, of uint8 (N, H, W, C) on its device.
+
+    H and W are multiples of `scale`: 2, 3 or 4.
+    """
+    taps = _downscaling(scale)
+    for axis in (1, 2):
+        length = images.shape[axis]
+        end = length - taps.before - scale + taps.weights.shape[1]
+        index = torch.arange(-taps.before, end, device=images.device)
+        # Float32 is exact here: see `_resize`.
+        padded = images.index_select(axis, index.clamp_(0, length - 1)).float()
+        total = torch.zeros((), device=images.device)
+        for start, weight in enumerate(taps.weights[0].tolist()):
+            if weight:
+                rows = index.new_tensor(range(start, start + length - scale + 1, scale))
+                total = total + weight * padded.index_select(axis, rows)
+        images = (total + 0.5).floor_().clamp_(0, 255).to(torch.uint8)
+    return images
 
 
 @dataclass(frozen=True)
@@ -89,12 +112,6 @@ def _downscaling(scale: int) -> _Taps:
     distance = np.arange(-before, scale + before) - (scale - 1) / 2
     weights = _cubic(distance / scale)
     return _Taps((weights / weights.sum())[None], scale, before)
-
-
-def downscaling_taps(scale: int) -> tuple[list[float], int]:
-    """The filter's weights, and the number of input rows that it reads before the first of `scale` rows."""
-    taps = _downscaling(scale)
-    return taps.weights[0].tolist(), taps.before
 
 
 @cache

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.imaging.arrays import DeepImage, require_deep_image, to_levels
+from pipeline.imaging.arrays import DeepImage, require_image
 
 # Start and end of a tile along one axis, then those of its input; first the rows, then the columns.
 Span = tuple[int, int, int, int]
@@ -50,7 +50,7 @@ def upscale(
         ValueError: dtype or shape is not supported, or a size is out of range.
         FloatingPointError: `require_finite`, and the generator's output contains NaN or infinity.
     """
-    require_deep_image(lr, "lr")
+    require_image(lr, "lr", deep=True)
     if lr.shape[2] != 3:
         raise ValueError(f"lr has {lr.shape[2]} channels; the generator takes RGB")
     if (tile_px is not None and tile_px < 1) or halo_px < 0:
@@ -86,12 +86,18 @@ def upscale(
             (left - before) * scale : (right - before) * scale,
         ]
         finite &= torch.isfinite(y).all()
-        band[:, left * scale : right * scale] = to_levels(y, band.dtype)[0]
+        band[:, left * scale : right * scale] = _to_levels(y, band.dtype)[0]
         if right == width:
             if require_finite and not bool(finite):
                 raise FloatingPointError("the generator's output holds non-finite values (NaN or infinity)")
             torch.from_numpy(sr[top * scale : bottom * scale]).copy_(band)
     return sr
+
+
+def _to_levels(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """Float (N, C, H, W) in about [0, 1] to uint8 or uint16 (N, H, W, C): clamped, rounded half to even; NaN to 0."""
+    levels = images.float().nan_to_num(0.0).clamp(0, 1).mul(torch.iinfo(dtype).max).round().to(dtype)
+    return levels.permute(0, 2, 3, 1)
 
 
 def prepared(generator: nn.Module, device: torch.device | str, dtype: torch.dtype) -> nn.Module:

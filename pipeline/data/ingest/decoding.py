@@ -12,46 +12,15 @@ from pipeline.imaging import png
 # Only formats of photos: for EPS, PDF and others Pillow starts other programs.
 # Pillow opens MPO as JPEG; `MPO` itself is not a name that `Image.open` accepts.
 FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "DIB", "PPM", "GIF", "JPEG2000", "AVIF")
-EXTENSIONS = frozenset(
-    (
-        *(
-            ".png",
-            ".apng",
-            ".jpg",
-            ".jpeg",
-            ".jpe",
-            ".jfif",
-            ".mpo",
-            ".tif",
-            ".tiff",
-            ".webp",
-            ".bmp",
-            ".dib",
-        ),
-        *(".ppm", ".pgm", ".pnm", ".gif", ".jp2", ".j2k", ".avif"),
-    )
-)
+EXTENSIONS = frozenset((
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".tif", ".tiff", ".webp", ".bmp", ".dib",
+    ".ppm", ".pgm", ".pnm", ".gif", ".jp2", ".j2k", ".avif",
+))  # fmt: skip
 # Image formats that are not read, by extension.
-UNSUPPORTED = frozenset(
-    (
-        *(
-            ".heic",
-            ".heif",
-            ".jxl",
-            ".tga",
-            ".psd",
-            ".exr",
-            ".hdr",
-            ".dds",
-            ".ico",
-            ".svg",
-            ".xcf",
-            ".pcx",
-            ".eps",
-        ),
-        *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".raw", ".qoi", ".jxr"),
-    )
-)
+UNSUPPORTED = frozenset((
+    ".heic", ".heif", ".jxl", ".tga", ".psd", ".exr", ".hdr", ".dds", ".ico", ".svg", ".xcf", ".pcx", ".eps",
+    ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".raw", ".qoi", ".jxr",
+))  # fmt: skip
 _LOSSY = frozenset(("JPEG", "MPO", "AVIF", "JPEG2000"))
 _LOSSY_IN_TIFF = frozenset(("jpeg", "tiff_jpeg", "webp"))
 _MOST_BYTES_PER_PIXEL = 16
@@ -118,13 +87,12 @@ def read_photo(data: bytes, max_megapixels: float = 200.0) -> Photo:
         raise PhotoRejected("truncated: no end-of-image marker")
     if orientation in _UPRIGHT:
         notes = (*notes, "rotated")
-        pixels = upright(pixels, orientation)
     lossy = (
         image.format in _LOSSY
         or (image.format == "WEBP" and b"VP8L" not in data[:64])
         or image.info.get("compression") in _LOSSY_IN_TIFF
     )
-    return Photo(pixels, str(image.format), lossy, notes)
+    return Photo(_upright(pixels, orientation), str(image.format), lossy, notes)
 
 
 def read_16_bits(data: bytes, max_megapixels: float) -> np.ndarray:
@@ -140,12 +108,12 @@ def read_16_bits(data: bytes, max_megapixels: float) -> np.ndarray:
     if reason := png.chunk_fault(data) or png.pixel_fault(data):
         raise PhotoRejected(reason)
     try:
-        return upright(png.decode_16_bits(data), _orientation(image))
+        return _upright(png.decode_16_bits(data), _orientation(image))
     except RuntimeError as error:
         raise PhotoRejected(_corruption(error)) from None
 
 
-def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """Stored rows turned according to EXIF's orientation, contiguous."""
     return np.ascontiguousarray(_UPRIGHT[orientation](pixels)) if orientation in _UPRIGHT else pixels
 
@@ -257,12 +225,3 @@ def _corruption(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     kind = "truncated" if "truncated" in text or isinstance(error, EOFError) else "corrupt"
     return f"{kind}: {text[:200]}"
-
-
-def read_size(data: bytes) -> tuple[int, int] | None:
-    """(height, width) from the first bytes of a file; None if they do not suffice."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return image.height, image.width
-    except Exception:  # noqa: BLE001 - only an estimate; ingest reports the reason
-        return None

@@ -1,13 +1,14 @@
 """The plan of an ingest: every image in order, listed without decoding any."""
 
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from pipeline.data.config import DataConfig
 from pipeline.data.format.manifest import Manifest
 from pipeline.data.ingest.cutting import ImageJob
-from pipeline.data.ingest.decoding import read_size
+from pipeline.data.ingest.decoding import PhotoRejected, open_image
 from pipeline.data.ingest.download import DIV2K_HELD_OUT, DIV2K_TRAIN, download, missing_bytes
 from pipeline.data.ingest.geometry import expected_bytes
 from pipeline.data.ingest.layout import (
@@ -152,12 +153,10 @@ def needed_bytes(config: DataConfig) -> int:
     stride = max(1, len(jobs) // _HEADERS)
     total = 0
     for job in jobs[::stride]:
-        try:
-            size = read_size(job.photo.read(_HEADER_BYTES))
-        except Exception:  # noqa: BLE001 - only an estimate; ingest reports the reason
-            continue
-        if size is not None:
-            total += expected_bytes(*size, config)
+        # Only an estimate; ingest reports why a file is rejected.
+        with suppress(PhotoRejected):
+            image = open_image(job.photo.read(_HEADER_BYTES))
+            total += expected_bytes(image.height, image.width, config)
     return total * stride
 
 
