@@ -5,11 +5,11 @@ import hashlib
 import shutil
 from pathlib import Path
 
+from pyarrow import fs
+
 from pipeline.data.format.manifest import NAME, Shard, load_manifest
 from pipeline.errors import UserError
 from pipeline.storage import Storage, is_remote
-
-_CHUNK_BYTES = 8 * 2**20
 
 
 def local_copy(root: str, folder: str | None) -> str:
@@ -51,12 +51,10 @@ def _copy(source: Storage, target: Path, shards: list[Shard], folder: str) -> No
     filesystem, base = source.filesystem()
     for shard in missing:
         partial = target / f"{shard.name}.partial"
-        digest = hashlib.sha256()
-        with filesystem.open_input_stream(f"{base}/{shard.name}") as stream, partial.open("wb") as file:
-            while chunk := stream.read(_CHUNK_BYTES):
-                digest.update(chunk)
-                file.write(chunk)
-        if digest.hexdigest() != shard.sha256:
+        fs.copy_files(
+            f"{base}/{shard.name}", str(partial), filesystem, destination_filesystem=fs.LocalFileSystem()
+        )
+        if _sha256(partial) != shard.sha256:
             partial.unlink()
             raise UserError(
                 f"{source.path(shard.name)}: differs from its checksum in {NAME}; check with prepare_data.py --verify"

@@ -3,16 +3,15 @@
 import hashlib
 import io
 import os
-import shutil
 import tempfile
 import uuid
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+from pyarrow import fs
 
 from pipeline.data.format.manifest import Shard
 from pipeline.storage import Storage, sync_folder
@@ -65,28 +64,6 @@ def decode_pixels(cell: bytes, codec: str, side: int) -> np.ndarray:
     return pixels
 
 
-class _HashingFile(io.RawIOBase):
-    """Counts and hashes the bytes written to a file."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.bytes = 0
-        self.sha256 = hashlib.sha256()
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        self.sha256.update(view)
-        self.file.write(view)
-        self.bytes += len(view)
-        return len(view)
-
-    def tell(self) -> int:
-        return self.bytes
-
-
 class ShardWriter:
     """Writes one shard; `finish` publishes it atomically, `abandon` removes it."""
 
@@ -95,8 +72,7 @@ class ShardWriter:
         folder = Path(tempfile.gettempdir()) if storage.remote else Path(storage.uri)
         folder.mkdir(parents=True, exist_ok=True)
         self._partial = folder / f".{name}.{uuid.uuid4().hex[:8]}.partial"
-        self._file = self._partial.open("w+b")
-        self._sink = _HashingFile(self._file)
+        self._sink = pa.OSFile(str(self._partial), "wb")
         self._writer = pq.ParquetWriter(
             self._sink,
             schema,
@@ -110,7 +86,7 @@ class ShardWriter:
     @property
     def bytes(self) -> int:
         """Bytes written so far, without the footer."""
-        return self._sink.bytes
+        return self._sink.tell()
 
     def write(self, rows: pa.Table) -> None:
         """Appends rows of the schema, each as its own row group."""
@@ -120,30 +96,30 @@ class ShardWriter:
     def finish(self) -> Shard:
         """Completes the file, makes it durable, and renames it to `name`."""
         self._writer.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        size = self._sink.bytes
-        self._file.seek(size - 8)  # the footer's length, then PAR1
-        footer_bytes = int.from_bytes(self._file.read(4), "little") + 8
-        self._file.seek(size - footer_bytes)
-        footer_sha256 = hashlib.sha256(self._file.read()).hexdigest()
+        self._sink.close()
+        with self._partial.open("rb") as file:
+            os.fsync(file.fileno())
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            size = file.seek(-8, os.SEEK_END) + 8  # the footer's length, then PAR1
+            footer_bytes = int.from_bytes(file.read(4), "little") + 8
+            file.seek(-footer_bytes, os.SEEK_END)
+            footer_sha256 = hashlib.sha256(file.read()).hexdigest()
+        filesystem, base = self.storage.filesystem()
         if self.storage.remote:
-            self._upload()
+            fs.copy_files(
+                str(self._partial),
+                f"{base}/{self.name}",
+                fs.LocalFileSystem(),
+                destination_filesystem=filesystem,
+            )
+            self._partial.unlink()
         else:
-            self._file.close()
-            self._partial.replace(Path(self.storage.uri) / self.name)
-            sync_folder(Path(self.storage.uri))
-        return Shard(self.name, self.rows, size, self._sink.sha256.hexdigest(), footer_sha256, footer_bytes)
+            self._partial.replace(Path(base) / self.name)
+            sync_folder(Path(base))
+        return Shard(self.name, self.rows, size, sha256, footer_sha256, footer_bytes)
 
     def abandon(self) -> None:
         """Removes an unfinished file."""
         self._writer.close()
-        self._file.close()
+        self._sink.close()
         self._partial.unlink(missing_ok=True)
-
-    def _upload(self) -> None:
-        filesystem, base = self.storage.filesystem()
-        self._file.seek(0)
-        with filesystem.open_output_stream(f"{base}/{self.name}") as remote:
-            shutil.copyfileobj(self._file, remote, 8 << 20)
-        self.abandon()

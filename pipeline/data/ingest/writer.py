@@ -1,7 +1,7 @@
 """Writes cut images to shards and the manifest; an interrupted ingest resumes after its last complete shard.
 
 Images are written in one order, and a shard is closed between images. So the same images give the same bytes, on Ray or
-in one process, however often the ingest was interrupted. Progress notes are in .ingest/ until the manifest is written.
+in one process, however often the ingest was interrupted. The progress is in .ingest/ until the manifest is written.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from pipeline.errors import UserError
 from pipeline.storage import Storage
 
 NOTES = ".ingest"
-_PLAN = f"{NOTES}/plan.json"
+_PROGRESS = f"{NOTES}/progress.json"
 _MIB = 1 << 20
 # Partial files of ingest; everything else in the folder is left untouched.
 _PARTIAL = re.compile(
@@ -47,10 +47,14 @@ def plan_fingerprint(jobs: Iterable[ImageJob], settings: dict[str, Any]) -> str:
 class _Progress:
     """What images 0..images - 1 gave."""
 
+    fingerprint: str
+    """Of the plan."""
     images: int = 0
     patches: int = 0
     sources: list[dict[str, Any]] = field(default_factory=list)
     rejected: list[dict[str, Any]] = field(default_factory=list)
+    shards: list[Shard] = field(default_factory=list)
+    held_out: list[Shard] = field(default_factory=list)
 
 
 class DataSetWriter:
@@ -66,11 +70,7 @@ class DataSetWriter:
     ) -> None:
         self._storage, self._jobs, self._config, self._settings = storage, jobs, config, settings
         self._strict = strict
-        self._shards: list[Shard] = []
-        self._held_out: list[Shard] = []
-        self._done = _Progress()
-        self._resume()
-        self._noted = (len(self._done.sources), len(self._done.rejected))
+        self._done = self._resumed(plan_fingerprint(jobs, settings))
         self._by_pixels = {entry["pixels_sha256"]: entry for entry in self._done.sources}
         self._writer: ShardWriter | None = None
 
@@ -136,8 +136,8 @@ class DataSetWriter:
             },
             "sources": done.sources,
             "rejected": done.rejected,
-            "shards": [asdict(shard) for shard in self._shards],
-            "held_out": [asdict(shard) for shard in self._held_out],
+            "shards": [asdict(shard) for shard in done.shards],
+            "held_out": [asdict(shard) for shard in done.held_out],
             "licenses": licenses,
             "libraries": libraries,
         }
@@ -202,59 +202,45 @@ class DataSetWriter:
         return pa.Table.from_arrays([*columns, table["hr"], table["lr"]], schema=HELD_OUT_SCHEMA)
 
     def _open_shard(self, held_out: bool) -> ShardWriter:
-        kind, number = ("held_out", len(self._held_out)) if held_out else ("patches", len(self._shards))
+        done = self._done
+        kind, number = ("held_out", len(done.held_out)) if held_out else ("patches", len(done.shards))
         return ShardWriter(
             self._storage, f"{kind}-{number:05d}.parquet", HELD_OUT_SCHEMA if held_out else PATCH_SCHEMA
         )
 
     def _close_shard(self, writer: ShardWriter, held_out: bool) -> None:
-        """Commits all images so far: publishes the shard, then writes its note."""
-        shard, self._writer = writer.finish(), None
-        number = len(self._shards) + len(self._held_out)
-        (self._held_out if held_out else self._shards).append(shard)
-        sources, rejected = self._noted
-        note = {
-            "shard": asdict(shard),
-            "held_out": held_out,
-            "images": self._done.images,
-            "patches": self._done.patches,
-            "sources": self._done.sources[sources:],
-            "rejected": self._done.rejected[rejected:],
-        }
-        self._noted = (len(self._done.sources), len(self._done.rejected))
-        self._storage.write_bytes(f"{NOTES}/{number:05d}.json", json.dumps(note).encode())
+        """Commits all images so far: publishes the shard, then saves the progress."""
+        (self._done.held_out if held_out else self._done.shards).append(writer.finish())
+        self._writer = None
+        self._save(self._done)
 
-    def _resume(self) -> None:
-        """Loads the progress of an earlier ingest of the same plan, or removes the files of another plan."""
-        for name in self._storage.names():
+    def _save(self, progress: _Progress) -> None:
+        self._storage.write_bytes(_PROGRESS, json.dumps(asdict(progress)).encode())
+
+    def _resumed(self, fingerprint: str) -> _Progress:
+        """The progress of an earlier ingest of the same plan; without one, the files of another plan are removed."""
+        names = self._storage.names()
+        for name in names:
             if _PARTIAL.fullmatch(name):  # of a killed process
                 self._storage.remove(name)
-        fingerprint = plan_fingerprint(self._jobs, self._settings)
-        plan: dict[str, Any] | None
         try:
-            plan = json.loads(self._storage.read_bytes(_PLAN))
-        except (FileNotFoundError, ValueError):
-            plan = None
-        if plan is None or plan.get("fingerprint") != fingerprint:
-            self._storage.remove(NOTES)
-            for name in self._storage.names():
-                if manifests.SHARD_NAME.fullmatch(name):
-                    self._storage.remove(name)
-            self._storage.write_bytes(_PLAN, json.dumps({"fingerprint": fingerprint}).encode())
-            return
-        while True:
-            number = len(self._shards) + len(self._held_out)
-            try:
-                note = json.loads(self._storage.read_bytes(f"{NOTES}/{number:05d}.json"))
-                shard = Shard(**note["shard"])
-                if self._storage.size(shard.name) != shard.bytes:
-                    return
-            except (FileNotFoundError, TypeError, ValueError):
-                return
-            (self._held_out if note["held_out"] else self._shards).append(shard)
-            self._done.images, self._done.patches = note["images"], note["patches"]
-            self._done.sources += note["sources"]
-            self._done.rejected += note["rejected"]
+            saved = json.loads(self._storage.read_bytes(_PROGRESS))
+            for kind in ("shards", "held_out"):
+                saved[kind] = [Shard(**entry) for entry in saved[kind]]
+            done = _Progress(**saved)
+            complete = all(
+                self._storage.size(shard.name) == shard.bytes for shard in (*done.shards, *done.held_out)
+            )
+            if complete and done.fingerprint == fingerprint:
+                return done
+        except (FileNotFoundError, KeyError, TypeError, ValueError):
+            pass
+        for name in names:
+            if manifests.SHARD_NAME.fullmatch(name):
+                self._storage.remove(name)
+        done = _Progress(fingerprint)
+        self._save(done)
+        return done
 
     def _check_rejections(self) -> None:
         rejected, limit = self._done.rejected, self._config.max_rejected_share * len(self._jobs)
