@@ -2,7 +2,7 @@
 
 from pipeline.metrics.metric_set import MetricSet
 from pipeline.metrics.names import FIDELITY, METRICS, PERCEPTUAL, Metric, MetricName, better, metric_of
-from pipeline.metrics.weights import available, require, unavailable
+from pipeline.metrics.weights import require, unavailable
 
 __all__ = [
     "FIDELITY",
@@ -11,7 +11,6 @@ __all__ = [
     "Metric",
     "MetricName",
     "MetricSet",
-    "available",
     "better",
     "metric_of",
     "require",

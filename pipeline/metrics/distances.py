@@ -18,16 +18,17 @@ class Distance(nn.Module):
     Args:
         network: takes two tensors (N, 3, H, W) in [0, 1] and gives N distances.
         least_px: the smallest side of an image that it can compare.
+        options: keyword arguments of the network.
     """
 
-    def __init__(self, network: nn.Module, least_px: int = 1) -> None:
+    def __init__(self, network: nn.Module, least_px: int = 1, **options: bool) -> None:
         super().__init__()
-        self.network, self.least_px = network, least_px
+        self.network, self.least_px, self.options = network, least_px, options
         self.requires_grad_(False).eval()
 
     def forward(self, sr: Tensor, hr: Tensor) -> Tensor:
         """Distances (N,) of float32 RGB (N, 3, H, W) in [0, 1]; 0 for equal images."""
-        return self.network(sr, hr).reshape(len(sr))
+        return self.network(sr, hr, **self.options).reshape(len(sr))
 
 
 def load_distance(name: str, folder: str | None = None) -> Distance:
@@ -67,17 +68,6 @@ def _energy(features: Tensor) -> Tensor:
     return features.square().sum((1, 2, 3))
 
 
-class _Lpips(nn.Module):
-    """torchmetrics' LPIPS for images in [0, 1]."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, sr: Tensor, hr: Tensor) -> Tensor:
-        return self.network(sr, hr, normalize=True)
-
-
 def _lpips(folder: str | None) -> Distance:
     """LPIPS, AlexNet version 0.1; torchmetrics contains the linear layers."""
     # Imported here: it takes seconds. The public classes load the backbone by unpickling, this one leaves it random.
@@ -87,8 +77,8 @@ def _lpips(folder: str | None) -> Distance:
     # torchmetrics cuts torchvision's `features` into slices, whose layers keep their numbers.
     names = {key: f"features.{key.partition('.')[2]}" for key in network.net.state_dict()}
     _load("lpips", "AlexNet", network.net, names, folder)
-    # AlexNet's strides leave nothing of a smaller image.
-    return Distance(_Lpips(network), least_px=31)
+    # AlexNet's strides leave nothing of a smaller image. `normalize`: images are in [0, 1].
+    return Distance(network, least_px=31, normalize=True)
 
 
 def _dists(folder: str | None) -> Distance:

@@ -53,9 +53,3 @@ def unavailable(names: Sequence[str], folder: str | None = None) -> dict[str, st
         except UserError as error:
             reasons[name] = str(error)
     return reasons
-
-
-def available(names: Sequence[str] = tuple(METRICS), folder: str | None = None) -> tuple[str, ...]:
-    """Those of the metrics that can be computed on this machine, in their order."""
-    missing = unavailable(names, folder)
-    return tuple(name for name in names if name not in missing)

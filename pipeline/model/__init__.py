@@ -3,9 +3,9 @@
 Two modules are not imported here: `pipeline.model.config` requires pydantic, `pipeline.model.export` requires onnx.
 """
 
+from pipeline.model.precision import set_deterministic, set_precision
 from pipeline.model.discriminators import (
     DISCRIMINATORS,
-    Discriminator,
     UNetDiscriminator,
     VGGStyleDiscriminator,
 )
@@ -18,7 +18,6 @@ from pipeline.model.losses import (
     relativistic_losses,
     vanilla_losses,
 )
-from pipeline.model.precision import PRECISIONS, set_deterministic, set_precision
 from pipeline.model.rrdbnet import RRDBNet
 from pipeline.model.seeding import seeded
 from pipeline.model.weights import (
@@ -32,8 +31,6 @@ __all__ = [
     "DISCRIMINATORS",
     "LAYERS",
     "LITE0_LAYERS",
-    "PRECISIONS",
-    "Discriminator",
     "Lite0Features",
     "RRDBNet",
     "UNetDiscriminator",

@@ -18,22 +18,13 @@ Images = Literal["uint8", "fp32", "fp16"]
 _exporter = threading.Lock()
 
 
-class _EightBit(nn.Module):
-    def __init__(self, generator: RRDBNet) -> None:
+class _Upscaler(nn.Module):
+    def __init__(self, generator: RRDBNet, images: Images) -> None:
         super().__init__()
-        self.generator = generator
+        self.generator, self.images = generator, images
 
     def forward(self, lr: Tensor) -> Tensor:
-        return upscale_8bit(self.generator, lr)
-
-
-class _Float(nn.Module):
-    def __init__(self, generator: RRDBNet) -> None:
-        super().__init__()
-        self.generator = generator
-
-    def forward(self, lr: Tensor) -> Tensor:
-        return self.generator(lr).clamp(0, 1)
+        return upscale_8bit(self.generator, lr) if self.images == "uint8" else self.generator(lr).clamp(0, 1)
 
 
 def export_onnx(generator: RRDBNet, path: str | os.PathLike[str], images: Images = "uint8") -> None:
@@ -55,17 +46,16 @@ def export_onnx(generator: RRDBNet, path: str | os.PathLike[str], images: Images
     require_package("onnx", "an ONNX file", "export another format")
     network = copy.deepcopy(generator).float().cpu().eval()
     if images == "uint8":
-        module: nn.Module = _EightBit(network)
         example, (height, width) = torch.zeros(1, 8, 8, 3, dtype=torch.uint8), (1, 2)
     else:
         dtype = torch.float16 if images == "fp16" else torch.float32
-        module = _Float(network.to(dtype))
+        network.to(dtype)
         example, (height, width) = torch.zeros(1, 3, 8, 8, dtype=dtype), (2, 3)
     axes = {"lr": {0: "N", height: "H", width: "W"}, "sr": {0: "N", height: "H_out", width: "W_out"}}
     with _exporter, torch.no_grad(), warnings.catch_warnings():
         # The exporter by tracing takes 2 s for 23 blocks; its successor (dynamo=True) about 5 s per block.
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         torch.onnx.export(
-            module.eval(), (example,), os.fspath(path), dynamo=False, opset_version=OPSET,
+            _Upscaler(network, images).eval(), (example,), os.fspath(path), dynamo=False, opset_version=OPSET,
             input_names=["lr"], output_names=["sr"], dynamic_axes=axes,
         )  # fmt: skip

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-PRECISIONS = ("fp32", "tf32", "bf16")
 
 
 def set_precision(precision: str) -> None:
