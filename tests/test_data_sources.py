@@ -16,8 +16,9 @@ from PIL import Image
 from pipeline.data import load_manifest, prepare
 from pipeline.data.config import DataConfig
 from pipeline.data.format.reader import PatchReader
+from pipeline.data.ingest.cutting import match_degradation
 from pipeline.data.ingest.decoding import PhotoRejected, read_photo
-from pipeline.data.ingest.pairs import match_degradation, pair_by_name
+from pipeline.data.ingest.plan import pair_by_name
 from pipeline.data.ingest.sources import PhotoFile, find_license, list_photos
 from pipeline.errors import UserError
 from pipeline.imaging import float_bicubic_downscale, matlab_bicubic_downscale

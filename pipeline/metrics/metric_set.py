@@ -11,7 +11,7 @@ from pipeline.errors import UserError
 from pipeline.metrics import fidelity
 from pipeline.metrics.distances import load_distance
 from pipeline.metrics.names import METRICS
-from pipeline.model.precision import ieee_float32
+from pipeline.model.device import ieee_float32
 
 Images = NDArray[np.uint8] | Tensor
 COLORS = ("r", "g", "b")

@@ -3,7 +3,7 @@
 Two modules are not imported here: `pipeline.model.config` requires pydantic, `pipeline.model.export` requires onnx.
 """
 
-from pipeline.model.precision import set_deterministic, set_precision
+from pipeline.model.device import set_deterministic, set_precision
 from pipeline.model.discriminators import (
     DISCRIMINATORS,
     UNetDiscriminator,

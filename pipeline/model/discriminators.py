@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from pipeline.model.precision import without_autocast
+from pipeline.model.device import without_autocast
 
 NEGATIVE_SLOPE = 0.2
 

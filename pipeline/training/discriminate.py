@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from pipeline.model.device import without_autocast
 from pipeline.model.discriminators import NEGATIVE_SLOPE, VGGStyleDiscriminator
-from pipeline.model.precision import without_autocast
 from pipeline.training.distributed import rank, world_size
 
 aten = torch.ops.aten

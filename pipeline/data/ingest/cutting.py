@@ -1,7 +1,7 @@
-"""Reads, degrades and cuts one image into patches; runs in any process."""
+"""Reads, degrades and cuts one image into patches; runs in any process. Lengths are in high-resolution pixels."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,10 @@ from pipeline.data.config import DataConfig
 from pipeline.data.format.row_checksums import patch_checksums
 from pipeline.data.format.shards import encode_pixels
 from pipeline.data.ingest.decoding import PhotoRejected, read_photo, reject_large_file
-from pipeline.data.ingest.geometry import cut, grid, patch_bytes
-from pipeline.data.ingest.pairs import match_degradation
 from pipeline.data.ingest.sources import PhotoFile
+from pipeline.errors import UserError
+from pipeline.imaging import float_bicubic_downscale, matlab_bicubic_downscale
+from pipeline.imaging.alignment import pair_fault
 
 # Patches of one image; `row_checksums` without the seal, which needs the patch id.
 CUT_SCHEMA = pa.schema(
@@ -28,6 +29,8 @@ CUT_SCHEMA = pa.schema(
     ]
 )
 _TABLE_BYTES = 16 << 20
+_CORNER_PX = 384  # low-resolution pixels per side that are compared
+_EQUAL_SHARE = 0.97  # share of equal values above which a degradation is recognized
 
 
 @dataclass(frozen=True)
@@ -129,10 +132,6 @@ def _binaries(values: np.ndarray) -> pa.Array:
 
 def _load(job: ImageJob, config: DataConfig, paired: bool) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """HR and LR image, cut to a multiple of the scale, and the manifest's facts. Raises PhotoRejected."""
-    # Imported here: listing and reading data sets does not need it.
-    from pipeline.imaging import matlab_bicubic_downscale
-    from pipeline.imaging.alignment import pair_fault
-
     # From the listing's size: a huge file is never read into memory.
     reject_large_file(job.photo.size, config.max_megapixels)
     data = job.photo.read()
@@ -179,3 +178,73 @@ def pixels_sha256(pixels: np.ndarray) -> str:
     digest = hashlib.sha256(f"{pixels.shape[0]} {pixels.shape[1]} ".encode())
     digest.update(np.ascontiguousarray(pixels).data)
     return digest.hexdigest()
+
+
+def match_degradation(hr: np.ndarray, lr: np.ndarray, scale: int) -> str:
+    """The degradation that made `lr` from `hr`: `matlab_uint8`, `matlab_float` (as BasicSR's `imresize`) or `other`.
+
+    Compares the upper left corner, with either edge; more than 97 % of its values must be equal.
+    """
+    rows, columns = min(_CORNER_PX, lr.shape[0]), min(_CORNER_PX, lr.shape[1])
+    margin = 4  # low-resolution pixels beyond the corner, so that the cut changes nothing inside it
+    corner = np.ascontiguousarray(hr[: (rows + margin) * scale, : (columns + margin) * scale])
+
+    def share(downscale: Callable[..., np.ndarray]) -> float:
+        """Share of equal values, with the edge that fits better."""
+        edges = (downscale(corner, scale, edge=edge) for edge in ("replicate", "symmetric"))
+        return max(float((low[:rows, :columns] == lr[:rows, :columns]).mean()) for low in edges)
+
+    shares = {"matlab_uint8": share(matlab_bicubic_downscale), "matlab_float": share(float_bicubic_downscale)}
+    best = max(shares, key=shares.__getitem__)
+    return best if shares[best] > _EQUAL_SHARE else "other"
+
+
+def check_geometry(config: DataConfig) -> None:
+    """Checks that patches fit the scale and have no gaps between them. Raises UserError."""
+    for field in ("patch_px", "patch_stride_px"):
+        value = getattr(config, field)
+        if value % config.scale:
+            raise UserError(
+                f"data.{field}={value} is not a multiple of data.scale={config.scale}; use {cut(value, config.scale)}"
+            )
+    if config.patch_stride_px > config.patch_px:
+        raise UserError(
+            f"data.patch_stride_px={config.patch_stride_px} is larger than data.patch_px={config.patch_px}: "
+            "pixels between patches would be lost"
+        )
+
+
+def cut(length: int, scale: int) -> int:
+    """The largest multiple of `scale` not above `length`."""
+    return length - length % scale
+
+
+def origins(length: int, patch_px: int, stride_px: int) -> list[int]:
+    """Offsets of patches along a side of `length`: every `stride_px`, and one flush with the far end.
+
+    `length` must be a multiple of the scale and at least `patch_px`; then every offset is a multiple of the scale.
+    """
+    last = length - patch_px
+    offsets = list(range(0, last + 1, stride_px))
+    if offsets[-1] != last:
+        offsets.append(last)
+    return offsets
+
+
+def grid(height: int, width: int, patch_px: int, stride_px: int) -> list[tuple[int, int]]:
+    """(y, x) of the upper left corner of every patch, row by row."""
+    return [(y, x) for y in origins(height, patch_px, stride_px) for x in origins(width, patch_px, stride_px)]
+
+
+def expected_bytes(height: int, width: int, config: DataConfig) -> int:
+    """Raw bytes of the patches of one image, low resolution included; 0 if it is too small."""
+    height, width = cut(height, config.scale), cut(width, config.scale)
+    if min(height, width) < config.patch_px:
+        return 0
+    patches = grid(height, width, config.patch_px, config.patch_stride_px)
+    return len(patches) * patch_bytes(config.patch_px, config.scale)
+
+
+def patch_bytes(patch_px: int, scale: int) -> int:
+    """Raw bytes of one HR/LR pair."""
+    return 3 * (patch_px**2 + (patch_px // scale) ** 2)

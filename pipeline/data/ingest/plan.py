@@ -7,19 +7,19 @@ from pathlib import Path, PurePosixPath
 
 from pipeline.data.config import DataConfig
 from pipeline.data.format.manifest import Manifest
-from pipeline.data.ingest.cutting import ImageJob
+from pipeline.data.ingest.cutting import ImageJob, expected_bytes
 from pipeline.data.ingest.decoding import PhotoRejected, open_image
 from pipeline.data.ingest.download import DIV2K_HELD_OUT, DIV2K_TRAIN, download, missing_bytes
-from pipeline.data.ingest.geometry import expected_bytes
 from pipeline.data.ingest.layout import (
     Folders,
     hr_folders,
     is_marked_hr,
+    lr_candidates,
+    lr_files,
     lr_next_to_hr,
     split_folders,
     split_parts,
 )
-from pipeline.data.ingest.pairs import pair_by_name
 from pipeline.data.ingest.sample_images import write_sample_photos
 from pipeline.data.ingest.sources import PhotoFile, find_license, list_photos, list_source
 from pipeline.errors import UserError
@@ -123,6 +123,39 @@ def _hr_files(
         first = next(iter(adjacent_lr))
         notes.append(f"{field}={source}: skipped as LR: {len(adjacent_lr)} files such as {first}")
     return [files[name] for name in sorted(set(chosen) - adjacent_lr.keys())], notes
+
+
+def pair_by_name(photos: list[PhotoFile], low: list[PhotoFile], scale: int) -> dict[str, PhotoFile]:
+    """Low-resolution file of each image, by the image's path.
+
+    The rule is `lr_candidates`: `0001.png` goes with `0001.png`, `0001x4.png`, `0001_LR.png` and the like, in a folder
+    of the same relative name or, where that is clear, in any.
+
+    Raises:
+        UserError: two low-resolution files or two images with one name, or no pair at all.
+    """
+    fitting = set(lr_files((file.name for file in low), scale))
+    hr_names = {photo.path: photo.name for photo in photos}
+    files = {file.path: file for file in low if file.name in fitting and file.path not in hr_names}
+    found = lr_candidates(hr_names, {path: file.name for path, file in files.items()}, scale)
+    pairs: dict[str, PhotoFile] = {}
+    owners: dict[str, str] = {}
+    for photo, candidates in found.items():
+        if len(candidates) > 1:
+            first, second, *_ = (files[path].name for path in candidates)
+            raise UserError(f"data.lr_dir: {first} and {second} have the same name; keep one")
+        for path in candidates:
+            owner = owners.setdefault(path, photo)
+            if owner != photo:
+                raise UserError(
+                    f"data.lr_dir: {files[path].name} belongs to {owner} and to {photo}; rename one"
+                )
+            pairs[photo] = files[path]
+    if not pairs:
+        raise UserError(
+            f"data.lr_dir: no file is paired with an image by name; expected names like {photos[0].stem}x{scale}.png"
+        )
+    return pairs
 
 
 def _lr_advice(source: str, folders: Folders, used: list[str], config: DataConfig) -> str:

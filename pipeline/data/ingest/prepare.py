@@ -7,8 +7,7 @@ from typing import Any
 
 from pipeline.data.config import DataConfig
 from pipeline.data.format.manifest import NAME, Manifest, load_manifest
-from pipeline.data.ingest.cutting import CutImage, ImageJob, Rejection, cut_image
-from pipeline.data.ingest.geometry import check_geometry
+from pipeline.data.ingest.cutting import CutImage, ImageJob, Rejection, check_geometry, cut_image
 from pipeline.data.ingest.plan import Plan, download_folder, is_div2k, make_plan, needed_bytes
 from pipeline.data.ingest.writer import NOTES, DataSetWriter
 from pipeline.errors import UserError

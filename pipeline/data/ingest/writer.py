@@ -19,8 +19,7 @@ from pipeline.data.format import manifest as manifests
 from pipeline.data.format.manifest import Shard
 from pipeline.data.format.row_checksums import pack
 from pipeline.data.format.shards import HELD_OUT_SCHEMA, PATCH_SCHEMA, ShardWriter
-from pipeline.data.ingest.cutting import CutImage, ImageJob, Rejection
-from pipeline.data.ingest.geometry import cut
+from pipeline.data.ingest.cutting import CutImage, ImageJob, Rejection, cut
 from pipeline.errors import UserError
 from pipeline.storage import Storage
 
