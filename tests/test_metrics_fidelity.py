@@ -5,12 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from pipeline.errors import UserError
 from pipeline.imaging import (
     Image,
     bicubic_upscale,
     downscale_batch,
+    luma,
     matlab_bicubic_downscale,
     psnr,
     ssim,
@@ -42,10 +44,24 @@ def measured(metrics: MetricSet, sr: Image, hr: Image) -> dict[str, float]:
 def test_psnr_and_ssim_equal_the_reference(height: int, width: int, border: int) -> None:
     sr, hr = pair(height, width)
     values = measured(MetricSet(FIDELITY, border=border), sr, hr)
-    assert values["psnr_y"] == pytest.approx(psnr(sr, hr, border, "y"), abs=1e-10)
-    assert values["psnr_rgb"] == pytest.approx(psnr(sr, hr, border, "rgb"), abs=1e-10)
-    assert values["ssim_y"] == pytest.approx(ssim(sr, hr, border, "y"), abs=1e-12)
-    assert values["ssim_rgb"] == pytest.approx(ssim(sr, hr, border, "rgb"), abs=1e-12)
+    inside = [image[border : height - border, border : width - border] for image in (sr, hr)]
+    for channel in ("y", "rgb"):
+        a, b = (luma(image)[..., None] if channel == "y" else image.astype(float) for image in inside)
+        assert values[f"psnr_{channel}"] == pytest.approx(
+            peak_signal_noise_ratio(b, a, data_range=255), abs=1e-10
+        )
+        reference = structural_similarity(
+            a,
+            b,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+            data_range=255,
+            channel_axis=2,
+        )
+        assert values[f"ssim_{channel}"] == pytest.approx(reference, abs=1e-12)
+        assert values[f"psnr_{channel}"] == psnr(sr, hr, border, channel)
+        assert values[f"ssim_{channel}"] == ssim(sr, hr, border, channel)
 
 
 def test_equal_images_have_infinite_psnr_and_no_drift() -> None:

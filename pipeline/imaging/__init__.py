@@ -1,4 +1,4 @@
-"""Functions on 8-bit images: bicubic degradation, metrics (`ssim` needs scikit-image), tiled inference."""
+"""Functions on 8-bit images: bicubic degradation, metrics, tiled inference."""
 
 from pipeline.imaging.arrays import DeepImage, Image
 from pipeline.imaging.bicubic import (

@@ -6,15 +6,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from pipeline.errors import UserError
-from pipeline.metrics import fidelity
+from pipeline.imaging import downscale_batch
+from pipeline.imaging.metrics import SSIM_WINDOW_PX, batch_psnr, batch_ssim, planes
 from pipeline.metrics.distances import load_distance
-from pipeline.metrics.names import METRICS
+from pipeline.metrics.names import FIDELITY, METRICS
 from pipeline.model.device import ieee_float32
 
 Images = NDArray[np.uint8] | Tensor
 COLORS = ("r", "g", "b")
+_COLOR_PX = 16
 
 
 class MetricSet:
@@ -64,7 +67,7 @@ class MetricSet:
     def _least_px(self, name: str) -> int:
         if name in self._distances:
             return self._distances[name].least_px
-        return fidelity.SSIM_WINDOW_PX if name.startswith("ssim") else 1
+        return SSIM_WINDOW_PX if name.startswith("ssim") else 1
 
     @torch.inference_mode()
     @ieee_float32()
@@ -92,26 +95,20 @@ class MetricSet:
         self.require_size(*sr.shape[1:3])
         border = self.border
         inside = [
-            images[:, border : images.shape[1] - border, border : images.shape[2] - border].permute(
-                0, 3, 1, 2
-            )
+            images[:, border : images.shape[1] - border, border : images.shape[2] - border]
             for images in (sr, hr)
         ]
         values: dict[str, Tensor] = {}
-        for channel in ("y", "rgb"):
-            if not {f"psnr_{channel}", f"ssim_{channel}"} & set(self.names):
-                continue
-            pair = [images.double() for images in inside]
-            if channel == "y":
-                pair = [fidelity.luma(images) for images in pair]
-            if f"psnr_{channel}" in self.names:
-                values[f"psnr_{channel}"] = fidelity.psnr(*pair)
-            if f"ssim_{channel}" in self.names:
-                values[f"ssim_{channel}"] = fidelity.ssim(*pair)
+        for metric in FIDELITY:
+            if metric in self.names:
+                kind, channel = metric.split("_")
+                measure = batch_psnr if kind == "psnr" else batch_ssim
+                values[metric] = measure(*(planes(images, channel) for images in inside))
         for name, distance in self._distances.items():
-            values[name] = distance(*(images.float().div_(255) for images in inside)).double()
+            pair = (images.permute(0, 3, 1, 2).float().div_(255) for images in inside)
+            values[name] = distance(*pair).double()
         if "color_drift" in self.names:
-            drift = fidelity.color_drift(sr, lr)
+            drift = color_drift(sr, lr)
             values["color_drift"] = drift.mean(1)
             values |= {f"color_drift_{color}": drift[:, index] for index, color in enumerate(COLORS)}
         table = torch.stack([values[name] for name in self.columns], dim=1).tolist()
@@ -130,3 +127,23 @@ class MetricSet:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
             raise ValueError(f"expected uint8 (N, H, W, 3), got {images.dtype} {tuple(images.shape)}")
         return images.to(self.device)
+
+
+def color_drift(sr: Tensor, lr: Tensor) -> Tensor:
+    """Mean absolute difference, in 8-bit levels, of the downscaled SR images' colors from those of the LR images.
+
+    Colors are means of 16 x 16 LR pixels: single pixels also differ where an SR image is only blurred (bicubic: by 1 to
+    5 levels). SR images are downscaled as MATLAB does, so that an HR image differs by 0 from its LR image.
+
+    Args:
+        sr: uint8 (N, H, W, 3).
+        lr: uint8 (N, H / scale, W / scale, 3).
+
+    Returns:
+        float64 (N, 3), for each channel.
+    """
+    difference = downscale_batch(sr, sr.shape[1] // lr.shape[1]).double() - lr.double()
+    colors = functional.avg_pool2d(
+        difference.permute(0, 3, 1, 2), _COLOR_PX, ceil_mode=True, count_include_pad=False
+    )
+    return colors.abs().mean((2, 3))
