@@ -45,7 +45,7 @@ def equal(one: RawBatch, other: RawBatch) -> bool:
 
 
 def feed_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "feed"]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("feed")]
 
 
 def test_batches_hold_the_crops_and_flips_of_the_samples(root: str) -> None:

@@ -1,10 +1,10 @@
 """Batches for one worker from a prefetch thread; their order depends on (seed, step) alone."""
 
-import threading
+from collections import deque
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from queue import SimpleQueue
 from typing import TypeVar
 
 from pipeline.data.feed.fetch import RawBatch, fetch_steps, opened
@@ -55,40 +55,16 @@ class Feed:
 
 
 def prefetched(items: Generator[_T, None, None], depth: int) -> Generator[_T, None, None]:
-    """`items`, computed by a thread; at most `depth` of them wait to be consumed.
+    """`items`, none of which is None, computed by a thread; at most `depth` of them wait to be consumed.
 
     An exception in the thread is raised here. Closing the generator ends the thread after its current item, and closes
     `items`.
     """
-    results: SimpleQueue[tuple[_T] | BaseException | None] = SimpleQueue()
-    slots = threading.Semaphore(depth)
-    stop = threading.Event()
-
-    def work() -> None:
+    with closing(items), ThreadPoolExecutor(1, thread_name_prefix="feed") as thread:
+        pending = deque(thread.submit(next, items, None) for _ in range(depth))
         try:
-            with closing(items):
-                while True:
-                    slots.acquire()  # before computing the item: `depth` limits the items in memory
-                    if stop.is_set():
-                        return
-                    try:
-                        item = next(items)
-                    except StopIteration:
-                        break
-                    results.put((item,))
-            results.put(None)
-        except BaseException as error:  # noqa: BLE001 - raised again by the consumer
-            results.put(error)
-
-    thread = threading.Thread(target=work, name="feed", daemon=True)
-    thread.start()
-    try:
-        while (result := results.get()) is not None:
-            if isinstance(result, BaseException):
-                raise result
-            slots.release()
-            yield result[0]
-    finally:
-        stop.set()
-        slots.release()
-        thread.join()
+            while (item := pending.popleft().result()) is not None:
+                pending.append(thread.submit(next, items, None))
+                yield item
+        finally:
+            thread.shutdown(cancel_futures=True)
