@@ -114,7 +114,7 @@ def _complete_partial(archive: Archive, url: str, partial: Path, progress: bool,
                 if error.code == 416:
                     file.truncate(0)
                 reason = f"HTTP status {error.code} {error.reason}"
-            except (OSError, http.client.HTTPException, _BadResponse) as error:
+            except (OSError, http.client.HTTPException) as error:
                 reason = " ".join(str(error).split()) or type(error).__name__
             file.flush()
             file.seek(0, os.SEEK_END)
@@ -122,23 +122,19 @@ def _complete_partial(archive: Archive, url: str, partial: Path, progress: bool,
         os.fsync(file.fileno())
 
 
-class _BadResponse(Exception):
-    """The response is not the requested range."""
-
-
 def _append(url: str, file: BinaryIO, size: int, bar: Any) -> None:
-    """Appends the bytes of one request, up to `size` bytes in total."""
+    """Appends the bytes of one request, up to `size` bytes in total. Raises OSError: not the requested range."""
     have = file.tell()
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
         if response.status == 206:
             match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
             if not match or int(match[1]) != have or match[2] not in ("*", str(size)):
-                raise _BadResponse(f"unexpected range {response.headers.get('Content-Range')}")
+                raise OSError(f"unexpected range {response.headers.get('Content-Range')}")
         else:
             length = response.headers.get("Content-Length")
             if length is not None and int(length) != size:
-                raise _BadResponse(f"has {length} bytes, expected {size}")
+                raise OSError(f"has {length} bytes, expected {size}")
             # The server does not support ranges: from the start.
             file.truncate(0)
             have = 0

@@ -7,6 +7,7 @@ in one process, however often the ingest was interrupted. The progress is in .in
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -121,10 +122,7 @@ class DataSetWriter:
             raise UserError(
                 f"data.min_detail={self._config.min_detail}: every patch has a lower score; use a lower value"
             )
-        matches: dict[str, int] = {}
-        for entry in done.sources:
-            if "degradation" in entry:
-                matches[entry["degradation"]] = matches.get(entry["degradation"], 0) + 1
+        matches = Counter(entry["degradation"] for entry in done.sources if "degradation" in entry)
         content = {
             "patches": done.patches,
             "settings": self._settings,
