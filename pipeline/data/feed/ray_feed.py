@@ -18,7 +18,7 @@ from ray.exceptions import RayTaskError
 
 from pipeline.data.feed.fetch import RawBatch, empty_images, fetch_steps, opened
 from pipeline.data.feed.samples import Samples, rank_share
-from pipeline.data.feed.thread_feed import PREFETCH_STEPS, Feed, prefetched
+from pipeline.data.feed.thread_feed import Feed
 from pipeline.data.format.manifest import load_manifest
 from pipeline.data.format.reader import PatchReader
 from pipeline.errors import UserError
@@ -40,19 +40,9 @@ Transport = Literal["thread", "ray"]
 
 @dataclass(frozen=True)
 class RayFeed(Feed):
-    """The same batches, read and cropped by Ray Data's tasks on any node."""
+    """The same batches, read and cropped by Ray Data's tasks; they run on any node, so `local_cache` is not used."""
 
-    def batches(
-        self, first_step: int, last_step: int, pinned: bool = False
-    ) -> Generator[RawBatch, None, None]:
-        """As `Feed.batches`; `local_cache` is not used, because a task may run on any node.
-
-        Raises:
-            UserError: as `Feed.batches`.
-        """
-        yield from prefetched(self._received(first_step, last_step, pinned), PREFETCH_STEPS)
-
-    def _received(self, first_step: int, last_step: int, pinned: bool) -> Generator[RawBatch, None, None]:
+    def _fetched(self, first_step: int, last_step: int, pinned: bool) -> Generator[RawBatch, None, None]:
         if first_step >= last_step:
             return
         source = StepSource(self, first_step, last_step)

@@ -147,17 +147,16 @@ def read_pair(pair: Pair, scale: int, border: int, max_megapixels: float = 200.0
         PhotoRejected: with the reason.
     """
     hr = _read(pair.hr, max_megapixels)
-    if pair.lr is None:
-        height, width = (size // scale * scale for size in hr.shape[:2])
-        _require_size(height, width, border)
-        hr = np.ascontiguousarray(hr[:height, :width])
-        return hr, matlab_bicubic_downscale(hr, scale)
-    lr = _read(pair.lr, max_megapixels)
-    height, width = (size * scale for size in lr.shape[:2])
-    if not (0 <= hr.shape[0] - height < scale and 0 <= hr.shape[1] - width < scale):
+    lr = None if pair.lr is None else _read(pair.lr, max_megapixels)
+    height, width = (size // scale * scale for size in hr.shape[:2])
+    if lr is not None and lr.shape[:2] != (height // scale, width // scale):
         raise PhotoRejected(size_mismatch((hr.shape[1], hr.shape[0]), (lr.shape[1], lr.shape[0]), scale))
-    _require_size(height, width, border)
+    minimum = 2 * border + SSIM_WINDOW_PX
+    if min(height, width) < minimum:
+        raise PhotoRejected(f"{width} x {height} pixels are too few for border={border} (at least {minimum})")
     hr = np.ascontiguousarray(hr[:height, :width])
+    if lr is None:
+        return hr, matlab_bicubic_downscale(hr, scale)
     if fault := pair_fault(hr, lr, scale):
         raise PhotoRejected(fault)
     return hr, lr
@@ -179,12 +178,6 @@ def _read(path: str, max_megapixels: float) -> Image:
         raise PhotoRejected(f"{name}: {error}") from None
     except (OSError, pyarrow.ArrowException) as error:
         raise PhotoRejected(f"{name}: cannot be read ({str(error).splitlines()[0]})") from None
-
-
-def _require_size(height: int, width: int, border: int) -> None:
-    minimum = 2 * border + SSIM_WINDOW_PX
-    if min(height, width) < minimum:
-        raise PhotoRejected(f"{width} x {height} pixels are too few for border={border} (at least {minimum})")
 
 
 def _named(flag: str, uri: str) -> str:

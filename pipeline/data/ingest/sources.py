@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import pyarrow
+from pyarrow import fs
 
 from pipeline.data.ingest.decoding import EXTENSIONS, UNSUPPORTED, PhotoRejected, looks_like_photo
 from pipeline.errors import UserError
@@ -266,8 +267,6 @@ def _in_zip(path: Path) -> Iterator[PhotoFile]:
 
 
 def _in_s3(prefix: str, where: str) -> Iterator[PhotoFile]:
-    from pyarrow import fs
-
     storage = Storage(prefix)
     filesystem, base = storage.filesystem()
     try:
