@@ -14,6 +14,7 @@ from pipeline.data.ingest.layout import (
     lr_candidates,
     lr_files,
     lr_next_to_hr,
+    require_marked_hr,
     split_folders,
 )
 from pipeline.data.ingest.sources import Listing, PhotoFile, list_folder, one_file
@@ -115,13 +116,7 @@ def _found(
             folder = f"{hr}/{chosen[0]}"
             return _match(hr_paths, lr_paths, scale, folder, _named(hr_flag, folder))
     adjacent = lr_next_to_hr(hr_paths)
-    unmarked = [name for name, other in adjacent.items() if not is_marked_hr(other)]
-    if unmarked:
-        raise UserError(
-            f"{_named(hr_flag, hr)}: {unmarked[0]} is next to {adjacent[unmarked[0]]} and by its name the same image "
-            f"at another size ({len(unmarked)} such files); move LR files to a separate folder and pass it as "
-            f"{lr_flag.removesuffix('=')}, or rename them"
-        )
+    require_marked_hr(adjacent, _named(hr_flag, hr), f"and pass it as {lr_flag.removesuffix('=')}")
     if adjacent:
         marked = {name: path for name, path in hr_paths.items() if is_marked_hr(name)}
         lr_paths = {name: hr_paths[name] for name in adjacent}

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from pipeline.errors import UserError
+
 _HR_WORD = re.compile(r"hr|hq|gt|gtmod\d+")
 _LR_WORD = re.compile(r"(lr|lq)\w*|biclr(x[2348])?")
 _HR_NAMES = ("original", "originals", "target")
@@ -178,6 +180,16 @@ def is_marked_hr(name: str) -> bool:
     """Whether a file name ends as HR files are marked (`_HR`, `_GT`, `_HR_x4`)."""
     stem = re.sub(rf"(?<=.){_SCALE_ENDING}", "", PurePosixPath(name).stem.lower())
     return re.search(_HR_ENDING, stem) is not None
+
+
+def require_marked_hr(adjacent: Mapping[str, str], where: str, advice: str) -> None:
+    """Raises UserError, with `where` and `advice`, unless every HR file in `lr_next_to_hr`'s result is marked."""
+    unmarked = [lr for lr, hr in adjacent.items() if not is_marked_hr(hr)]
+    if unmarked:
+        raise UserError(
+            f"{where}: {unmarked[0]} is next to {adjacent[unmarked[0]]} and by its name the same image at another "
+            f"size ({len(unmarked)} such files); move LR files to a separate folder {advice}, or rename them"
+        )
 
 
 def lr_candidates(hr: Mapping[str, str], lr: Mapping[str, str], scale: int) -> dict[str, list[str]]:

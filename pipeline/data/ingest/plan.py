@@ -13,10 +13,10 @@ from pipeline.data.ingest.download import DIV2K_HELD_OUT, DIV2K_TRAIN, download,
 from pipeline.data.ingest.layout import (
     Folders,
     hr_folders,
-    is_marked_hr,
     lr_candidates,
     lr_files,
     lr_next_to_hr,
+    require_marked_hr,
     split_folders,
     split_parts,
 )
@@ -110,15 +110,8 @@ def _hr_files(
         notes.append(f"{field}={source}: not read: {skipped}")
     adjacent_lr = lr_next_to_hr(chosen)
     low_paths = {file.path for file in low}
-    unmarked = [
-        name for name, hr in adjacent_lr.items() if not is_marked_hr(hr) and files[name].path not in low_paths
-    ]
-    if unmarked:
-        raise UserError(
-            f"{field}={source}: {unmarked[0]} is next to {adjacent_lr[unmarked[0]]} and by its name the same image at "
-            f"another size ({len(unmarked)} such files); move LR files to a separate folder (data.lr_dir reads "
-            "them), or rename them"
-        )
+    unknown = {name: hr for name, hr in adjacent_lr.items() if files[name].path not in low_paths}
+    require_marked_hr(unknown, f"{field}={source}", "(data.lr_dir reads them)")
     if adjacent_lr:
         first = next(iter(adjacent_lr))
         notes.append(f"{field}={source}: skipped as LR: {len(adjacent_lr)} files such as {first}")
