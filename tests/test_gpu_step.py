@@ -26,7 +26,8 @@ from gpu import (
 from torch import Tensor
 
 from pipeline.data.feed import RawBatch
-from pipeline.model import VGGFeatures, ms_ssim_loss, set_deterministic, set_precision
+from pipeline.model import VGGFeatures, set_deterministic, set_precision
+from pipeline.model.losses import ms_ssim_loss
 from pipeline.model.weights import sizes_as_text
 from pipeline.storage import Storage
 from pipeline.training import checkpoint as checkpoints

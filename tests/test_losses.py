@@ -7,8 +7,14 @@ from torch import Tensor
 from torch.nn import functional
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
-from pipeline.model import ms_ssim_loss, perceptual_loss, pixel_loss, relativistic_losses, vanilla_losses
-from pipeline.model.losses import SCALE_WEIGHTS
+from pipeline.model.losses import (
+    SCALE_WEIGHTS,
+    ms_ssim_loss,
+    perceptual_loss,
+    pixel_loss,
+    relativistic_losses,
+    vanilla_losses,
+)
 
 Reference = dict[str, np.ndarray]
 

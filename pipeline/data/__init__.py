@@ -6,12 +6,11 @@
 from pipeline.data.format.held_out import HeldOutPhoto, read_held_out
 from pipeline.data.format.manifest import Manifest, has_manifest, load_manifest
 from pipeline.data.ingest.plan import plans_held_out
-from pipeline.data.ingest.prepare import PrepareResult, check_source, prepare
+from pipeline.data.ingest.prepare import check_source, prepare
 
 __all__ = [
     "HeldOutPhoto",
     "Manifest",
-    "PrepareResult",
     "check_source",
     "has_manifest",
     "load_manifest",

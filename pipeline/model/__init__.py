@@ -4,28 +4,13 @@ Two modules are not imported here: `pipeline.model.config` requires pydantic, `p
 """
 
 from pipeline.model.device import set_deterministic, set_precision
-from pipeline.model.discriminators import (
-    DISCRIMINATORS,
-    UNetDiscriminator,
-    VGGStyleDiscriminator,
-)
+from pipeline.model.discriminators import DISCRIMINATORS, UNetDiscriminator, VGGStyleDiscriminator
 from pipeline.model.features import LAYERS, VGGFeatures
 from pipeline.model.lite0 import LITE0_LAYERS, Lite0Features
-from pipeline.model.losses import (
-    ms_ssim_loss,
-    perceptual_loss,
-    pixel_loss,
-    relativistic_losses,
-    vanilla_losses,
-)
+from pipeline.model.losses import relativistic_losses
 from pipeline.model.rrdbnet import RRDBNet
 from pipeline.model.seeding import seeded
-from pipeline.model.weights import (
-    decode_generator,
-    generator_sha256,
-    load_generator,
-    save_generator,
-)
+from pipeline.model.weights import decode_generator, generator_sha256, load_generator, save_generator
 
 __all__ = [
     "DISCRIMINATORS",
@@ -39,13 +24,9 @@ __all__ = [
     "decode_generator",
     "generator_sha256",
     "load_generator",
-    "ms_ssim_loss",
-    "perceptual_loss",
-    "pixel_loss",
     "relativistic_losses",
     "save_generator",
     "seeded",
     "set_deterministic",
     "set_precision",
-    "vanilla_losses",
 ]
