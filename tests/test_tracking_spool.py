@@ -16,10 +16,10 @@ from pipeline.tracking.spool import (
     Metrics,
     discard_after,
     images_at,
-    metrics_below,
     published_step,
     read_segment,
     segment_steps,
+    validations,
     write_segment,
 )
 
@@ -141,7 +141,7 @@ def test_records_need_no_mlflow() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_metrics_below_a_prefix_are_read_from_all_segments(run: Storage) -> None:
+def test_validations_are_read_from_all_segments(run: Storage) -> None:
     write_segment(run, 5, [Metrics(5, 0, {"validation/psnr_y": 20.0, "loss/pixel": 1.0})])
     image = ImageRecord(10, 0, "validation/a", np.zeros((8, 8, 3), np.uint8))
     write_segment(
@@ -151,7 +151,7 @@ def test_metrics_below_a_prefix_are_read_from_all_segments(run: Storage) -> None
     )
     write_segment(run, 15, [Metrics(15, 0, {"validation/psnr_y": 21.0})])
     (run / "tracking").write_bytes("00000015.jsonl", b'{"kind": "metrics"')
-    found = metrics_below(run, "validation/")
+    found = validations(run)
     assert found.keys() == {5, 10}
     assert found[5] == {"psnr_y": 20.0}
     assert math.isnan(found[10]["Set5/lpips"])

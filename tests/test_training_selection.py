@@ -16,7 +16,7 @@ from pipeline.metrics import METRICS
 from pipeline.model import generator_sha256
 from pipeline.run_folder import TrainingResult
 from pipeline.storage import Storage
-from pipeline.tracking.spool import images_at, metrics_below, segment_steps
+from pipeline.tracking.spool import images_at, segment_steps, validations
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training import selection
 from pipeline.training.checks import check_before_start
@@ -181,7 +181,7 @@ def test_the_best_checkpoint_by_the_chosen_metric_is_kept_and_registered(
 ) -> None:
     folder, results = runs
     run, result = Storage(str(folder / "runs" / metric)), results[metric]
-    stage_two = {step: each for step, each in metrics_below(run, "validation/").items() if step > 20}
+    stage_two = {step: each for step, each in validations(run).items() if step > 20}
     assert list(stage_two) == [22, 24, 26, 28]
     by_psnr = max(stage_two, key=lambda step: stage_two[step]["psnr_y"])
     by_distance = min(stage_two, key=lambda step: stage_two[step]["feature_distance"])

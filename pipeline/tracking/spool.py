@@ -127,7 +127,10 @@ def segment_steps(run: Storage) -> list[int]:
 
 
 def validations(run: Storage) -> dict[int, dict[str, float]]:
-    """The metrics of every validation, by step, in order; a corrupt segment is skipped."""
+    """The metrics of every validation, by step, in order; a step that was trained again has its last values.
+
+    A corrupt segment is skipped; images are not read.
+    """
     found: dict[int, dict[str, float]] = {}
     for step in segment_steps(run):
         try:
@@ -152,31 +155,6 @@ def images_at(run: Storage, step: int) -> dict[str, np.ndarray]:
         for record in records
         if isinstance(record, ImageRecord) and record.step == step
     }
-
-
-def metrics_below(run: Storage, prefix: str) -> dict[int, dict[str, float]]:
-    """The metrics whose names begin with `prefix`, without it, by step, from all segments; images are not read.
-
-    Corrupt segments are skipped. A step that was trained again has its last values.
-    """
-    found: dict[int, dict[str, float]] = {}
-    for step in segment_steps(run):
-        try:
-            content = (run / FOLDER).read_bytes(f"{step:08d}.jsonl")
-            lines = [
-                json.loads(line) for line in content.decode().splitlines() if '"kind": "metrics"' in line
-            ]
-            for line in lines:
-                values = {
-                    name.removeprefix(prefix): float(value)
-                    for name, value in line["values"].items()
-                    if name.startswith(prefix)
-                }
-                if values:
-                    found.setdefault(int(line["step"]), {}).update(values)
-        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
-            continue
-    return found
 
 
 def discard_after(run: Storage, step: int) -> None:

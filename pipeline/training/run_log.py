@@ -8,7 +8,7 @@ from pipeline.imaging import Image
 from pipeline.metrics import metric_of
 from pipeline.model.device import emulates_bf16
 from pipeline.storage import Storage
-from pipeline.tracking.spool import Event, ImageRecord, Metrics, Record, metrics_below
+from pipeline.tracking.spool import Event, ImageRecord, Metrics, Record, validations
 from pipeline.tracking.system_metrics import system_metrics
 from pipeline.training.advice import Advisor
 from pipeline.training.config import TrainConfig
@@ -38,7 +38,7 @@ class RunLog:
         """Logs the step at which a run resumes, why the worker group was restarted, and an unsuitable precision."""
         self._skipped_steps = float(state.skipped[1])
         if state.step and self.worker.is_main:
-            self._validations = metrics_below(self.run, "validation/")
+            self._validations = validations(self.run)
         if state.step or self.worker.reason:
             workers = self.worker.world_size
             plural = "s" if workers > 1 else ""
