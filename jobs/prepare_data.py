@@ -34,7 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--show", metavar="OUT.png", help="Draw patches with their low resolution, source and detail score."
     )
-    parser.add_argument("--json", metavar="FILE", help="Write the result to a file.")
 
 
 def main(argv: list[str]) -> None:
@@ -42,7 +41,6 @@ def main(argv: list[str]) -> None:
     config, options = load_config(
         argv, description=__doc__ or "", add_arguments=add_arguments, first_fields=FIRST
     )
-    command.require_writable_file(options.json, "--json")
     command.require_writable_file(options.show, "--show")
     data = config.data.model_copy(update={"root": absolute(config.data.root)})
     if options.verify:

@@ -21,7 +21,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="The version of tracking.model_name that becomes the champion.",
     )
-    parser.add_argument("--json", metavar="FILE", help="Also write {model_name, champion, was} there.")
 
 
 def main(argv: list[str]) -> None:
@@ -33,7 +32,6 @@ def main(argv: list[str]) -> None:
         add_arguments=add_arguments,
         first_fields=("storage", "tracking.uri", "tracking.model_name"),
     )
-    command.require_writable_file(options.json, "--json")
     name = config.tracking.model_name
     uri = None  # the store of the last run
     if options.config or "storage" in options.given or config.tracking.uri is not None:

@@ -11,7 +11,6 @@ DEMO = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's own flags."""
-    parser.add_argument("--json", metavar="FILE", help="Also write the result to this file.")
     parser.add_argument(
         "--accept-changes",
         action="store_true",
@@ -29,7 +28,6 @@ def main(argv: list[str]) -> None:
     config, options = load_config(
         argv, description=__doc__ or "", default_file=DEMO, add_arguments=add_arguments
     )
-    command.require_writable_file(options.json, "--json")
     result = run_training(
         config, accept_changes=options.accept_changes, prepare_command=options.prepare_command
     )

@@ -10,7 +10,6 @@ DEMO = Path(__file__).resolve().parent.parent / "configs" / "tune_demo.yaml"
 
 
 def _flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", metavar="FILE", help="Also write the result to this file.")
     parser.add_argument(
         "--retry-failed",
         action="store_true",
@@ -25,7 +24,6 @@ def main(argv: list[str]) -> None:
     from pipeline.config import load_config
 
     config, options = load_config(argv, description=__doc__ or "", default_file=DEMO, add_arguments=_flags)
-    command.require_writable_file(options.json, "--json")
     from pipeline.tuning.result import result_lines, trial_table
     from pipeline.tuning.sweep import run_sweep
 

@@ -1,4 +1,4 @@
-"""Loads the configuration: one file, the environment, dotted flags, in ascending order of precedence."""
+"""Loads the configuration: one file, the environment, dotted flags, in ascending order of precedence; describes it."""
 
 import argparse
 import difflib
@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,26 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from pipeline.command import COMMAND_SECTIONS, ENV_PREFIX, make_parser
-from pipeline.errors import UserError
+from pipeline.command import COMMAND_SECTIONS, ENV_PREFIX, make_parser, require_writable_file
+from pipeline.errors import UserError, without_secrets
 from pipeline.section import flat_fields, merged, validated
-from pipeline.short_help import ALL, FIRST_FIELDS, SHORT, print_short_help
 from pipeline.training.config import TrainConfig
 from pipeline.tuning.config import TuneConfig
+
+FIRST_FIELDS = (
+    "run_name",
+    "storage",
+    "data.source",
+    "data.held_out",
+    "data.root",
+    "workers",
+    "use_gpu",
+    "batch_size",
+    "psnr.steps",
+    "gan.steps",
+    "tracking.uri",
+)
+HELP, HELP_ALL = ("-h", "--help"), "--help-all"
 
 
 class Config(TrainConfig):
@@ -57,13 +72,14 @@ def load_config(
         argv: arguments without the program's name.
         description: first paragraph of --help.
         default_file: read when --config is not given.
-        add_arguments: adds the command's own flags (such as --json).
+        add_arguments: adds the command's own flags.
         environment: instead of os.environ.
         first_fields: those that --help lists; --help-all lists all.
 
     Returns:
-        The configuration, and the command's own flags. Among these, `prepare_command` is None if a missing data set
-        may be prepared; otherwise it is the command line that would prepare it, for the user to confirm.
+        The configuration, and the command's own flags. Among these, `json` is a file that can be written, or None;
+        `prepare_command` is None if a missing data set may be prepared; otherwise it is the command line that would
+        prepare it, for the user to confirm.
 
     Raises:
         UserError: one line with the field, its value and its source.
@@ -73,18 +89,25 @@ def load_config(
     parser.usage = "%(prog)s [--config FILE] [--FIELD VALUE ...]"
     default_text = f" (default: {default_file.name})" if default_file else ""
     parser.add_argument("--config", metavar="FILE", help=f"YAML file with the fields below{default_text}.")
+    parser.add_argument("--json", metavar="FILE", help="Also write the result to this file.")
     if add_arguments:
         add_arguments(parser)
-    if any(word in SHORT for word in argv):
-        print_short_help(parser, _without_flags(argv, default_file, environment), first_fields)
+    file = _config_file(argv) or default_file
+    sources: list[tuple[str, dict[str, Any]]] = [
+        ("environment", _environment_values(environment)),
+        (str(file), _file_values(file) if file else {}),
+    ]
+    values = merged(Config, sources[1][1], sources[0][1])
+    if any(word in HELP for word in argv):
+        _print_help(parser, validated(Config, values, sources), first_fields)
         sys.exit(0)
-    argv = ["--help" if word == ALL else word for word in argv]
+    argv = ["--help" if word == HELP_ALL else word for word in argv]
     try:
         flags: CliSettingsSource[Any] = CliSettingsSource(
             _Settings,
             root_parser=parser,
-            parse_args_method=_parse_args,
-            cli_parse_args=list(argv),
+            parse_args_method=argparse.ArgumentParser.parse_args,
+            cli_parse_args=argv,
             cli_hide_none_type=True,
         )
     except SettingsError as error:  # a flag of a list or mapping
@@ -92,39 +115,21 @@ def load_config(
         raise UserError(
             f"--{field}: not JSON; write a list as [1, 2] and a mapping as '{{\"KEY\": VALUE}}' or KEY=VALUE"
         ) from None
-    options = parser.parse_args(list(argv))
-    chosen = Path(options.config) if options.config else default_file
-    sources: list[tuple[str, dict[str, Any]]] = [
-        ("flag", flags()),
-        ("environment", _environment_values(environment)),
-        (str(chosen), _file_values(chosen) if chosen else {}),
-    ]
-    values: dict[str, Any] = {}
-    for _, overrides in reversed(sources):
-        values = merged(Config, values, overrides)
-    config = validated(Config, values, sources)
-    given = flat_fields(merged(Config, sources[1][1], sources[0][1]))
-    options.given = given
-    options.prepare_command = _prepare_command(config, given, chosen)
+    sources.insert(0, ("flag", flags()))
+    config = validated(Config, merged(Config, values, sources[0][1]), sources)
+    options = parser.parse_args(argv)
+    options.given = flat_fields(merged(Config, sources[1][1], sources[0][1]))
+    options.prepare_command = _prepare_command(config, options.given, file)
+    require_writable_file(options.json, "--json")
     return config, options
 
 
-def _without_flags(argv: Sequence[str], default_file: Path | None, environment: Mapping[str, str]) -> Config:
-    """The configuration of the file and the environment, for the values that --help shows."""
-    known = make_parser("")
-    known.add_argument("--config")
-    name = known.parse_known_args([word for word in argv if word not in SHORT])[0].config
-    file = Path(name) if name else default_file
-    sources: list[tuple[str, dict[str, Any]]] = [
-        ("environment", _environment_values(environment)),
-        (str(file), _file_values(file) if file else {}),
-    ]
-    return validated(Config, merged(Config, sources[1][1], sources[0][1]), sources)
-
-
-def json_schema() -> dict[str, Any]:
-    """JSON schema of the configuration file, for editors."""
-    return Config.model_json_schema()
+def _config_file(argv: Sequence[str]) -> Path | None:
+    """The file of --config, before the other flags are parsed."""
+    parser = make_parser("")
+    parser.add_argument("--config")
+    known, _ = parser.parse_known_args([word for word in argv if word not in HELP])
+    return Path(known.config) if known.config else None
 
 
 def _prepare_command(config: Config, given: Mapping[str, Any], file: Path | None) -> str | None:
@@ -140,12 +145,6 @@ def _prepare_command(config: Config, given: Mapping[str, Any], file: Path | None
         if name.startswith("data."):
             words += [f"--{name}", str(value)]
     return shlex.join(words)
-
-
-def _parse_args(
-    parser: argparse.ArgumentParser, args: Sequence[str], namespace: Any = None
-) -> argparse.Namespace:
-    return parser.parse_args(args, namespace)
 
 
 def _file_values(path: Path) -> dict[str, Any]:
@@ -184,6 +183,25 @@ def _environment_values(environment: Mapping[str, str]) -> dict[str, Any]:
         raise UserError(f"environment: {str(error).splitlines()[0]}") from None
 
 
+def _print_help(parser: argparse.ArgumentParser, config: Config, fields: Sequence[str]) -> None:
+    """Prints the command's own flags, `fields` with the values that apply without flags, and the sections' names."""
+    described = _described(config, "")
+    group = parser.add_argument_group("fields that most runs set")
+    for name in fields:
+        value, description = described[name]
+        first_sentence = description.partition(". ")[0].removesuffix(".")
+        shown = "" if value is None else f" (now: {without_secrets(str(value))})"
+        group.add_argument(f"--{name}", metavar="X", help=f"{first_sentence}{shown}.".replace("%", "%%"))
+    counts = Counter(name.rpartition(".")[0].partition(".")[0] for name in described)
+    plain = counts.pop("")
+    sections = ", ".join(f"{name}.* ({count})" for name, count in counts.items())
+    parser.epilog = (
+        f"All fields: {plain} without a section, {sections}. {HELP_ALL} lists them, docs/fields.md describes them; "
+        "each is also a field of the file."
+    )
+    parser.print_help()
+
+
 def fields_page() -> str:
     """All fields as a Markdown page: name, type or choices, default, help."""
     lines = [
@@ -196,29 +214,26 @@ def fields_page() -> str:
         "| field | default | description |",
         "|---|---|---|",
     ]
-    lines += [f"| `{name}` | `{default}` | {text} |" for name, default, text in _described(Config(), "")]
+    for name, (value, text) in _described(Config(), "").items():
+        if isinstance(value, dict):
+            value = {
+                key: each.model_dump() if isinstance(each, BaseModel) else each for key, each in value.items()
+            }
+        lines.append(f"| `{name}` | `{json.dumps(value, default=list)}` | {text} |")
     return "\n".join(lines) + "\n"
 
 
-def _described(section: BaseModel, prefix: str) -> list[tuple[str, str, str]]:
-    """Fields of a section, with the defaults that this use of it has."""
-    rows = []
+def _described(section: BaseModel, prefix: str) -> dict[str, tuple[Any, str]]:
+    """All fields of a section by dotted name: value and description."""
+    fields: dict[str, tuple[Any, str]] = {}
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         if isinstance(value, BaseModel):
-            rows += _described(value, f"{prefix}{name}.")
+            fields |= _described(value, f"{prefix}{name}.")
         else:
-            rows.append((prefix + name, _shown(value), field.description or ""))
-    return rows
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, dict):
-        value = {
-            key: item.model_dump() if isinstance(item, BaseModel) else item for key, item in value.items()
-        }
-    return json.dumps(value, default=list)
+            fields[prefix + name] = value, field.description or ""
+    return fields
 
 
 if __name__ == "__main__":
-    print(fields_page() if "--page" in sys.argv else json.dumps(json_schema(), indent=2), end="")
+    print(fields_page() if "--page" in sys.argv else json.dumps(Config.model_json_schema(), indent=2), end="")

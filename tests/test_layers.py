@@ -40,8 +40,7 @@ LAYERS = {
     + DATA,
     # Used by jobs/ only.
     "command": "errors section json_file",
-    "short_help": "errors",
-    "config": "errors section command short_help training tuning",
+    "config": "errors section command training tuning",
 }
 RAY_FILES = {
     "pipeline/training/ray_compat.py",
