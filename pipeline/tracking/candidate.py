@@ -117,11 +117,6 @@ def trained_generator(run: Storage, file: str, step: int, metrics: dict[str, flo
 def register_candidate(run: Storage, tracked: TrackedRun, candidate: Candidate) -> RegisteredVersion:
     """Logs and registers a run's generators; repeating it returns the same version.
 
-    Args:
-        run: the run's folder, on this machine or under an s3:// prefix.
-        tracked: the open run.
-        candidate: what to register.
-
     Raises:
         UserError: the server is unreachable or rejects it, or a file is corrupt; run the same command again.
     """
@@ -146,11 +141,8 @@ def register_candidate(run: Storage, tracked: TrackedRun, candidate: Candidate) 
 def upload_pending(run: Storage, tracking_uri: str | None) -> UploadResult:
     """Opens the run in MLflow, sends the segments that it lacks, sets the run's status, registers its candidate.
 
-    The registered version is also written to the run's result.
-
-    Args:
-        run: the run's folder.
-        tracking_uri: the tracking server; without it, the one that the run was trained with.
+    The registered version is also written to the run's result. Without `tracking_uri`, the server is the one that the
+    run was trained with.
 
     Raises:
         UserError: not a run's folder, the server is unreachable, or its URI is masked and must be set.

@@ -60,15 +60,7 @@ def log_model(
 ) -> LoggedGenerator:
     """Logs a generator with its metrics, or finds the model logged before; an interrupted upload is repeated.
 
-    Args:
-        client: MLflow's client.
-        tracked: the open run.
-        name: registered model, for the card.
-        path: the generator's .safetensors file.
-        step: the global step of its checkpoint.
-        metrics: its validation metrics; they are linked with the logged model.
-        evaluation_set: digest of the images that the metrics were measured on.
-        card: its origin.
+    Arguments are those of `register_generator`; `name` is the registered model's, for the card.
     """
     from mlflow.entities import LoggedModelOutput, Metric
     from mlflow.models import Model
@@ -144,8 +136,7 @@ def write_model(
     Args:
         folder: a folder to be created.
         path: the generator's .safetensors file.
-        card: the generator's origin.
-        text: the card, in Markdown.
+        card, text: its card, and the same in Markdown.
         origin: small values for MLflow's metadata.
         identity: MLflow's ids of the logged model.
     """
@@ -198,11 +189,9 @@ def _speed(generator: RRDBNet) -> str:
 
 
 def input_example(strip: np.ndarray, scale: int) -> np.ndarray:
-    """The input example, cut from a validation image, which starts with the input upscaled by pixel repetition.
+    """The input example, cut from a validation image `strip`, uint8 (H * scale, W, 3).
 
-    Args:
-        strip: (H * scale, W, 3) uint8 validation image.
-        scale: of the generator.
+    A strip starts with the input, upscaled by pixel repetition.
     """
     height, width = EXAMPLE_PX
     return np.ascontiguousarray(strip[: height * scale : scale, : width * scale : scale])

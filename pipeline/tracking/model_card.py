@@ -176,11 +176,7 @@ def _title(name: str) -> str:
 
 
 def license_note(licenses: Mapping[str, str | None]) -> str:
-    """The card's note on licenses.
-
-    Args:
-        licenses: subset of the images (`train`, `held_out`) to the text that came with them, from the manifest.
-    """
+    """The card's note on licenses; `licenses` maps `train` and `held_out` to the text in the manifest."""
     subsets: dict[str, list[str]] = {}
     for name, text in licenses.items():
         if text and text.strip():

@@ -13,12 +13,9 @@ LOCAL_SERVER = "http://127.0.0.1:5000"
 
 
 def next_steps(uri: str, run_id: str, model: str | None) -> list[str]:
-    """Lines for the end of a run; also makes `uri` the store that other commands use by default.
+    """Lines for the end of a run; also makes `uri` (absolute) the store that other commands use by default.
 
-    Args:
-        uri: absolute tracking URI.
-        run_id: MLflow's id of the run.
-        model: the registered version, models:/NAME/VERSION; None if nothing was registered.
+    `model` is the registered version, models:/NAME/VERSION; None if nothing was registered.
     """
     file = remember_uri(uri)
     shown = without_secrets(uri)

@@ -142,14 +142,7 @@ def require_description(run: Storage) -> TrackingDescription:
 def open_parent(
     config: TrackingConfig, storage: str, *, name: str, key: str, parameters: Mapping[str, Any]
 ) -> TrackedRun:
-    """Opens or reopens the parent run of a sweep's trials (`open_run(parent_run_id=...)`).
-
-    Args:
-        config: the tracking section.
-        storage: the folder of the run folders.
-        name: shown in MLflow.
-        key: identifies the run in MLflow.
-        parameters: flat configuration of the sweep.
+    """Opens or reopens the parent run of a sweep's trials (`open_run(parent_run_id=...)`) in `storage`/`name`.
 
     Raises:
         UserError: the server is unreachable, or rejects the run.

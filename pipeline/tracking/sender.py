@@ -28,8 +28,6 @@ class Sender:
     last segment sent, therefore only saves work.
 
     Args:
-        run: the run's folder.
-        config: the tracking section.
         tracked: the open run; None if the server was unreachable at the start: the sender opens the run then.
         published_step: step of the newest published checkpoint; -1 without one.
         poll_s: seconds between two checks of the spool.
@@ -75,8 +73,7 @@ class Sender:
     def flush(self, timeout_s: float) -> int:
         """Sends all segments with a published checkpoint, retrying until they are sent or the time is over.
 
-        Returns:
-            Segments not sent; 0 if all are sent, or tracking is disabled.
+        Returns the number of segments not sent; 0 if tracking is disabled.
         """
         deadline = time.monotonic() + timeout_s
         with self._changed:
@@ -95,10 +92,7 @@ class Sender:
         return [step for step in segment_steps(self.run) if sent < step <= published]
 
     def send_pending(self) -> int:
-        """Sends them, on the calling thread.
-
-        Returns:
-            Segments sent.
+        """Sends them, on the calling thread; returns their number.
 
         Raises:
             TrackingUnreachable, MlflowException, OSError: the remaining segments are sent by the next call.

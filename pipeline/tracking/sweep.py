@@ -34,8 +34,7 @@ def log_sweep(
         files: artifacts, by name.
         best: name and MLflow run id of the best trial.
 
-    Returns:
-        Whether MLflow has everything.
+    Returns whether MLflow has everything.
     """
     now = time.time_ns() // 1_000_000
     points = [

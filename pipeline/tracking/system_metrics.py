@@ -18,13 +18,8 @@ def system_metrics(folder: str = "/") -> dict[str, float]:
     """Load of CPU, memory, disk and network of this machine, and of this process's GPU once CUDA is initialized.
 
     CPU load is the mean since the previous call (0 at the first), network traffic the sum since the first call in
-    this process. A call takes about a millisecond. GPU load and power need the package nvidia-ml-py, the others psutil.
-
-    Args:
-        folder: a local folder on the disk to be measured.
-
-    Returns:
-        `system/...` to value.
+    this process. The disk is that of `folder`. A call takes about a millisecond. GPU load and power need the package
+    nvidia-ml-py, the others psutil. Names are `system/...`.
     """
     values = _machine_metrics(folder) if is_installed("psutil") else {}
     # A query must not initialize CUDA, which takes memory, on a GPU that this process does not use.

@@ -50,11 +50,7 @@ def log_description(
 ) -> None:
     """Logs status, tags, parameters, configuration, data set, and the registered model that training starts from.
 
-    Args:
-        client: MLflow's client.
-        run_id: MLflow's id of the run.
-        description: what to log.
-        last_step: step of the event for a run that failed while the server was unreachable.
+    `last_step` is the step of the event for a run that failed while the server was unreachable.
     """
     from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, Param, RunTag
 
@@ -103,12 +99,8 @@ def log_end(
 def send_segment(client: MlflowClient, run_id: str, segment: Segment, sent: int) -> None:
     """Logs a segment's points, images and events.
 
-    Args:
-        client: MLflow's client.
-        run_id: MLflow's id of the run.
-        segment: what to send.
-        sent: step of the last segment sent. If the run resumed from an earlier step (its newest checkpoint was
-            corrupt), points up to that step are already in MLflow and are skipped.
+    `sent` is the step of the last segment sent. If the run resumed from an earlier step (its newest checkpoint was
+    corrupt), points up to that step are already in MLflow and are skipped.
     """
     repeated = segment.after < sent
     records = [record for record in segment.records if not (repeated and record.step <= sent)]

@@ -40,14 +40,9 @@ def resolve_uri(config: TrackingConfig, storage: str) -> str:
 
 
 def absolute_uri(uri: str, storage: str | None = None) -> str:
-    """`uri` with a relative SQLite path made absolute.
+    """`uri` with a relative SQLite path made absolute. Raises UserError: not a tracking URI.
 
-    Args:
-        uri: as set by the user.
-        storage: the folder of the run folders, which the first run creates; a database may be in it before that.
-
-    Raises:
-        UserError: not a tracking URI.
+    A database may be in `storage`, the folder of the run folders, which the first run creates.
     """
     scheme, colon, rest = uri.partition("://")
     dialect = scheme.split("+")[0]

@@ -18,11 +18,7 @@ class Advisor:
         self._active: set[str] = set()
 
     def look(self, values: Mapping[str, float]) -> list[str]:
-        """New warnings after an interval.
-
-        Args:
-            values: what `Meter.finish` returned.
-        """
+        """New warnings after an interval; `values` are those of `Meter.finish`."""
         self._recent.append(values)
         if len(self._recent) < INTERVALS or set(self._recent[0]) != set(values):
             return []

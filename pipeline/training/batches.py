@@ -20,9 +20,7 @@ def on_device(raw: RawBatch, config: TrainConfig, worker: Worker, step: int) -> 
 
     Args:
         raw: this rank's part of a step, uint8 (B, H, W, 3) and (B, H * scale, W * scale, 3).
-        config: the run's configuration.
-        worker: runtime context of this rank.
-        step: the step, from 0.
+        step: from 0.
     """
     device = worker.device
     layout = torch.channels_last if config.channels_last else torch.contiguous_format

@@ -66,12 +66,7 @@ class CorruptCheckpoint(Exception):
 
 
 def write(run: Storage, checkpoint: Checkpoint, metadata: dict[str, str]) -> None:
-    """Writes a checkpoint; it is valid once its manifest is written.
-
-    Args:
-        run: the run's folder.
-        checkpoint: what to write.
-        metadata: architecture of the generator, kept in its file.
+    """Writes a checkpoint; it is valid once its manifest is written. `metadata` is kept in the generator's file.
 
     Raises:
         FloatingPointError: a tensor is not finite; nothing is written.

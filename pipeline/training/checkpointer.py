@@ -37,7 +37,6 @@ class CheckpointWriter:
     def __init__(self, run: Storage, keep: int, metadata: dict[str, str], first_step: int = 0) -> None:
         """
         Args:
-            run: the run's folder.
             keep: number of newest checkpoints to keep.
             metadata: architecture of the generator, kept in its file.
             first_step: where training resumes. Newer checkpoints were skipped as corrupt; they are kept until they are
@@ -84,9 +83,7 @@ class CheckpointWriter:
 
         Args:
             name: the checkpoint's stage and step.
-            ema: EMA weights of the generator.
-            tensors: all other tensors.
-            scalars: JSON values.
+            ema, tensors, scalars: its contents, as in `Checkpoint`.
             before: called in the writer thread before the checkpoint is published.
             keep: steps whose checkpoints are kept in addition to the newest.
 
@@ -170,13 +167,8 @@ class Checkpointer:
     def save(self, last: bool = False) -> bool:
         """Saves the state in the background.
 
-        If the previous write is still under way after some seconds (a slow object store), this checkpoint is skipped.
-
-        Args:
-            last: whether training ends here; then the previous write is waited for.
-
-        Returns:
-            Whether it is saved.
+        If the previous write is still under way after some seconds (a slow object store), this checkpoint is skipped,
+        except the `last` one of the training. Returns whether it is saved.
 
         Raises:
             StorageFull: `faults.max_failed_saves` was exceeded.

@@ -64,7 +64,7 @@ def share_mean(global_batch: int) -> Callable[[Tensor], Tensor]:
         global_batch: samples in the step over all workers.
 
     Returns:
-        A function of a tensor whose first dimension is this worker's samples, to a scalar.
+        A function of a tensor (this worker's samples, ...) to a scalar.
     """
     workers = world_size()
 

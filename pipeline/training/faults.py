@@ -39,13 +39,7 @@ def clear(run: Storage) -> None:
 
 
 def restart_reason(run: Storage, faults: Sequence[Fault], workers: int) -> str:
-    """Reason for this worker-group restart ("" for the first group). Also records the group (side effect).
-
-    Args:
-        run: the run's folder.
-        faults: the failures so far.
-        workers: size of this group.
-    """
+    """Reason for this restart of a group of `workers` ("" for the first). Also records the group (side effect)."""
     previous = GROUP.read(run) or WorkerGroup(faults=0, workers=workers)
     with suppress(OSError):  # a full disk is handled by the checkpointer
         GROUP.write(run, WorkerGroup(len(faults), workers))

@@ -120,14 +120,7 @@ def check_resume(
 
 
 def claim(run: Storage, old: RunIdentity | None, new: RunIdentity, changes: Sequence[str]) -> RunIdentity:
-    """Writes the identity that the run has from now on, and returns it.
-
-    Args:
-        run: the run's folder.
-        old: its identity so far; None for a new run.
-        new: the identity of the present configuration.
-        changes: `diff(old, new)`, checked by `check_resume`.
-    """
+    """Writes the identity that the run has from now on, and returns it; `changes` were checked by `check_resume`."""
     if old is not None and not changes:
         if old.initial == new.initial:
             return old

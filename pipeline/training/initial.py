@@ -41,14 +41,7 @@ class Initial:
 def resolve_for_run(
     config: TrainConfig, run: Storage, old: RunIdentity | None, shared: Storage | None = None
 ) -> tuple[TrainConfig, dict[str, Initial]]:
-    """`resolve` for a run: one that has begun keeps its weights, and may need none of them.
-
-    Args:
-        config: the run's configuration.
-        run: its folder.
-        old: its identity so far.
-        shared: the folder of the sweep that the run is a trial of; its copies take the place of the sources.
-    """
+    """`resolve` for a run: one that has begun (`old` is its identity) keeps its weights, and may need none of them."""
     begun = old is not None and has_begun(run)
     needed: Collection[str] = NETWORKS
     if begun and not config.init.adopt_sizes:
@@ -70,12 +63,11 @@ def resolve(
     """Reads init.generator and init.discriminator, and checks that they fit the configured networks.
 
     Args:
-        config: the configuration.
         folder: the run's or sweep's folder.
         stored: initial weights of an earlier attempt.
         begun: whether `stored` is kept if the sources have the same names, whatever they contain now.
         needed: networks whose tensors are needed.
-        shared: folder of a sweep, see `resolve_for_run`.
+        shared: folder of the sweep that the run is a trial of; its copies take the place of the sources.
 
     Returns:
         The configuration, with the files' sizes if init.adopt_sizes is set, and the weights by network.
@@ -127,11 +119,7 @@ def store(folder: Storage, initial: Mapping[str, Initial]) -> None:
 def load_initial(network: str, state: TrainState, config: TrainConfig, run: Storage) -> str:
     """Loads the run's copy into a network (the generator's also into the EMA weights); the same on every rank.
 
-    Returns:
-        What was loaded, for the log; empty if no weights are given.
-
-    Raises:
-        UserError: the copy is missing or corrupt.
+    Returns what was loaded, for the log; empty if no weights are given. Raises UserError: no copy, or a corrupt one.
     """
     if getattr(config.init, network) is None:
         return ""

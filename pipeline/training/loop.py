@@ -39,7 +39,7 @@ def train(
     All persistent output is written to `run`: checkpoints, each with a segment of records for tracking.
 
     Args:
-        config: the validated configuration; equal on all ranks.
+        config: equal on all ranks.
         worker: runtime context of this process.
         run: the run's folder, readable by all ranks.
         feed: this rank's share of every step.

@@ -55,12 +55,8 @@ class Meter:
     def finish(self, stopping: bool = False) -> tuple[dict[str, float], bool]:
         """Ends the interval and begins the next one. All ranks call this at the same step.
 
-        Args:
-            stopping: whether this rank was asked to stop.
-
         Returns:
-            Means and rates of the interval, equal on all ranks except `memory_gib`; and whether any rank was asked to
-            stop.
+            Means and rates of the interval, equal on all ranks except `memory_gib`; and whether any rank is stopping.
         """
         assert self._sums is not None
         names, steps = self._names, self._steps

@@ -16,11 +16,8 @@ def connect(config: TrainConfig, log_to_driver: bool = True) -> None:
     """Joins or starts Ray, and waits up to `wait_for_nodes_s` for nodes that are started on demand.
 
     A locally started Ray runs with the dashboard enabled: without it, Ray Train does not notice that a controller died,
-    keeps the CPUs of stopped trials, and logs a warning every second.
-
-    Args:
-        config: the configuration.
-        log_to_driver: whether this process prints what other processes print.
+    keeps the CPUs of stopped trials, and logs a warning every second. With `log_to_driver`, this process prints what
+    other processes print.
 
     Raises:
         UserError: the workers need more CPUs or GPUs than there are.

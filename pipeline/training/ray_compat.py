@@ -130,12 +130,6 @@ class SavingTrainer(TorchTrainer):
     """A TorchTrainer that a refusal ends, and whose elastic worker group saves a checkpoint before it is resized."""
 
     def __init__(self, *arguments: Any, run: Storage, **options: Any) -> None:
-        """
-        Args:
-            arguments: TorchTrainer's.
-            run: the run's folder.
-            options: TorchTrainer's.
-        """
         super().__init__(*arguments, **options)
         self._run = run
 

@@ -56,7 +56,7 @@ def fit(
     newest valid checkpoint. `RestartPolicy` decides when they no longer do.
 
     Args:
-        config: the configuration, with absolute paths.
+        config: with absolute paths.
         run: the run's folder.
         sets: files of `validation.sets`.
         callbacks: further listeners of reports (a trial's link to Ray Tune).

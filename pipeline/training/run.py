@@ -49,7 +49,7 @@ def run_training(
     """Runs both stages (resuming an earlier attempt if present) and registers the best generator.
 
     Args:
-        config: the validated configuration. `workers: 0` trains in this process, without Ray Train.
+        config: `workers: 0` trains in this process, without Ray Train.
         report: called after every validation with its metrics and `step`, if the run trains in this process.
         callbacks: Ray Train callbacks (a trial's link to Ray Tune), otherwise.
         parent_run_id: MLflow run that this one belongs to (a sweep).

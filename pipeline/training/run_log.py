@@ -56,12 +56,7 @@ class RunLog:
             self.event(state.step, f"initialized {text}")
 
     def interval(self, state: TrainState, values: Mapping[str, float]) -> None:
-        """Logs an interval: means, rates, warnings.
-
-        Args:
-            state: the training state.
-            values: what `Meter.finish` returned, with `skipped_steps` and `learning_rate`.
-        """
+        """Logs an interval: means, rates, warnings; `values` of `Meter.finish`, `skipped_steps`, `learning_rate`."""
         if not self.worker.is_main:
             return
         print(progress_line(self.config, state.stage, state.step, values), flush=True)

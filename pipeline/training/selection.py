@@ -28,7 +28,6 @@ def with_selection(config: TrainConfig, has_held_out: bool, chosen_before: str |
     """`config` with the defaults of `gan.select_by` and `validation.select_on` replaced by what is available here.
 
     Args:
-        config: the configuration.
         has_held_out: whether the data set has held-out images.
         chosen_before: the metric that chose the best checkpoint of stage 2 before a resume. It stays, even if its
             weights are missing now: another one would make the best checkpoints incomparable.

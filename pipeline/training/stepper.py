@@ -28,13 +28,7 @@ WARMUP_STEPS = 3
 
 
 class Stepper:
-    """One training step of the current stage at each call.
-
-    Args:
-        config: the run's configuration.
-        worker: runtime context of this rank.
-        features: the network of the perceptual loss, on the worker's device.
-    """
+    """One training step of the current stage at each call; `features` (perceptual loss) on the worker's device."""
 
     def __init__(self, config: TrainConfig, worker: Worker, features: nn.Module | None) -> None:
         self._config = config

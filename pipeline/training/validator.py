@@ -21,14 +21,7 @@ from pipeline.training.worker import Worker
 
 
 class Validator:
-    """Validates the EMA weights on the validation sets, on all ranks together.
-
-    Args:
-        config: the run's configuration.
-        worker: runtime context of this process.
-        run: the run's folder.
-        sets: the images; empty: `validate` does nothing.
-        log: gets metrics and comparison strips.
+    """Validates the EMA weights on `sets`, on all ranks together; without sets `validate` does nothing.
 
     Raises:
         UserError: a metric's weights are missing or corrupt, or an image is too small for a metric.
