@@ -33,7 +33,6 @@ from pipeline.tracking.model_card import ModelCard, license_note, measured
 from pipeline.tracking.registry import (
     UPLOAD_LIMITS,
     RegisteredVersion,
-    log_generator,
     promote,
     register_generator,
 )
@@ -265,7 +264,16 @@ def test_earlier_results_are_logged_for_comparison_and_not_registered(tracked, c
     path = tmp_path / "g.safetensors"
     small_generator(path, 300)
     for _ in range(2):
-        log_generator(tracked, config, path, 500, {"psnr_y": 28.0}, DATA, ModelCard("", DATA))
+        logged_model.log_model(
+            client_of(tracked),
+            tracked,
+            config.model_name,
+            path,
+            500,
+            {"psnr_y": 28.0},
+            DATA,
+            ModelCard("", DATA),
+        )
     query = f"name = 'generator-{500:08d}'"
     (model,) = client_of(tracked).search_logged_models([tracked.experiment_id], query)
     assert [(point.key, point.value) for point in model.metrics] == [("psnr_y", 28.0)]

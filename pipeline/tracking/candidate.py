@@ -14,9 +14,11 @@ from pipeline.errors import UserError, require_package, without_secrets
 from pipeline.run_folder import CANDIDATE, RESULT, SENT, CandidateDescription, TrainedGenerator
 from pipeline.storage import Storage
 from pipeline.tracking.config import TrackingConfig
-from pipeline.tracking.connection import TrackingUnreachable, cause
+from pipeline.tracking.connection import TrackingUnreachable, bounded_requests, cause, connect
+from pipeline.tracking.logged_model import log_model
+from pipeline.tracking.lookup import one_line_errors
 from pipeline.tracking.model_card import ModelCard
-from pipeline.tracking.registry import RegisteredVersion, log_generator, register_generator
+from pipeline.tracking.registry import UPLOAD_LIMITS, RegisteredVersion, register_generator
 from pipeline.tracking.run import TrackedRun, require_description
 from pipeline.tracking.sender import Sender
 from pipeline.tracking.spool import FOLDER, from_png, published_step, to_png
@@ -120,16 +122,17 @@ def register_candidate(run: Storage, tracked: TrackedRun, candidate: Candidate) 
     Raises:
         UserError: the server is unreachable or rejects it, or a file is corrupt; run the same command again.
     """
-    config = TrackingConfig(model_name=candidate.model_name)
-    data, best = candidate.evaluation_set, candidate.generator
+    name, data, best = candidate.model_name, candidate.evaluation_set, candidate.generator
     earlier_card = replace(candidate.card, images={}, is_chosen=False)
     with tempfile.TemporaryDirectory(prefix="esrgan-generator-") as folder:
         for earlier in candidate.earlier:
-            path = _fetch(run, earlier, Path(folder))
-            log_generator(tracked, config, path, earlier.step, earlier.metrics, data, earlier_card)
+            path, what = _fetch(run, earlier, Path(folder)), f"logging the generator of step {earlier.step}"
+            with one_line_errors(what, tracked.uri), bounded_requests(**UPLOAD_LIMITS):
+                client = connect(tracked.uri)
+                log_model(client, tracked, name, path, earlier.step, earlier.metrics, data, earlier_card)
         return register_generator(
             tracked,
-            config,
+            TrackingConfig(model_name=name),
             _fetch(run, best, Path(folder)),
             step=best.step,
             metrics=best.metrics,

@@ -131,6 +131,19 @@ def has_code(error: BaseException, code: str) -> bool:
     return isinstance(error, MlflowException) and error.error_code == code
 
 
+class SuppressCode:
+    """A context that suppresses MLflow's errors with these codes."""
+
+    def __init__(self, *codes: str) -> None:
+        self._codes = codes
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        return error is not None and any(has_code(error, code) for code in self._codes)
+
+
 def _require_reachable(uri: str) -> None:
     """Probes a database's host: MLflow itself would retry for minutes. Raises TrackingUnreachable."""
     scheme = uri.partition("://")[0].split("+")[0]

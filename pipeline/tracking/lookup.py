@@ -16,7 +16,7 @@ import yaml
 
 from pipeline.errors import UserError, require_package, without_secrets
 from pipeline.model import decode_generator, generator_sha256
-from pipeline.tracking.connection import TrackingUnreachable, bounded_requests, cause, connect, has_code
+from pipeline.tracking.connection import SuppressCode, TrackingUnreachable, bounded_requests, cause, connect
 from pipeline.tracking.logged_model import SHA_TAG, WEIGHTS
 from pipeline.tracking.uri import known_uri
 
@@ -163,15 +163,10 @@ def version_uri(uri: str, tracking_uri: str | None = None) -> str:
 
 def by_alias(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
     """The version with this alias; None without one."""
-    from mlflow.exceptions import MlflowException
-
-    try:
+    # MLflow reports a missing alias as an invalid parameter, a missing model as a missing resource.
+    with SuppressCode("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"):
         return client.get_model_version_by_alias(name, alias)
-    except MlflowException as error:
-        # MLflow reports a missing alias as an invalid parameter, a missing model as a missing resource.
-        if has_code(error, "INVALID_PARAMETER_VALUE") or has_code(error, "RESOURCE_DOES_NOT_EXIST"):
-            return None
-        raise
+    return None
 
 
 def versions(client: MlflowClient, name: str) -> list[ModelVersion]:
@@ -188,29 +183,23 @@ def versions(client: MlflowClient, name: str) -> list[ModelVersion]:
 
 def resolve(client: MlflowClient, name: str, alias: str | None, version: str | None) -> ModelVersion:
     """The version of an alias or number. Raises UserError that lists the existing ones."""
-    from mlflow.exceptions import MlflowException
-
-    try:
+    model = None
+    with SuppressCode("RESOURCE_DOES_NOT_EXIST"):
         model = client.get_registered_model(name)
-    except MlflowException as error:
-        if not has_code(error, "RESOURCE_DOES_NOT_EXIST"):
-            raise
+    if model is None:
         known = ", ".join(sorted(other.name for other in client.search_registered_models(max_results=5)))
-        raise UserError(f"models:/{name}: no such registered model; known: {known or 'none'}") from None
+        raise UserError(f"models:/{name}: no such registered model; known: {known or 'none'}")
     if alias is not None:
         aliased = by_alias(client, name, alias)
         if aliased is None:
             known = ", ".join(sorted(model.aliases)) or "none"
             raise UserError(f"models:/{name}@{alias}: no such alias; known: {known}")
         return aliased
-    try:
+    with SuppressCode("RESOURCE_DOES_NOT_EXIST"):
         return client.get_model_version(name, str(version))
-    except MlflowException as error:
-        if not has_code(error, "RESOURCE_DOES_NOT_EXIST"):
-            raise
-        numbers = sorted(int(other.version) for other in versions(client, name))
-        known = ", ".join(map(str, numbers[-5:])) or "none"
-        raise UserError(f"models:/{name}/{version}: no such version; known: {known}") from None
+    numbers = sorted(int(other.version) for other in versions(client, name))
+    known = ", ".join(map(str, numbers[-5:])) or "none"
+    raise UserError(f"models:/{name}/{version}: no such version; known: {known}")
 
 
 def connect_existing(uri: str) -> MlflowClient:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.metrics import better, metric_of
 from pipeline.tracking.config import TrackingConfig
-from pipeline.tracking.connection import bounded_requests, connect, has_code
+from pipeline.tracking.connection import SuppressCode, bounded_requests, connect
 from pipeline.tracking.logged_model import SET_TAG, SHA_TAG, LoggedGenerator, log_model
 from pipeline.tracking.lookup import CHAMPION, by_alias, connect_existing, one_line_errors, resolve, versions
 from pipeline.tracking.model_card import ModelCard
@@ -82,25 +82,6 @@ def register_generator(
     return RegisteredVersion(name, int(version.version), champion, reason)
 
 
-def log_generator(
-    tracked: TrackedRun,
-    config: TrackingConfig,
-    generator_path: Path,
-    step: int,
-    metrics: Mapping[str, float],
-    evaluation_set: str,
-    card: ModelCard,
-) -> None:
-    """Logs a generator with its metrics, to be compared in MLflow, without registering it.
-
-    Arguments and errors are those of `register_generator`; repeating it changes nothing.
-    """
-    what = f"logging the generator of step {step}"
-    with one_line_errors(what, tracked.uri), bounded_requests(**UPLOAD_LIMITS):
-        client = connect(tracked.uri)
-        log_model(client, tracked, config.model_name, generator_path, step, metrics, evaluation_set, card)
-
-
 def promote(name: str, version: int, tracking_uri: str | None = None) -> int | None:
     """Makes `version` the champion, whatever its metrics are.
 
@@ -128,13 +109,8 @@ def _version(
     selected_by: str,
 ) -> tuple[ModelVersion, bool]:
     """The version of this logged model, and whether it is new."""
-    from mlflow.exceptions import MlflowException
-
-    try:
+    with SuppressCode("RESOURCE_ALREADY_EXISTS"):
         client.create_registered_model(name)
-    except MlflowException as error:
-        if not has_code(error, "RESOURCE_ALREADY_EXISTS"):
-            raise
     for version in versions(client, name):
         if version.tags.get(SHA_TAG) == logged.sha256 and version.run_id == tracked.run_id:
             return version, False

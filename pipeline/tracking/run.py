@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -12,9 +11,9 @@ from pipeline.errors import UserError, require_package, without_secrets
 from pipeline.run_folder import MLFLOW_RUN, TrackingDescription
 from pipeline.storage import Storage
 from pipeline.tracking.config import TrackingConfig
-from pipeline.tracking.connection import TrackingUnreachable, bounded_requests, cause, connect, has_code
+from pipeline.tracking.connection import SuppressCode, TrackingUnreachable, bounded_requests, cause, connect
 from pipeline.tracking.provenance import provenance_tags
-from pipeline.tracking.spool import FOLDER, published_step
+from pipeline.tracking.spool import FOLDER, now_ms, published_step
 from pipeline.tracking.upload import PARAM_CHARACTERS, TAG_CHARACTERS, log_description, log_end
 from pipeline.tracking.uri import artifact_root, resolve_uri
 
@@ -95,7 +94,7 @@ def open_run(
         config_text=without_secrets(config_text),
         parent_run_id=parent_run_id,
         run_id=run_id,
-        started_ms=(earlier.started_ms if earlier else None) or _now_ms(),
+        started_ms=(earlier.started_ms if earlier else None) or now_ms(),
     )
     MLFLOW_RUN.write(run, description)
     if not config.enabled:
@@ -181,7 +180,7 @@ def finish_run(
     """
     folder = run or (Storage(tracked.folder) if tracked else None)
     assert folder is not None
-    reason, ended_ms = _one_value(" ".join(reason.split()), TAG_CHARACTERS), _now_ms()
+    reason, ended_ms = _one_value(" ".join(reason.split()), TAG_CHARACTERS), now_ms()
     try:
         description = require_description(folder)
         if description.status == status:
@@ -206,8 +205,6 @@ def finish_run(
 
 def _experiment(client: MlflowClient, name: str, root: str | None) -> str:
     """The experiment's id; a new one gets `root` as its artifact location. Raises UserError."""
-    from mlflow.exceptions import MlflowException
-
     for _ in range(2):
         experiment = client.get_experiment_by_name(name)
         if experiment is not None:
@@ -217,26 +214,19 @@ def _experiment(client: MlflowClient, name: str, root: str | None) -> str:
                     f"(mlflow experiments restore -x {experiment.experiment_id}) or choose another name"
                 )
             return str(experiment.experiment_id)
-        try:
+        with SuppressCode("RESOURCE_ALREADY_EXISTS"):
             return str(client.create_experiment(name, artifact_location=root))
-        except MlflowException as error:
-            if not has_code(error, "RESOURCE_ALREADY_EXISTS"):
-                raise
     raise UserError(f"tracking.experiment={name}: cannot be created")
 
 
 def _find(client: MlflowClient, description: TrackingDescription, experiment_id: str) -> str | None:
     """The run of an earlier attempt, by MLflow's id or by our key tag; a run deleted in MLflow is restored."""
     from mlflow.entities import ViewType
-    from mlflow.exceptions import MlflowException
 
     existing = None
     if description.run_id:
-        try:
+        with SuppressCode("RESOURCE_DOES_NOT_EXIST"):
             existing = client.get_run(description.run_id)
-        except MlflowException as error:
-            if not has_code(error, "RESOURCE_DOES_NOT_EXIST"):
-                raise
     if existing is None and KEY_TAG in description.tags:
         query = f"tags.`{KEY_TAG}` = '{description.tags[KEY_TAG]}'"
         runs = client.search_runs([experiment_id], query, run_view_type=ViewType.ALL, max_results=1)
@@ -285,7 +275,3 @@ def _refuse_or_warn(config: TrackingConfig, error: TrackingUnreachable, conseque
             f"{error}; start the server, or set tracking.if_unreachable=spool to train now and send metrics later"
         ) from None
     logger.warning("%s; %s", error, consequence)
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

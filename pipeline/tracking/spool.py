@@ -13,6 +13,7 @@ import io
 import json
 import math
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -174,6 +175,11 @@ def published_step(run: Storage) -> int:
         if run.exists(f"checkpoints/{name}/manifest.json"):
             return step
     return -1
+
+
+def now_ms() -> int:
+    """The time in milliseconds since 1970."""
+    return time.time_ns() // 1_000_000
 
 
 def to_png(image: np.ndarray) -> bytes:

@@ -2,7 +2,6 @@
 
 import logging
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from mlflow.entities import Metric
 
 from pipeline.tracking.connection import bounded_requests, cause
 from pipeline.tracking.run import TrackedRun
+from pipeline.tracking.spool import now_ms
 
 BEST_TAG = "esrgan.best_trial"
 BEST_RUN_TAG = "esrgan.best_trial_run_id"
@@ -29,14 +29,13 @@ def log_sweep(
     """Logs a sweep's result to its parent run; a server that does not answer is a warning.
 
     Args:
-        parent: the sweep's run.
         metrics: number of a trial, as the step, and its metrics.
         files: artifacts, by name.
         best: name and MLflow run id of the best trial.
 
     Returns whether MLflow has everything.
     """
-    now = time.time_ns() // 1_000_000
+    now = now_ms()
     points = [
         Metric(f"trial/{name}", value, now, number)
         for number, values in metrics

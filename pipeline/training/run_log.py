@@ -1,6 +1,5 @@
 """The run's log: lines on the console, and records that are spooled for MLflow with the next checkpoint."""
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -8,7 +7,7 @@ from pipeline.imaging import Image
 from pipeline.metrics import metric_of
 from pipeline.model.device import emulates_bf16
 from pipeline.storage import Storage
-from pipeline.tracking.spool import Event, ImageRecord, Metrics, Record, validations
+from pipeline.tracking.spool import Event, ImageRecord, Metrics, Record, now_ms, validations
 from pipeline.tracking.system_metrics import system_metrics
 from pipeline.training.advice import Advisor
 from pipeline.training.config import TrainConfig
@@ -91,19 +90,19 @@ class RunLog:
                 figure = perception_distortion_figure(
                     self._validations, axes, self.config.psnr.steps, best, state.bicubic
                 )
-                self._records.append(ImageRecord(state.step, _now_ms(), KEY, figure))
+                self._records.append(ImageRecord(state.step, now_ms(), KEY, figure))
 
     def images(self, step: int, images: Mapping[str, Image]) -> None:
         """Records validation images."""
         self._records += [
-            ImageRecord(step, _now_ms(), f"validation/{name}", image) for name, image in images.items()
+            ImageRecord(step, now_ms(), f"validation/{name}", image) for name, image in images.items()
         ]
 
     def event(self, step: int, text: str) -> None:
         """Prints and records one line."""
         if self.worker.is_main:
             print(text, flush=True)
-            self._records.append(Event(step, _now_ms(), text))
+            self._records.append(Event(step, now_ms(), text))
 
     def take(self) -> list[Record]:
         """The records since the last call."""
@@ -115,7 +114,7 @@ class RunLog:
         self._records = records + self._records
 
     def _metrics(self, step: int, values: Mapping[str, float]) -> None:
-        self._records.append(Metrics(step, _now_ms(), dict(values)))
+        self._records.append(Metrics(step, now_ms(), dict(values)))
 
 
 def _print_means(what: str, sets: Sequence[ValidationSet], metrics: Mapping[str, float]) -> None:
@@ -131,7 +130,3 @@ def _print_means(what: str, sets: Sequence[ValidationSet], metrics: Mapping[str,
 def _metric_name(name: str) -> str:
     """loss_pixel -> loss/pixel; others below train/."""
     return f"loss/{name.removeprefix('loss_')}" if name.startswith("loss_") else f"train/{name}"
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
