@@ -16,12 +16,11 @@ from pipeline.data import HeldOutPhoto
 from pipeline.errors import UserError
 from pipeline.model import LAYERS, VGGFeatures
 from pipeline.storage import Storage
-from pipeline.training.checks import check_before_start
+from pipeline.training.checks import check_before_start, prepare_worker
 from pipeline.training.config import TrainConfig
 from pipeline.training.loop import train
 from pipeline.training.validation_sets import ValidationSet
 from pipeline.training.worker import Worker
-from pipeline.training.worker_check import prepare_worker
 
 
 def load(folder: Path, **changes: object) -> TrainConfig:
@@ -156,7 +155,7 @@ def test_held_out_images_too_small_for_a_metric_are_found_before_the_first_step(
 def test_several_workers_need_shared_memory(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, use_gpu: bool, needed: int
 ) -> None:
-    monkeypatch.setattr("pipeline.training.worker_check.require_gpu", lambda *words: None)
+    monkeypatch.setattr("pipeline.training.checks.require_gpu", lambda *words: None)
     free = SimpleNamespace(free=needed - 1)
     monkeypatch.setattr("shutil.disk_usage", lambda path: free)
     assert "enlarge it" in prepare_worker(use_gpu, True, str(tmp_path), None)

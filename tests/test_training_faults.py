@@ -19,7 +19,7 @@ from pipeline.tracking.spool import Event, read_segment, segment_steps
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training import faults, stopping
 from pipeline.training.advice import INTERVALS, Advisor
-from pipeline.training.restart_policy import Decision, RestartPolicy
+from pipeline.training.faults import Decision, RestartPolicy
 from pipeline.training.state import TrainState
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.training.config import TrainConfig
-from pipeline.training.intervals import Due, due
+from pipeline.training.schedule import Due, due
 
 CONFIG = TrainConfig.model_validate(
     {

@@ -1,20 +1,25 @@
-"""Preflight checks: what can be checked before Ray starts."""
+"""Preflight checks: what can be checked before Ray starts, and on each worker before it joins its process group."""
 
+import os
 import platform
 import shutil
 from pathlib import Path
+from typing import Any
 
+from pipeline.data.format.local_copy import local_copy
 from pipeline.errors import StorageFull, UserError, is_installed, require_package
 from pipeline.metrics import require
 from pipeline.model import Lite0Features, VGGFeatures
 from pipeline.model.device import require_gpu
-from pipeline.section import flat_fields
+from pipeline.section import flat_fields, with_fields
 from pipeline.storage import Storage, absolute, is_remote
 from pipeline.training.config import TrainConfig
 from pipeline.training.init_config import NETWORKS
 from pipeline.training.model_source import shipped_model
 from pipeline.training.selection import measured_metrics, metric_key
-from pipeline.training.validation_config import HELD_OUT, SetFolders
+from pipeline.training.validation_config import HELD_OUT
+
+NCCL_HEARTBEAT_S = 60
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
@@ -23,52 +28,35 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     Raises:
         UserError: a relative path in a job that runs in a temporary copy of the working directory.
     """
-    paths = {"storage": config.storage, "data.root": config.data.root}
-    for name, folders in config.validation.sets.items():
-        paths |= flat_fields({f"validation.sets.{name}": _plain(folders)})
-    for field, path in paths.items():
+    sets = {
+        name: folders if isinstance(folders, str) else folders.model_dump()
+        for name, folders in config.validation.sets.items()
+    }
+    shared = {"storage": config.storage, "data.root": config.data.root}
+    for field, path in {**shared, **flat_fields({"validation.sets": sets})}.items():
         relative = not is_remote(path) and not Path(path).expanduser().is_absolute()
         if relative and in_copied_folder():
             raise UserError(
                 f"{field}={path}: relative to a copy of the working directory, which Ray deletes after the job; "
                 f"give an absolute path or an s3:// prefix, for example --{field} {Path.home() / path}"
             )
-    cache = config.data.local_cache
-    changes = {"root": absolute(config.data.root), "local_cache": None if cache is None else absolute(cache)}
-    data = config.data.model_copy(update=changes)
-    weights = config.perceptual.weights
-    if weights not in ("imagenet", "efficientnet_lite0", "random"):
-        weights = absolute(weights)
-    init = config.init.model_copy(
-        update={name: _absolute_source(f"init.{name}", getattr(config.init, name)) for name in NETWORKS}
-    )
-    perceptual = config.perceptual.model_copy(update={"weights": weights})
-    folder, sets = config.validation.weights_folder, config.validation.sets
-    validation = config.validation.model_copy(
-        update={
-            "weights_folder": folder and absolute(folder),
-            "sets": {name: _absolute_folders(folders) for name, folders in sets.items()},
-        }
-    )
-    return config.model_copy(
-        update={
-            "storage": absolute(config.storage),
-            "data": data,
-            "init": init,
-            "perceptual": perceptual,
-            "validation": validation,
-        }
-    )
-
-
-def _plain(folders: str | SetFolders) -> str | dict[str, str]:
-    return folders if isinstance(folders, str) else folders.model_dump()
-
-
-def _absolute_folders(folders: str | SetFolders) -> str | SetFolders:
-    if isinstance(folders, str):
-        return absolute(folders)
-    return SetFolders(hr=absolute(folders.hr), lr=absolute(folders.lr))
+    paths = {
+        **shared,
+        "data.local_cache": config.data.local_cache,
+        "validation.weights_folder": config.validation.weights_folder,
+    }
+    if config.perceptual.weights not in ("imagenet", "efficientnet_lite0", "random"):
+        paths["perceptual.weights"] = config.perceptual.weights
+    changes: dict[str, Any] = {field: absolute(path) for field, path in paths.items() if path is not None}
+    changes["validation.sets"] = {
+        name: absolute(folders)
+        if isinstance(folders, str)
+        else {kind: absolute(path) for kind, path in folders.items()}
+        for name, folders in sets.items()
+    }
+    for network in NETWORKS:
+        changes[f"init.{network}"] = _absolute_source(f"init.{network}", getattr(config.init, network))
+    return with_fields(config, changes)
 
 
 def _absolute_source(field: str, source: str | None) -> str | None:
@@ -139,19 +127,6 @@ def _require_space(config: TrainConfig, run: Storage) -> None:
         )
 
 
-def require_shared_memory(use_gpu: bool) -> None:
-    """Raises UserError if several workers on this machine would not have enough of it.
-
-    GPUs without direct access to each other exchange gradients through /dev/shm; containers have 64 MiB by default.
-    """
-    folder, needed = Path("/dev/shm"), 2**30 if use_gpu else 2**26
-    if folder.is_dir() and (free := shutil.disk_usage(folder).free) < needed:
-        raise UserError(
-            f"/dev/shm on {platform.node()}: {free / 2**20:.0f} MiB free, and several workers need "
-            f"{needed / 2**20:.0f}; enlarge it (docker run --shm-size=2g)"
-        )
-
-
 def checkpoint_bytes(config: TrainConfig) -> int:
     """Approximate size of a checkpoint, in bytes."""
     size = config.model
@@ -164,3 +139,36 @@ def checkpoint_bytes(config: TrainConfig) -> int:
         discriminator = 160 * 9 * base * base + 8 * base * 100 * (config.crop_px // 32) ** 2
     # Weights, EMA weights and Adam's two moments; the discriminator has no EMA weights.
     return 4 * (4 * generator + 3 * discriminator)
+
+
+def prepare_worker(use_gpu: bool, several: bool, root: str, local_cache: str | None) -> str:
+    """Checks driver and shared memory, and copies the data set; returns what is missing, or an empty text.
+
+    The copy of a remote data set at `root` to `local_cache` takes minutes: in the process group, others would wait for
+    it in a collective. `several`: whether there are several workers.
+    """
+    # A collective that timed out ends the process; without these the watchdog first collects state for minutes.
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
+    os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(NCCL_HEARTBEAT_S))
+    try:
+        if several:
+            _require_shared_memory(use_gpu)
+        if use_gpu:
+            require_gpu(f"use_gpu=true, {platform.node()}", "set use_gpu=false")
+        local_copy(root, local_cache)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _require_shared_memory(use_gpu: bool) -> None:
+    """Raises UserError if several workers on this machine would not have enough of it.
+
+    GPUs without direct access to each other exchange gradients through /dev/shm; containers have 64 MiB by default.
+    """
+    folder, needed = Path("/dev/shm"), 2**30 if use_gpu else 2**26
+    if folder.is_dir() and (free := shutil.disk_usage(folder).free) < needed:
+        raise UserError(
+            f"/dev/shm on {platform.node()}: {free / 2**20:.0f} MiB free, and several workers need "
+            f"{needed / 2**20:.0f}; enlarge it (docker run --shm-size=2g)"
+        )

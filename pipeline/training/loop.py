@@ -20,9 +20,9 @@ from pipeline.training.config import TrainConfig
 from pipeline.training.distributed import world_size
 from pipeline.training.faults import Diverged
 from pipeline.training.initial import load_initial
-from pipeline.training.intervals import due
 from pipeline.training.meter import Meter
 from pipeline.training.run_log import RunLog
+from pipeline.training.schedule import due
 from pipeline.training.selection import select_key
 from pipeline.training.state import Stage, TrainState, begin_gan, new_state, of_metric
 from pipeline.training.stepper import Stepper

@@ -22,6 +22,7 @@ from pipeline.run_folder import REFUSAL, Fault, FaultKind, Refusal
 from pipeline.storage import Storage
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training import faults
+from pipeline.training.checks import prepare_worker
 from pipeline.training.config import TrainConfig
 from pipeline.training.loop import train
 from pipeline.training.ray_compat import (
@@ -32,11 +33,9 @@ from pipeline.training.ray_compat import (
     remove_orphaned_placement_groups,
     reports,
 )
-from pipeline.training.restart_policy import Decision, RestartPolicy
 from pipeline.training.stopping import end_save_request, save_requested, stop_requested
 from pipeline.training.validation_sets import SetFiles, open_sets
 from pipeline.training.worker import Worker
-from pipeline.training.worker_check import prepare_worker
 
 ELASTIC_START_S = 30.0
 RESIZE_S = 10.0
@@ -87,10 +86,10 @@ def fit(
         _decide(config, run, done=False)
 
 
-def _decide(config: TrainConfig, run: Storage, done: bool) -> Decision:
+def _decide(config: TrainConfig, run: Storage, done: bool) -> faults.Decision:
     """The policy's decision; raises its reason if it is to give up."""
     refusal = REFUSAL.read(run)
-    decision = RestartPolicy(config.faults.max_restarts).decide(faults.load(run), refusal, done)
+    decision = faults.RestartPolicy(config.faults.max_restarts).decide(faults.load(run), refusal, done)
     if decision.action == "give up":
         if refusal is not None and refusal.storage_full:
             raise StorageFull(decision.reason)
@@ -159,7 +158,7 @@ def _worker_loop(loop_config: Mapping[str, Any]) -> None:
     config = TrainConfig.model_validate(loop_config["config"])
     run = Storage(loop_config["run"])
     earlier = faults.load(run)
-    policy = RestartPolicy(config.faults.max_restarts)
+    policy = faults.RestartPolicy(config.faults.max_restarts)
     if policy.decide(earlier, REFUSAL.read(run)).action == "give up":
         return  # the driver raises the reason
     context = ray.train.get_context()

@@ -1,6 +1,7 @@
-"""Learning-rate schedules as functions of the step, so that resuming needs no scheduler state."""
+"""Learning rates, and when the loop logs, validates and saves: functions of the step, without a state to resume."""
 
 import math
+from dataclasses import dataclass
 
 from pipeline.training.config import Schedule, TrainConfig
 
@@ -33,3 +34,24 @@ def stage_rate(config: TrainConfig, stage: str, step: int) -> float:
     return learning_rate(
         config.gan.schedule, config.gan.learning_rate, step - config.psnr.steps, config.gan.steps
     )
+
+
+@dataclass(frozen=True)
+class Due:
+    """What follows an optimizer step."""
+
+    log: bool
+    validate: bool
+    save: bool
+
+
+def due(config: TrainConfig, step: int) -> Due:
+    """What is due after `step` optimizer steps (over both stages).
+
+    The end of a stage is validated, every validation is saved, and every checkpoint ends a logging interval, so that a
+    resumed run begins a whole one.
+    """
+    stage_ends = step in (config.psnr.steps, config.psnr.steps + config.gan.steps)
+    validate = stage_ends or step % config.validate_every_steps == 0
+    save = validate or step % config.checkpoint_every_steps == 0
+    return Due(log=save or step % config.log_every_steps == 0, validate=validate, save=save)

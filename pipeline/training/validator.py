@@ -1,15 +1,14 @@
 """Validation within a run: metrics of the EMA weights, the best checkpoints, comparison strips."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 
 from pipeline.errors import UserError
-from pipeline.metrics import MetricSet
+from pipeline.metrics import MetricSet, metric_of
 from pipeline.model import RRDBNet
 from pipeline.storage import Storage
 from pipeline.training import checkpoint as checkpoints
-from pipeline.training.baseline import comparison, is_below
 from pipeline.training.checkpoint import CheckpointName
 from pipeline.training.config import TrainConfig
 from pipeline.training.run_log import RunLog
@@ -78,8 +77,8 @@ class Validator:
 
     def begin_stage_two(self, state: TrainState) -> None:
         """Logs the metrics of the generator that stage 2 starts from next to bicubic's."""
-        if state.validation is None or state.validation.step != state.step or not state.bicubic:
-            return  # no validation images, or a checkpoint of a version that did not measure bicubic
+        if state.validation is None or state.validation.step != state.step:
+            return  # no validation images
         metrics, bicubic = state.validation.metrics, state.bicubic
         warning = "warning: below bicubic: " if is_below(metrics, bicubic) else ""
         self._log.event(
@@ -112,3 +111,19 @@ class Validator:
                 generator.load_state_dict(weights)
                 self._stage_one = [generator]
         return self._stage_one
+
+
+def is_below(metrics: Mapping[str, float], bicubic: Mapping[str, float]) -> bool:
+    """Whether PSNR (Y) is worse than bicubic's on a validation set; False where it is not measured."""
+    return any(
+        value < bicubic[key]
+        for key, value in metrics.items()
+        if metric_of(key) == "psnr_y" and key in bicubic
+    )
+
+
+def comparison(metrics: Mapping[str, float], bicubic: Mapping[str, float]) -> str:
+    """The metrics with bicubic's, in one line; those that bicubic was not measured by are omitted."""
+    return ", ".join(
+        f"{key} {value:.4f} (bicubic {bicubic[key]:.4f})" for key, value in metrics.items() if key in bicubic
+    )

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from pipeline.errors import UserError
 from pipeline.training.config import TrainConfig
-from pipeline.training.intervals import due
+from pipeline.training.schedule import due
 from pipeline.tuning.config import TuneConfig
 
 History = Mapping[int, float]
