@@ -220,7 +220,7 @@ def test_a_step_dispatches_a_limited_number_of_operations(
     The limits, for 23 blocks, are 1 % above the counts when they were set.
     """
     reductions: list[torch.Size] = []
-    monkeypatch.setattr(dist, "all_reduce", lambda tensor: reductions.append(tensor.shape))
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, **_: reductions.append(tensor.shape))
     for module in (distributed, discriminate):
         monkeypatch.setattr(module, "world_size", lambda: workers)
         monkeypatch.setattr(module, "rank", lambda: 0)

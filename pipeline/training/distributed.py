@@ -6,7 +6,6 @@ whole batch. Without a process group there is one worker, and nothing is communi
 
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,22 +23,6 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
-class _SumOverWorkers(torch.autograd.Function):
-    """All-reduce (sum) whose backward pass is an all-reduce: every worker's loss depends on every worker's input."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
-        total = value.detach().clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        total = gradients[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total
-
-
 def global_means(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Mean of each tensor over all workers' elements, as differentiable scalars; one all-reduce, and one backward.
 
@@ -48,23 +31,21 @@ def global_means(*tensors: Tensor) -> tuple[Tensor, ...]:
     """
     if world_size() == 1:
         return tuple(tensor.mean() for tensor in tensors)
+    # Its backward pass is an all-reduce too: every worker's loss depends on every worker's input.
+    from torch.distributed.nn.functional import all_reduce
+
     sums = torch.stack([tensor.sum() for tensor in tensors])
     # Filled on the device: a tensor from Python numbers would make the host wait for it.
     counts = torch.stack([torch.full_like(sums[0], tensor.numel()) for tensor in tensors])
-    sums, totals = _SumOverWorkers.apply(torch.stack([sums, counts]))
+    sums, totals = all_reduce(torch.stack([sums, counts]), group=None)
     return (sums / totals.detach()).unbind()
 
 
 def share_mean(global_batch: int) -> Callable[[Tensor], Tensor]:
     """A mean whose average over workers is the mean over the global batch, without communication.
 
-    For losses that are a mean over samples: each worker is weighted by its number of samples.
-
-    Args:
-        global_batch: samples in the step over all workers.
-
-    Returns:
-        A function of a tensor (this worker's samples, ...) to a scalar.
+    For losses that are a mean over samples: each worker is weighted by its number of samples, of `global_batch` in all.
+    Returns a function of a tensor whose first dimension is this worker's samples, to a scalar.
     """
     workers = world_size()
 
