@@ -105,10 +105,14 @@ def test_runs_on_s3_need_a_server() -> None:
         resolve_uri(TrackingConfig(), "s3://bucket/runs")
 
 
-def test_the_argument_precedes_the_environment(tmp_path: Path) -> None:
-    both = {"ESRGAN_TRACKING__URI": "http://ours:1", "MLFLOW_TRACKING_URI": "http://mlflow:1"}
-    assert known_uri("http://given:1", both) == "http://given:1"
-    assert known_uri(None, both) == "http://ours:1"
-    assert known_uri(None, {"MLFLOW_TRACKING_URI": "http://mlflow:1"}) == "http://mlflow:1"
+def test_the_argument_precedes_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ESRGAN_TRACKING__URI", "http://ours:1")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:1")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    assert known_uri("http://given:1") == "http://given:1"
+    assert known_uri(None) == "http://ours:1"
+    monkeypatch.delenv("ESRGAN_TRACKING__URI")
+    assert known_uri(None) == "http://mlflow:1"
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
     with pytest.raises(UserError, match="no tracking server is configured"):
-        known_uri(None, {"XDG_CONFIG_HOME": str(tmp_path)})
+        known_uri(None)

@@ -1,7 +1,6 @@
 """URIs of tracking servers and databases: made absolute, and masked wherever they are written or shown."""
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -91,15 +90,14 @@ def _require_plain(path: str, field: str) -> None:
         )
 
 
-def known_uri(uri: str | None, environment: Mapping[str, str] | None = None) -> str:
+def known_uri(uri: str | None) -> str:
     """The given URI, the environment's (ESRGAN_TRACKING__URI, then MLFLOW_TRACKING_URI), or the last run's.
 
     Raises:
         UserError: none of them, or not a tracking URI.
     """
-    environment = os.environ if environment is None else environment
-    known = uri or environment.get("ESRGAN_TRACKING__URI") or environment.get("MLFLOW_TRACKING_URI")
-    file = store_file(environment)
+    known = uri or os.environ.get("ESRGAN_TRACKING__URI") or os.environ.get("MLFLOW_TRACKING_URI")
+    file = store_file()
     if not known and file.is_file():
         known = file.read_text(encoding="utf-8").strip()
         try:
@@ -114,10 +112,9 @@ def known_uri(uri: str | None, environment: Mapping[str, str] | None = None) -> 
     return absolute_uri(known)
 
 
-def store_file(environment: Mapping[str, str] | None = None) -> Path:
+def store_file() -> Path:
     """The file with the tracking URI of the last training run, below XDG_CONFIG_HOME or ~/.config."""
-    environment = os.environ if environment is None else environment
-    folder = environment.get("XDG_CONFIG_HOME") or "~/.config"
+    folder = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
     return Path(folder).expanduser() / "esrgan-ray" / "tracking_uri"
 
 
