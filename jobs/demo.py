@@ -91,11 +91,9 @@ def main(argv: list[str]) -> int:
 def trained_model(run: Path, name: str) -> str:
     """The version that a run has registered, which need not be the champion; without one the run's folder."""
     result = RESULT.read(Storage(str(run)))
-    return (
-        str(run)
-        if result is None or result.model_version is None
-        else f"models:/{name}/{result.model_version}"
-    )
+    if result is None or result.model_version is None:
+        return str(run)
+    return f"models:/{name}/{result.model_version}"
 
 
 @contextmanager
@@ -107,7 +105,6 @@ def private_ray(environment: dict[str, str]) -> Iterator[tuple[str, str]]:
     """
     # Ray's sockets need a short path.
     folder = tempfile.mkdtemp(prefix="er-", dir="/tmp")
-    ports = free_ports(5)
     names = (
         "port",
         "dashboard-port",
@@ -115,24 +112,27 @@ def private_ray(environment: dict[str, str]) -> Iterator[tuple[str, str]]:
         "ray-client-server-port",
         "metrics-export-port",
     )
-    start = ["ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--temp-dir={folder}"]
-    start += [f"--{name}={port}" for name, port in zip(names, ports, strict=True)]
-    start += [
-        "--min-worker-port=0",
-        "--max-worker-port=0",
-        "--dashboard-host=127.0.0.1",
-        "--disable-usage-stats",
-    ]
-    start += [f"--object-store-memory={512 * 2**20}"]
+    ports = dict(zip(names, free_ports(len(names)), strict=True))
+    flags = {
+        **ports,
+        "node-ip-address": "127.0.0.1",
+        "dashboard-host": "127.0.0.1",
+        "temp-dir": folder,
+        "min-worker-port": 0,
+        "max-worker-port": 0,
+        "object-store-memory": 512 * 2**20,
+    }
+    start = ["ray", "start", "--head", "--block", "--disable-usage-stats"]
+    start += [f"--{name}={value}" for name, value in flags.items()]
     log = Path(folder) / "start.log"
     with log.open("w") as output:
         ray = subprocess.Popen(
             start, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
-        dashboard = f"http://127.0.0.1:{ports[1]}"
+        dashboard = f"http://127.0.0.1:{ports['dashboard-port']}"
         _wait_for(dashboard, ray, log)
-        yield f"127.0.0.1:{ports[0]}", dashboard
+        yield f"127.0.0.1:{ports['port']}", dashboard
     finally:
         # A second Ctrl-C must not interrupt the stopping.
         signal.signal(signal.SIGINT, signal.SIG_IGN)

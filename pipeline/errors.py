@@ -31,12 +31,9 @@ def is_installed(package: str) -> bool:
 
 
 def require_package(package: str, needed_for: str, instead: str) -> None:
-    """Raises UserError if a package is not installed; only the parts that use Ray, MLflow and others need these.
+    """Raises UserError if a package is not installed.
 
-    Args:
-        package: its name.
-        needed_for: the field and its value that need it.
-        instead: how to do without it, as a command: "set workers=0".
+    `needed_for` is the field with its value, and `instead` how to do without the package: "set workers=0".
     """
     if not is_installed(package):
         raise UserError(f"{needed_for}: the package {package} is not installed; install it, or {instead}")

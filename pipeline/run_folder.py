@@ -277,10 +277,7 @@ OUTCOME: JsonFile[TrialOutcome] = JsonFile(
     "outcomes/{name}.json", TrialOutcome, "One for each trial that ended.", "remove it to run the trial again"
 )
 
-JSON_FILES: tuple[JsonFile[Any], ...] = (
-    IDENTITY, RESULT, FAULTS, GROUP, REFUSAL, CHECKPOINT_MANIFEST, CHECKPOINT_STATE, MLFLOW_RUN, SENT, CANDIDATE,
-    SWEEP, TRIAL_PLAN, OUTCOME,
-)  # fmt: skip
+JSON_FILES = [value for value in globals().values() if isinstance(value, JsonFile)]
 OTHER_FILES = {
     "config.yaml": "The whole configuration of the latest submission, without secrets.",
     "initial/{network}.safetensors": "Copy of given initial weights; `generator` or `discriminator`.",

@@ -46,12 +46,7 @@ def merged(
     """Nested values of `base`, replaced by those of `overrides`.
 
     Sections are merged field by field. A field whose value is a mapping (`perceptual.layers`, `tune.space`) is replaced
-    as a whole: its keys are part of the value.
-
-    Args:
-        section: the class that the values are for; None: no class, so that every mapping is a value.
-        base: nested values.
-        overrides: nested values that take precedence.
+    as a whole: its keys are part of the value. Without a `section`, the class of the values, every mapping is a value.
     """
     result = dict(base)
     for name, value in overrides.items():

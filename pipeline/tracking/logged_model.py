@@ -199,13 +199,8 @@ def input_example(strip: np.ndarray, scale: int) -> np.ndarray:
 
 def architecture(generator: RRDBNet) -> dict[str, object]:
     """RRDBNet's arguments, the content of architecture.json."""
-    return {
-        "num_feat": generator.num_feat,
-        "num_block": generator.num_block,
-        "num_grow_ch": generator.num_grow_ch,
-        "residual_scale": generator.residual_scale,
-        "scale": generator.scale,
-    }
+    names = ("num_feat", "num_block", "num_grow_ch", "residual_scale", "scale")
+    return {name: getattr(generator, name) for name in names}
 
 
 def _signature() -> ModelSignature:

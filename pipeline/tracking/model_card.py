@@ -76,7 +76,7 @@ def card_text(
     return f"""# {name}
 
 ESRGAN generator (RRDBNet) for x{generator.scale} super-resolution: uint8 RGB in, uint8 RGB out.
-{_data_line(card, origin)}
+Trained on {card.data or "images whose digest is below"}; weights of step {origin["step"]}.
 
 {measured(metrics, card.bicubic, card.selected_by if card.is_chosen else None)}
 
@@ -112,11 +112,6 @@ Image.fromarray(sr[0]).save("large.png")
 ## Limits
 It invents plausible detail. Do not read text, faces or measurements from its results.{images}
 """
-
-
-def _data_line(card: ModelCard, origin: Mapping[str, object]) -> str:
-    data = f"on {card.data}" if card.data else "on images whose digest is below"
-    return f"Trained {data}; weights of step {origin['step']}."
 
 
 def image_file(index: int) -> str:

@@ -20,11 +20,12 @@ def next_steps(uri: str, run_id: str, model: str | None) -> list[str]:
     file = remember_uri(uri)
     shown = without_secrets(uri)
     lines = [f"store: {shown}" + (f" (the default of other commands: {file})" if file else "")]
-    page = f"{LOCAL_SERVER if not uri.startswith('http') else shown}/#/{_page(uri, run_id)}"
+    page = f"#/{_page(uri, run_id)}"
     if uri.startswith("http"):
-        lines.append(f"look: {page}")
+        lines.append(f"look: {shown}/{page}")
     else:
-        lines.append(f"look: mlflow server --backend-store-uri {shlex.quote(shown)} --workers 1, then {page}")
+        server = f"mlflow server --backend-store-uri {shlex.quote(shown)} --workers 1"
+        lines.append(f"look: {server}, then {LOCAL_SERVER}/{page}")
     if model is not None:
         flag = "" if file else f" --tracking.uri {shlex.quote(shown)}"
         lines.append(f"use:  python jobs/upscale.py -n {model} -i IMAGES -o OUT{flag}")

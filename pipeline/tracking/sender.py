@@ -4,7 +4,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
 
 from pipeline.run_folder import SENT, SentMark
 from pipeline.storage import Storage
@@ -60,9 +59,7 @@ class Sender:
             self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         with self._changed:
             self._stop = True
             self._changed.notify_all()

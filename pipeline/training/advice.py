@@ -22,45 +22,35 @@ class Advisor:
         self._recent.append(values)
         if len(self._recent) < INTERVALS or set(self._recent[0]) != set(values):
             return []
-        warnings = {kind: text for kind, applies, text in self._checks() if applies}
+        warnings = self._warnings()
         new = [text for kind, text in warnings.items() if kind not in self._active]
         self._active = set(warnings)
         return new
 
-    def _checks(self) -> list[tuple[str, bool, str]]:
-        """Kind of a warning, whether its condition holds, its text."""
-        accuracy = self._all("discriminator_accuracy")
-        pixel = self._all("loss_pixel")
-        wait = self._all("data_wait_share")
-        checks = [
-            (
-                "wait",
-                min(wait) > DATA_WAIT_SHARE,
+    def _warnings(self) -> dict[str, str]:
+        """The warnings whose condition holds, by kind."""
+        accuracy, pixel, wait = map(self._all, ("discriminator_accuracy", "loss_pixel", "data_wait_share"))
+        warnings = {}
+        if min(wait) > DATA_WAIT_SHARE:
+            warnings["wait"] = (
                 f"steps wait {wait[-1]:.0%} of the time for data; give the workers more CPUs (cpus_per_worker), "
-                "or put data.root on a faster disk",
-            ),
-            (
-                "stuck",
-                max(pixel) - min(pixel) <= STUCK_SPREAD * max(pixel),
-                f"the pixel loss has not changed for {INTERVALS} intervals ({pixel[-1]:.4g}); raise the learning rate",
-            ),
-        ]
-        if accuracy:
-            checks += [
-                (
-                    "wins",
-                    min(accuracy) > WINS,
-                    f"the discriminator accuracy is {accuracy[-1]:.0%}: the generator cannot follow it; "
-                    "lower gan.discriminator_learning_rate, for example to a tenth, or train stage 1 longer",
-                ),
-                (
-                    "loses",
-                    max(accuracy) < LOSES,
-                    f"the discriminator accuracy is {accuracy[-1]:.0%}, close to chance level: it adds noise rather "
-                    "than detail; raise gan.discriminator_learning_rate",
-                ),
-            ]
-        return checks
+                "or put data.root on a faster disk"
+            )
+        if max(pixel) - min(pixel) <= STUCK_SPREAD * max(pixel):
+            warnings["stuck"] = (
+                f"the pixel loss has not changed for {INTERVALS} intervals ({pixel[-1]:.4g}); raise the learning rate"
+            )
+        if accuracy and min(accuracy) > WINS:
+            warnings["wins"] = (
+                f"the discriminator accuracy is {accuracy[-1]:.0%}: the generator cannot follow it; "
+                "lower gan.discriminator_learning_rate, for example to a tenth, or train stage 1 longer"
+            )
+        if accuracy and max(accuracy) < LOSES:
+            warnings["loses"] = (
+                f"the discriminator accuracy is {accuracy[-1]:.0%}, close to chance level: it adds noise rather "
+                "than detail; raise gan.discriminator_learning_rate"
+            )
+        return warnings
 
     def _all(self, name: str) -> list[float]:
         return [values[name] for values in self._recent if name in values]

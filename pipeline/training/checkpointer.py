@@ -4,8 +4,6 @@ import logging
 from collections.abc import Callable
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -52,9 +50,7 @@ class CheckpointWriter:
         self._remove_incomplete()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
         try:
             if kind is None:
                 self.wait()
@@ -68,7 +64,8 @@ class CheckpointWriter:
                 return self._snapshot.take(named)
             except torch.OutOfMemoryError:
                 self._snapshot = Snapshot()  # No memory for a second copy: fetch at once, which takes longer.
-        return partial(dict, _copied(named))
+        copied = {name: value.detach().to("cpu", copy=True) for name, value in named.items()}
+        return lambda: copied
 
     def save(
         self,
@@ -159,10 +156,8 @@ class Checkpointer:
         self._writer.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._writer.__exit__(kind, error, trace)
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+        self._writer.__exit__(kind, *error)
 
     def save(self, last: bool = False) -> bool:
         """Saves the state in the background.
@@ -224,7 +219,3 @@ class Checkpointer:
             self._log.event(self._state.step, f"warning: {text}; retrying at the next checkpoint")
         self._unwritten = []
         return self._failures == 0
-
-
-def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}

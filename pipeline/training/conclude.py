@@ -69,7 +69,7 @@ def conclude(
         model_version=version,
         metrics=chosen.scalars["metrics"],
         final_metrics=final.scalars["metrics"],
-        bicubic_metrics=final.scalars.get("bicubic", {}),
+        bicubic_metrics=final.scalars["bicubic"],
     )
     RESULT.write(run, result)
     if version is not None:
@@ -101,7 +101,7 @@ def _best(
 
 def _against_bicubic(chosen: checkpoints.Checkpoint, metric: str) -> str:
     """A line with the deciding metric and bicubic's; empty without a validation."""
-    value, bicubic = chosen.scalars["metrics"].get(metric), chosen.scalars.get("bicubic", {}).get(metric)
+    value, bicubic = chosen.scalars["metrics"].get(metric), chosen.scalars["bicubic"].get(metric)
     if value is None or bicubic is None:
         return ""
     return f"{metric} {value:.4f}, bicubic {bicubic:.4f}\n"
@@ -147,7 +147,7 @@ def _candidate(
             initial=_initial_facts(run),
             example=next((input_example(strip, config.data.scale) for strip in images.values()), None),
             selected_by=select_key(config, chosen.name.stage),
-            bicubic=chosen.scalars.get("bicubic", {}),
+            bicubic=chosen.scalars["bicubic"],
         ),
     )
 

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import pyarrow
@@ -23,7 +24,7 @@ from pipeline.training.config import TrainConfig
 from pipeline.training.distributed import unwrap
 from pipeline.training.identity import has_begun
 from pipeline.training.init_config import NETWORKS
-from pipeline.training.model_source import GENERATOR_FILE, TRAINING_FILE, read_model_file
+from pipeline.training.model_source import GENERATOR_FILE, TRAINING_FILE, find_model_file
 from pipeline.training.state import TrainState, build_discriminator, build_generator
 
 
@@ -124,9 +125,8 @@ def load_initial(network: str, state: TrainState, config: TrainConfig, run: Stor
     if getattr(config.init, network) is None:
         return ""
     identity = IDENTITY.read(run)
-    origin = identity.initial[network] if identity else None
-    if origin is None:
-        raise RuntimeError(f"{run.uri}: its identity has no initial weights of the {network}")
+    assert identity is not None
+    origin = identity.initial[network]
     taken = _fit(config, network, _copy(run, network, origin))
     targets: list[nn.Module] = [state.generator, state.ema]
     if network == "discriminator":
@@ -191,7 +191,9 @@ def _read(config: TrainConfig, network: str) -> Initial:
         content = pulled.path.read_bytes()
         version, model_id, run_id = pulled.version, pulled.model_id, pulled.run_id
     else:
-        content = read_model_file(source, GENERATOR_FILE if network == "generator" else TRAINING_FILE, name)
+        content = find_model_file(source, GENERATOR_FILE if network == "generator" else TRAINING_FILE, name)[
+            0
+        ]
     if network == "discriminator":
         tensors = read_discriminator_tensors(content, name)
     else:
@@ -238,7 +240,7 @@ def _fit(config: TrainConfig, network: str, weights: Initial) -> Fit:
     differing = [
         (field, size)
         for field, size in _sizes(config, network, weights).items()
-        if size != _value(config, field)
+        if size != attrgetter(field)(config)
     ]
     if differing:
         adoptable = all(field.startswith("model.") for field, _ in differing)
@@ -269,13 +271,6 @@ def _sizes(config: TrainConfig, network: str, weights: Initial) -> dict[str, Any
     if weights.origin.residual_scale is not None:
         fields["model.residual_scale"] = weights.origin.residual_scale
     return fields | {"data.scale": sizes["scale"]}
-
-
-def _value(config: TrainConfig, field: str) -> Any:
-    value: Any = config
-    for part in field.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def _file(network: str) -> str:

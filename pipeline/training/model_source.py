@@ -21,11 +21,6 @@ def shipped_model(source: str) -> Path | None:
     return path if path.parent == _SHIPPED and path.is_file() else None
 
 
-def read_model_file(source: str, file: str, name: str) -> bytes:
-    """The first result of `find_model_file`."""
-    return find_model_file(source, file, name)[0]
-
-
 def find_model_file(source: str, file: str, name: str) -> tuple[bytes, str]:
     """The bytes of a weight file, local or in an object store, and the address of the file or checkpoint.
 

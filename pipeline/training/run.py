@@ -29,7 +29,7 @@ from pipeline.training.selection import select_key, with_selection
 from pipeline.training.state import Stage, new_state
 from pipeline.training.stopping import Stopped, saving_on_sigterm, stop_requested
 from pipeline.training.validation_sets import SetFiles, find_sets, open_sets
-from pipeline.training.worker import Worker, ignore
+from pipeline.training.worker import Worker
 
 # Fields that only ingest reads: they describe the images, not the patches.
 _INGEST_ONLY = {"source", "held_out", "lr_dir", "license"}
@@ -38,7 +38,7 @@ _INGEST_ONLY = {"source", "held_out", "lr_dir", "license"}
 def run_training(
     config: TrainConfig,
     *,
-    report: Callable[[Mapping[str, float]], None] = ignore,
+    report: Callable[[Mapping[str, float]], None] = lambda metrics: None,
     callbacks: Sequence[Any] = (),
     parent_run_id: str | None = None,
     accept_changes: bool = False,
@@ -127,7 +127,9 @@ def run_training(
         if parent_run_id is None:
             print(summary(config, manifest), flush=True)
         if was_prepared:
-            config = _without_source(config)
+            # The data set may not have been made from data.source.
+            data = config.data.model_copy(update=dict.fromkeys(_INGEST_ONLY))
+            config = config.model_copy(update={"data": data})
         return _tracked_training(config, run, manifest, identity, sets, report, callbacks, parent_run_id)
 
 
@@ -161,12 +163,6 @@ def summary(config: TrainConfig, manifest: Manifest) -> str:
             f"devices: {workers}; {'one GPU for each worker' if config.use_gpu else 'CPU'}",
         ]
     )
-
-
-def _without_source(config: TrainConfig) -> TrainConfig:
-    """`config` as recorded by a run whose data set existed before: it may not have been made from data.source."""
-    unknown = dict.fromkeys(_INGEST_ONLY)
-    return config.model_copy(update={"data": config.data.model_copy(update=unknown)})
 
 
 def _tracked_training(

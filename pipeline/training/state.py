@@ -140,7 +140,7 @@ class TrainState:
         self.stage, self.step = scalars["stage"], scalars["step"]
         self.corrupt_patches = scalars["corrupt_patches"]
         self.best = best_of(scalars)
-        self.bicubic, self.bicubic_images = scalars.get("bicubic", {}), scalars.get("bicubic_images", "")
+        self.bicubic, self.bicubic_images = scalars["bicubic"], scalars["bicubic_images"]
         step = scalars["metrics_step"]
         self.validation = None if step is None else Validation(step, scalars["metrics"])
 
@@ -158,12 +158,9 @@ def of_metric(bests: Iterable[Best], metric: str, images: str) -> tuple[Best, ..
 def new_state(config: TrainConfig, stage: Stage, device: torch.device) -> TrainState:
     """A state at the beginning of `stage`, with weights initialized from the seed, for this worker group."""
 
-    def build() -> RRDBNet:
-        return build_generator(config)
-
-    generator = _placed(seeded(config.seed, build), config, device)
+    generator = _placed(seeded(config.seed, lambda: build_generator(config)), config, device)
     use_kernels(generator)
-    ema = _placed(build(), config, device)
+    ema = _placed(build_generator(config), config, device)
     ema.load_state_dict(generator.state_dict())
     ema.requires_grad_(False)
     lr_px = config.crop_px // config.data.scale
@@ -210,11 +207,8 @@ def begin_gan(state: TrainState, config: TrainConfig, device: torch.device) -> N
 
 
 def _add_discriminator(state: TrainState, config: TrainConfig, device: torch.device) -> None:
-    def build() -> nn.Module:
-        return build_discriminator(config)
-
     # Different seed from the generator's, so that the initial weights are uncorrelated.
-    network = _placed(seeded(config.seed + 1, build), config, device)
+    network = _placed(seeded(config.seed + 1, lambda: build_discriminator(config)), config, device)
     example = torch.zeros(1, 3, config.crop_px, config.crop_px, device=device)
     state.discriminator = distribute(PairedDiscriminator(network), example, example)
     state.discriminator_optimizer = _adam(network, config.adam)

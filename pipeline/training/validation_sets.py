@@ -8,9 +8,8 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
-from pipeline.data import load_manifest, read_held_out
+from pipeline.data import HeldOutPhoto, load_manifest, read_held_out
 from pipeline.data.ingest.cutting import pixels_sha256
 from pipeline.data.ingest.decoding import PhotoRejected
 from pipeline.data.ingest.image_set import Pair, find_pairs, read_pair
@@ -20,33 +19,6 @@ from pipeline.metrics import MetricSet
 from pipeline.training.config import TrainConfig
 from pipeline.training.selection import measured_metrics, metric_key
 from pipeline.training.validation_config import HELD_OUT, SetFolders
-
-
-class ValidationImage(Protocol):
-    """An image with its low-resolution version; both uint8 (H, W, 3)."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, int]: ...
-    @property
-    def hr(self) -> Image: ...
-    @property
-    def lr(self) -> Image: ...
-
-
-@dataclass(frozen=True)
-class ValidationSet:
-    """A set of images with its name, `held_out` or one of `validation.sets`."""
-
-    name: str
-    images: Sequence[ValidationImage]
-    sha256: str = ""
-    """Digest of the images."""
-
-    def key(self, metric: str) -> str:
-        """The name of a metric on this set among a validation's metrics."""
-        return metric_key(self.name, metric)
 
 
 @dataclass(frozen=True)
@@ -76,7 +48,7 @@ class SetFiles:
 
 
 class _Image:
-    """An image of a set, read when its pixels are first needed."""
+    """An image of a set with the interface of HeldOutPhoto, read when its pixels are first needed."""
 
     def __init__(self, file: ImageFile, field: str, scale: int) -> None:
         self.name, self.shape = file.name, file.shape
@@ -97,6 +69,23 @@ class _Image:
         if sha256 != file.sha256:
             raise UserError(f"{self._field}: {file.hr} has changed since the run was started; start it again")
         return hr, lr
+
+
+ValidationImage = HeldOutPhoto | _Image
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """A set of images with its name, `held_out` or one of `validation.sets`."""
+
+    name: str
+    images: Sequence[ValidationImage]
+    sha256: str = ""
+    """Digest of the images."""
+
+    def key(self, metric: str) -> str:
+        """The name of a metric on this set among a validation's metrics."""
+        return metric_key(self.name, metric)
 
 
 def find_sets(config: TrainConfig) -> list[SetFiles]:

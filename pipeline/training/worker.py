@@ -6,18 +6,6 @@ from dataclasses import dataclass, field
 import torch
 
 
-def ignore(metrics: Mapping[str, float]) -> None:
-    """A report that goes nowhere."""
-
-
-def _never() -> bool:
-    return False
-
-
-def _done() -> None:
-    return None
-
-
 @dataclass(frozen=True)
 class Worker:
     """One process of a training run, as its launcher describes it."""
@@ -25,15 +13,15 @@ class Worker:
     rank: int = 0
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    report: Callable[[Mapping[str, float]], None] = ignore
+    report: Callable[[Mapping[str, float]], None] = lambda metrics: None
     """Reports a validation, its metrics and its `step`, to the launcher; must be called equally often on all ranks."""
-    preempted: Callable[[], bool] = _never
+    preempted: Callable[[], bool] = lambda: False
     """Whether this worker's node is about to be preempted; must be called the same number of times on every rank."""
-    stopping: Callable[[], bool] = _never
+    stopping: Callable[[], bool] = lambda: False
     """Whether a graceful stop was requested; one rank that returns True is enough."""
-    resizing: Callable[[], bool] = _never
+    resizing: Callable[[], bool] = lambda: False
     """Whether the worker group is to be resized after its next checkpoint; called on rank 0 only."""
-    ready_to_resize: Callable[[], None] = _done
+    ready_to_resize: Callable[[], None] = lambda: None
     """Called on rank 0 when that checkpoint has been written."""
     reason: str = ""
     """Why this worker group was restarted, such as "after a fault (...)"; set on rank 0."""
