@@ -45,6 +45,7 @@ signal.pause()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_demo_leaves_no_processes(tmp_path: Path, number: int, code: int) -> None:
     (tmp_path / "jobs").mkdir()
@@ -56,7 +57,7 @@ def test_a_stopped_demo_leaves_no_processes(tmp_path: Path, number: int, code: i
         # Opening a FIFO waits for its writer: the step is running.
         step_and_child = [psutil.Process(int(pid)) for pid in (tmp_path / "pids").read_text().split()]
         demo.send_signal(number)
-        demo.wait(timeout=60)
+        demo.wait(timeout=300)
     running = [process for process in step_and_child if is_running(process)]
     for process in running:
         process.kill()

@@ -105,6 +105,7 @@ def test_names_cannot_break_out_of_the_page(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: apt-get install chromium)")
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_report_works_in_a_browser(report: Path, tmp_path: Path, width: int) -> None:
     page = tmp_path / "driven.html"
@@ -117,7 +118,7 @@ def test_the_report_works_in_a_browser(report: Path, tmp_path: Path, width: int)
     result = subprocess.run(
         [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1300,900", "--dump-dom",
          "--allow-file-access-from-files", "--virtual-time-budget=5000", frame.as_uri()],
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     found = re.search(r"<title>seen (.*)</title>", result.stdout)
     assert found, result.stderr[-1000:]

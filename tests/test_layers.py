@@ -1,6 +1,7 @@
 """Imports point downwards and have no cycles; the core needs neither Ray nor MLflow."""
 
 import ast
+import functools
 import graphlib
 import subprocess
 import sys
@@ -79,6 +80,7 @@ def statements(tree: ast.AST) -> Iterator[ast.AST]:
         yield from statements(node)
 
 
+@functools.cache
 def imported(path: Path, source: str | None = None) -> set[str]:
     """The modules that a file imports; `from package import module` counts as the module."""
     names: set[str] = set()
@@ -165,6 +167,7 @@ def test_mlflow_is_imported_only_in_tracking(path: Path) -> None:
     assert not uses_mlflow or path.parts[-2] == "tracking"
 
 
+@pytest.mark.slow
 def test_core_imports_without_ray_mlflow_or_pydantic() -> None:
     code = (
         "import sys\n"

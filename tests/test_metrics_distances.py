@@ -240,6 +240,7 @@ def documented() -> dict[str, list[float]]:
     return {name: [float(value) for value in values] for name, *values in rows}
 
 
+@pytest.mark.slow
 def test_feature_distance_ranks_blur_behind_noise_of_equal_mse_as_documented(tmp_path: Path) -> None:
     metrics, found = MetricSet(["feature_distance"], border=0), {}
     for name, hr in sample_crops(tmp_path).items():

@@ -78,6 +78,7 @@ def test_a_candidate_is_read_back_as_it_was_without_secrets(tmp_path: Path) -> N
     assert Candidate.load(run) is None
 
 
+@pytest.mark.slow
 def test_a_run_on_s3_registers_its_generator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with s3_bucket(monkeypatch) as bucket:
         run = Storage(bucket) / "run"

@@ -53,6 +53,7 @@ def values_of(queue: TrialQueue) -> dict[str, Any]:
     return {name: (each.status, each.step, each.metrics) for name, each in queue.outcomes.items()}
 
 
+@pytest.mark.slow
 def test_stage_1_is_trained_once_and_a_trial_has_the_bits_of_a_run_alone(
     folder: Path, tmp_path: Path
 ) -> None:
@@ -75,12 +76,14 @@ def test_stage_1_is_trained_once_and_a_trial_has_the_bits_of_a_run_alone(
     assert result.final_metrics == queue.outcomes[last.name].metrics
 
 
+@pytest.mark.slow
 def test_trials_that_search_stage_1_continuously_train_it_themselves(folder: Path) -> None:
     space = {"psnr.learning_rate": {"low": 1e-4, "high": 1e-3}}
     queue = open_queue(folder, **{"tune.name": "own", "tune.space": space, "tune.trials": 1})
     assert [job.kind for job in run_all(queue)] == ["trial"]
 
 
+@pytest.mark.slow
 def test_an_unreadable_shared_checkpoint_is_trained_again(folder: Path) -> None:
     queue = open_queue(folder, **{"tune.name": "unreadable", "tune.trials": 1})
     stage = queue.next()
@@ -93,6 +96,7 @@ def test_an_unreadable_shared_checkpoint_is_trained_again(folder: Path) -> None:
     assert "training stage 1 again" in trial.run.read_bytes("log.txt").decode()
 
 
+@pytest.mark.slow
 def test_a_missing_shared_checkpoint_is_trained_again(folder: Path) -> None:
     queue = open_queue(folder, **{"tune.name": "missing", "tune.trials": 1})
     stage = queue.next()
@@ -119,6 +123,7 @@ def test_a_stage_1_without_its_last_checkpoint_fails_its_trials(folder: Path) ->
 
 
 @pytest.mark.parametrize("value", ["last", "best", "mean"])
+@pytest.mark.slow
 def test_the_value_of_a_trial_is_that_of_its_validations(folder: Path, value: str, tmp_path: Path) -> None:
     # At this rate PSNR falls between the validations, so the last one is not the best.
     changes = {"gan.learning_rate": 3e-2, "tune.trials": 1, "tune.value": value, "tune.mean_validations": 2}
@@ -142,6 +147,7 @@ def test_the_value_of_a_trial_is_that_of_its_validations(folder: Path, value: st
     assert mean_of["psnr_y"] == pytest.approx(outcome.metrics["psnr_y"], abs=1e-9)
 
 
+@pytest.mark.slow
 def test_a_trial_is_compared_by_a_metric_on_another_set(folder: Path) -> None:
     changes = {"validation.sets": {"own": str(folder / "photos")}, "tune.metrics": ["own/psnr_y"]}
     queue = open_queue(folder, **{"tune.name": "other-set", "tune.trials": 1, **changes})
@@ -152,6 +158,7 @@ def test_a_trial_is_compared_by_a_metric_on_another_set(folder: Path) -> None:
     assert ranking.candidates[0].means == {"own/psnr_y": outcome.metrics["own/psnr_y"]}
 
 
+@pytest.mark.slow
 def test_an_interrupted_sweep_resumes_to_the_values_of_an_undisturbed_one(folder: Path) -> None:
     changes = {"tune.search": "tpe", "tune.trials": 2, "checkpoint_every_steps": 1}
     undisturbed = open_queue(folder, **{"tune.name": "undisturbed", **changes})
@@ -172,6 +179,7 @@ def test_an_interrupted_sweep_resumes_to_the_values_of_an_undisturbed_one(folder
     assert run_all(open_queue(folder, **{"tune.name": "undisturbed", **changes})) == []
 
 
+@pytest.mark.slow
 def test_weak_trials_are_stopped_and_the_rungs_survive_a_resume(folder: Path) -> None:
     changes = {
         "tune.scheduler": "asha", "tune.grace_steps": 3, "tune.reduction_factor": 2, "tune.trials": 3, "gan.steps": 9,
@@ -197,6 +205,7 @@ def test_weak_trials_are_stopped_and_the_rungs_survive_a_resume(folder: Path) ->
     assert values_of(again) == values_of(undisturbed)
 
 
+@pytest.mark.slow
 def test_a_trial_that_diverges_keeps_its_reason_and_is_only_repeated_on_request(folder: Path) -> None:
     changes = {
         "tune.name": "diverging", "faults.max_skipped_steps": 0, "tune.trials": 2,
@@ -214,6 +223,7 @@ def test_a_trial_that_diverges_keeps_its_reason_and_is_only_repeated_on_request(
     ]
 
 
+@pytest.mark.slow
 def test_a_trial_that_could_not_write_is_resumed_by_the_next_submission(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,6 +248,7 @@ def test_a_trial_that_could_not_write_is_resumed_by_the_next_submission(
     assert outcome.status == "finished"
 
 
+@pytest.mark.slow
 def test_a_stage_1_that_fails_fails_its_trials_with_its_reason(folder: Path) -> None:
     changes = {
         "tune.name": "no-stage-1",
@@ -254,6 +265,7 @@ def test_a_stage_1_that_fails_fails_its_trials_with_its_reason(folder: Path) -> 
         assert "lower psnr.learning_rate" in outcome.reason
 
 
+@pytest.mark.slow
 def test_the_best_trials_are_repeated_with_other_seeds(folder: Path) -> None:
     changes = {"tune.name": "repeated", "tune.trials": 2, "tune.repeats": 2, "tune.repeat_top": 1}
     queue = open_queue(folder, **changes)
@@ -266,6 +278,7 @@ def test_the_best_trials_are_repeated_with_other_seeds(folder: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_trials_may_be_added_and_foreign_files_are_ignored(folder: Path) -> None:
     queue = open_queue(folder, **{"tune.name": "more", "tune.trials": 1})
     run_all(queue)
