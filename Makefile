@@ -1,7 +1,7 @@
 # Every target creates the environment first.
 #   make demo   data, training, evaluation and registration on sample images; the results are in demo/
 #   make test   lint, types, tests; the fast tests run first
-#   make fast   only the tests that take seconds
+#   make fast   only the tests that take less than a second each
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,11 +12,16 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/python jobs/demo.py
 
+# Two processes for all but Ray's tests, which start several processes each.
+TWO := -n 2 --dist loadfile
+
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TWO) -m "not ray and not slow"
+	$(BIN)/python -m pytest $(TWO) -m "slow and not ray"
+	$(BIN)/python -m pytest -m ray
 
 fast: $(READY)
-	$(BIN)/python -m pytest -m "not ray and not slow"
+	$(BIN)/python -m pytest $(TWO) -m "not ray and not slow"
 
 lint: $(READY)
 	$(BIN)/ruff check .
