@@ -27,6 +27,7 @@ def outcome(number: int, status: str = "finished", **metrics: float) -> TrialOut
     return TrialOutcome(f"trial-{number}", f"id{number}", values, status, 12, metrics, number=number)
 
 
+@pytest.mark.slow
 def test_the_files_of_a_sweep(tmp_path: Path) -> None:
     folder = write_sets(tmp_path)
     changes = {
