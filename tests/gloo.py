@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked  # noqa: F401 - what the server of these processes imports
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -29,5 +30,6 @@ def run_workers(world_size: int, work: Callable[..., Any], *args: Any) -> list[A
     """`work(rank, world_size, *args)` on every worker; what each returned (tensors and plain values), by rank."""
     with tempfile.TemporaryDirectory() as folder:
         meeting = str(Path(folder) / "meeting")
-        mp.spawn(_enter, (world_size, meeting, work, folder, args), nprocs=world_size)
+        arguments = (world_size, meeting, work, folder, args)
+        mp.start_processes(_enter, arguments, nprocs=world_size, start_method="forkserver")
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world_size)]

@@ -5,7 +5,10 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib import metadata
 from pathlib import Path
+
+import forked
 
 ROOT = Path(__file__).parent.parent
 NEEDED = {
@@ -27,20 +30,20 @@ def blocked_modules() -> list[str]:
     return [MODULES.get(name, name).replace("-", "_") for name in blocked_packages()]
 
 
-def run_minimal(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Runs a script (the first argument) in a process without the blocked packages: neither modules nor versions."""
-    code = (
-        "import runpy, sys\n"
-        "from importlib import metadata\n"
-        f"sys.modules.update(dict.fromkeys({blocked_modules()!r}))\n"
-        f"blocked, version = {blocked_packages()!r}, metadata.version\n"
-        "def installed_version(name):\n"
-        "    if name.lower().replace('_', '-') in blocked:\n"
-        "        raise metadata.PackageNotFoundError(name)\n"
-        "    return version(name)\n"
-        "metadata.version = installed_version\n"
-        "sys.argv = sys.argv[1:]\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    )
-    command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+def _block() -> None:
+    """Hides the blocked packages from the imports and the version requests of this process."""
+    blocked, version = blocked_packages(), metadata.version
+    loaded = [name for name in sys.modules if name.split(".")[0] in blocked_modules()]  # torch imports tqdm
+    sys.modules.update(dict.fromkeys([*blocked_modules(), *loaded]))
+
+    def installed_version(name: str) -> str:
+        if name.lower().replace("_", "-") in blocked:
+            raise metadata.PackageNotFoundError(name)
+        return version(name)
+
+    metadata.version = installed_version
+
+
+def run_minimal(*program: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Runs a script and its arguments in a process without the blocked packages: neither modules nor versions."""
+    return forked.run([*program], folder, prepare=_block)

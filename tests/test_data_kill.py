@@ -1,10 +1,9 @@
 """A killed ingest resumes, and ends with the same bytes as an undisturbed one."""
 
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 from tiny import write_photos
 
@@ -44,8 +43,9 @@ prepare(data, progress=False, on_ray=on_ray == "ray")
 def run(
     folder: Path, root: str, point: tuple[str, str, int, str] = ("-", "", 0, ""), on_ray: bool = False
 ) -> int:
-    arguments = [str(folder), root, *map(str, point), "ray" if on_ray else "here"]
-    done = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], check=False, timeout=300)
+    script = folder / "ingest.py"
+    script.write_text(SCRIPT)
+    done = forked.run([str(script), str(folder), root, *map(str, point), "ray" if on_ray else "here"])
     return done.returncode
 
 

@@ -11,6 +11,8 @@ from tiny import JOBS, command, fields, write_photos
 from pipeline.run_folder import RESULT
 from pipeline.storage import Storage
 
+pytestmark = pytest.mark.slow
+
 
 def minimal_job(job: str, folder: Path, *arguments: str) -> str:
     """Output of a job that must succeed."""

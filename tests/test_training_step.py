@@ -103,7 +103,6 @@ def close(one: Tensor, other: Tensor, tolerance: float = 1e-12) -> bool:
     [
         (2, "vgg", SETTINGS),
         (3, "vgg", SETTINGS),
-        (4, "vgg", SETTINGS),
         (2, "unet", SETTINGS),
         (3, "vgg", OTHER_LOSSES),
     ],

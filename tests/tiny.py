@@ -1,14 +1,11 @@
 """Tiny images and a configuration that trains both stages on them in seconds."""
 
-import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
-import pytest
 from PIL import Image
 
 from pipeline.config import load_config
@@ -97,15 +94,5 @@ def command(job: str, folder: Path, values: dict[str, Any]) -> list[str]:
 
 
 def run_until(arguments: list[str], text: str, environment: dict[str, str] | None = None) -> None:
-    """Runs a command and kills it, with its children, at the first line that has `text`; fails where none has."""
-    with subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
-    ) as process:  # fmt: skip
-        assert process.stdout is not None
-        log = []
-        for line in process.stdout:
-            log.append(line)
-            if text in line:
-                os.killpg(process.pid, signal.SIGKILL)
-                return
-    pytest.fail(f"never printed {text!r}: {''.join(log)}")
+    """Runs a `command` and kills it, with its children, at the first line that has `text`; fails where none has."""
+    forked.run_until(arguments[1:], text, environment)
