@@ -31,7 +31,7 @@ from pipeline.training.state import begin_gan, new_state
 from pipeline.training.stepper import Stepper
 from pipeline.training.worker import Worker
 
-STEPS = 20
+STEPS, TINY_STEPS = 20, 2
 
 
 class Bench:
@@ -82,19 +82,19 @@ def random_batch(config: TrainConfig, device: torch.device) -> RawBatch:
     return RawBatch(*arrays, 0)
 
 
-def timed(step: Callable[[], object], device: torch.device, rounds: int) -> dict[str, float]:
-    """Milliseconds per step, and of the host until its last launch; medians over rounds of STEPS steps."""
-    for _ in range(6):
+def timed(step: Callable[[], object], device: torch.device, rounds: int, steps: int) -> dict[str, float]:
+    """Milliseconds per step, and of the host until its last launch; medians over rounds of `steps` steps."""
+    for _ in range(min(6, steps)):
         step()
     whole, host = [], []
     for _ in range(rounds):
         synchronize(device)
         began = time.perf_counter()
-        for _ in range(STEPS):
+        for _ in range(steps):
             step()
-        host.append((time.perf_counter() - began) / STEPS * 1e3)
+        host.append((time.perf_counter() - began) / steps * 1e3)
         synchronize(device)
-        whole.append((time.perf_counter() - began) / STEPS * 1e3)
+        whole.append((time.perf_counter() - began) / steps * 1e3)
     return {"ms": statistics.median(whole), "ms_min": min(whole), "host_ms": statistics.median(host)}
 
 
@@ -123,7 +123,7 @@ def steps(options: argparse.Namespace, report: Callable[..., None]) -> None:
                 step = basicsr_step(bench.config, bench.state, bench.features, device, precision)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            row: dict[str, Any] = timed(step, device, 1 if options.tiny else 4)
+            row: dict[str, Any] = timed(step, device, *((1, TINY_STEPS) if options.tiny else (4, STEPS)))
             if device.type == "cuda":
                 row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
                 if who == "ours" and graph == "auto" and precision == "bf16":
@@ -184,7 +184,12 @@ def inference(options: argparse.Namespace, report: Callable[..., None]) -> None:
         use_kernels(network)
         image = torch.rand(1, 3, height, width, device=device).to(dtype, memory_format=torch.channels_last)
         with torch.inference_mode():
-            row = timed(lambda network=network, image=image: network(image), device, 1)  # type: ignore[misc]
+            row = timed(
+                lambda network=network, image=image: network(image),  # type: ignore[misc]
+                device,
+                1,
+                TINY_STEPS if options.tiny else STEPS,
+            )
         report(f"inference, {dtype}", images_per_s=1e3 / row["ms"], **row)
 
 

@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_the_report_holds_every_part(tmp_path: Path) -> None:
     # Without pytest, safetensors and so on, the tests fail; the environment is still described.
     environment = {
