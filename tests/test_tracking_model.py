@@ -292,13 +292,13 @@ def test_the_commands_in_the_docs_call_a_server(registered, tmp_path) -> None:
         start_new_session=True,
     )
     try:
-        wait_until(lambda: is_healthy(port), timeout_s=120)
+        wait_until(lambda: is_healthy(port))
         subprocess.run(
             ["bash", "-c", call.replace("5001", str(port))],
             env=environment,
             cwd=tmp_path,
             check=True,
-            timeout=60,
+            timeout=300,
         )
         sr = np.asarray(Image.open(tmp_path / "large.png"))
         assert max_difference(sr, run_here(registered.generator, image[None])[0]) <= 1
@@ -329,7 +329,7 @@ def post(port: int, payload: dict) -> tuple[int, str]:
         {"Content-Type": "application/json"},
     )
     try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=300) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()

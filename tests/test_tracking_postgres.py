@@ -124,7 +124,7 @@ def test_records_images_and_generators_are_stored_through_the_server(
     write_segments(run, 30)
     for _ in range(2):
         with Sender(run, config, tracked, published_step=lambda: 30) as sender:
-            assert sender.flush(120) == 0
+            assert sender.flush(300) == 0
         run.remove("tracking/sent.json")
     logged = everything(tracked)
     assert [point[0] for point in logged["curves"]["loss/pixel"]] == list(range(1, 31))
@@ -150,7 +150,7 @@ def test_a_database_is_used_without_a_server(postgres: str, server: Server, tmp_
     tracked = open_small(config, run, "direct")
     write_segments(run, 10)
     with Sender(run, config, tracked, published_step=lambda: 10) as sender:
-        assert sender.flush(120) == 0
+        assert sender.flush(300) == 0
     assert len(everything(tracked)["curves"]["loss/pixel"]) == 10
     assert "geheim" not in run.read_bytes("tracking/mlflow.json").decode()
     location = client_of(tracked).get_experiment(tracked.experiment_id).artifact_location

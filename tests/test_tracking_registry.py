@@ -424,7 +424,7 @@ def test_a_silent_server_fails_in_bounded_time(config, tmp_path, monkeypatch) ->
         began = time.monotonic()
         with pytest.raises(UserError, match=r"^registering [\w-]+: .*no answer in time$"):
             register(unreachable, config, tmp_path, 30.0)
-        assert time.monotonic() - began < 30
+        assert time.monotonic() - began < 60
 
 
 def test_a_server_that_stops_answering_fails_in_bounded_time(config, tmp_path, monkeypatch) -> None:

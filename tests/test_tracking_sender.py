@@ -27,7 +27,7 @@ from pipeline.tracking.sender import Sender
 from pipeline.tracking.spool import Metrics, discard_after, write_segment
 
 CONFIG = TrackingConfig()
-WAIT_S = 60
+WAIT_S = 300
 
 
 @pytest.fixture(scope="module")

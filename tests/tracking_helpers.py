@@ -137,11 +137,11 @@ def event(step: int, text: str) -> Event:
     return Event(step, 1_700_000_000_000 + step, text)
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    """Waits for a condition; fails after the timeout."""
-    ends = time.monotonic() + timeout_s
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Waits for a condition; fails after 300 s."""
+    ends = time.monotonic() + 300
     while not condition():
-        assert time.monotonic() < ends, f"timeout after {timeout_s} s"
+        assert time.monotonic() < ends
         time.sleep(0.05)
 
 
@@ -162,6 +162,7 @@ class Server:
         backend: str | None = None,
         environment: dict[str, str] | None = None,
     ):
+        self.folder = folder
         self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self._log = folder / "server.log"
@@ -183,7 +184,7 @@ class Server:
             self._process = subprocess.Popen(
                 self._command, stdout=log, stderr=log, env=self._environment, start_new_session=True
             )
-        wait_until(self._answers, timeout_s=120)
+        wait_until(self._answers)
 
     def kill(self) -> None:
         """Kills the server and its workers."""
