@@ -1,5 +1,6 @@
 """Scripts in processes forked from one that has imported torch: importing it takes seconds of CPU time."""
 
+import atexit
 import multiprocessing
 import os
 import runpy
@@ -44,7 +45,10 @@ def _run_script(
     if prepare is not None:
         prepare()
     sys.argv = program
-    runpy.run_path(program[0], run_name="__main__")
+    try:
+        runpy.run_path(program[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing does not call them; Ray stops its processes in one
 
 
 def _start(
