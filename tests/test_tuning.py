@@ -8,26 +8,35 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
+import safetensors.torch
 import tiny
+import torch
 from evaluation_helpers import job
 from mlflow import MlflowClient
 from PIL import Image
+from ray.tune.search import Searcher
 from tiny import write_sets
+from tracking_helpers import wait_until
 from tuning_helpers import configurations, open_queue, run_all, sweep_fields
 
 from pipeline.data import prepare
 from pipeline.errors import UserError
-from pipeline.run_folder import IDENTITY, OUTCOME, SWEEP, RunIdentity, TrialOutcome
+from pipeline.model import RRDBNet, VGGFeatures
+from pipeline.run_folder import IDENTITY, OUTCOME, SWEEP, RunIdentity, TrialOutcome, TrialPlan
 from pipeline.storage import Storage, only_writer
+from pipeline.tracking.config import TrackingConfig
+from pipeline.tracking.run import open_parent
+from pipeline.tracking.spool import published_step
 from pipeline.training.stopping import request_stop, stop_requested
 from pipeline.tuning import sweep_folder
 from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.figure import as_png, tradeoff_figure
-from pipeline.tuning.ranking import rank
-from pipeline.tuning.ray_tune import Listener, fitting
+from pipeline.tuning.ranking import in_order, rank
+from pipeline.tuning.ray_tune import JobSearch, Listener, fitting
 from pipeline.tuning.result import SweepResult
-from pipeline.tuning.sweep import run_sweep
+from pipeline.tuning.sweep import check_trials, conclude, run_sweep, slots_of
 from pipeline.tuning.sweep_folder import outcomes
 
 
@@ -101,6 +110,32 @@ def test_a_sweep_killed_between_validations_ends_with_the_values_of_an_undisturb
 
 @pytest.mark.ray
 @pytest.mark.slow
+def test_a_trial_whose_process_is_killed_ends_with_the_value_of_an_undisturbed_one(folder: Path) -> None:
+    changes = {"checkpoint_every_steps": 1, "validate_every_steps": 1000, "tune.trials": 1, "gan.steps": 300}
+    undisturbed = open_queue(folder, **{"tune.name": "not-killed", **changes})
+    run_all(undisturbed)
+    (expected,) = undisturbed.outcomes.values()
+    sweep = Storage(str(folder / "runs" / "killed"))
+    with subprocess.Popen(
+        command(folder, **{"tune.name": "killed", **changes}), env=environment(), stdout=subprocess.PIPE, text=True
+    ) as driver:  # fmt: skip
+        trial = sweep / f"trials/{expected.run_name}"
+        wait_until(lambda: published_step(trial) > 6, timeout_s=300)
+        (process,) = [
+            each
+            for each in psutil.Process(driver.pid).children(recursive=True)
+            if "ImplicitFunc.train" in "".join(each.cmdline())
+        ]
+        process.kill()
+        log, _ = driver.communicate()
+    assert driver.returncode == 0, log
+    assert f"{expected.run_name}: its process ended; starting another" in log
+    (outcome,) = outcomes(sweep)
+    assert (outcome.status, outcome.metrics) == ("finished", expected.metrics)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
 def test_trials_with_several_workers_run_on_ray_train(folder: Path, ray_cluster: str, capfd: Any) -> None:
     config, settings = configurations(
         folder, **{"tune.name": "workers", "workers": 2, "tune.trials": 1, "tune.max_concurrent": 2}
@@ -162,6 +197,104 @@ def test_a_sweep_whose_folder_cannot_be_written_stops_with_the_reason(
     assert "No space left" in str(listener.failure)
     assert queue.done
     assert queue.outcomes == {}  # the next submission reads the result from the trial's folder
+
+
+def test_a_sweep_that_cannot_write_what_it_proposes_stops_with_the_reason(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = open_queue(folder, **{"tune.name": "full-disk-2"})
+
+    def full(sweep: Storage, name: str, plan: TrialPlan) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sweep_folder, "keep_plan", full)
+    listener = Listener(queue)
+    assert JobSearch(queue, listener).suggest("1") == Searcher.FINISHED
+    assert "No space left" in str(listener.failure)
+
+
+def test_a_job_that_ray_tune_ends_without_a_callback_starts_again(folder: Path) -> None:
+    queue = open_queue(folder, **{"tune.name": "left", "tune.trials": 1})
+    job = queue.next()
+    assert job is not None
+    listener = Listener(queue, poll_s=0.0)
+
+    def trials(*statuses: str) -> list[Any]:
+        return [SimpleNamespace(config={"name": job.name}, status=status) for status in statuses]
+
+    listener.on_step_end(0, trials("RUNNING"))
+    listener.on_step_end(0, trials("ERROR", "PENDING"))
+    assert set(queue.running) == {job.name}
+    listener.on_step_end(0, trials("ERROR", "ERROR"))
+    assert queue.running == {}
+    again = queue.next()
+    assert again is not None
+    assert again.name == job.name
+
+
+def test_a_sweep_of_which_no_trial_fits_into_a_node_is_refused(folder: Path) -> None:
+    nodes = [{"Alive": True, "Resources": {"CPU": 2.0}}] * 4
+    config, settings = configurations(
+        folder, **{"workers": 1, "cpus_per_worker": 3, "tune.max_concurrent": 2}
+    )
+    with pytest.raises(UserError, match="cpus_per_worker=3: the cluster's nodes do not have room"):
+        slots_of(config.model_copy(update={"workers": 0}), settings, nodes)
+    assert slots_of(config.model_copy(update={"cpus_per_worker": 2}), settings, nodes) == 2
+
+
+def test_the_best_trial_is_kept_before_the_figures_are_drawn(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"tune.name": "drawn", "tune.trials": 1, "psnr.steps": 0, "gan.allow_random_start": True}
+    queue = open_queue(folder, **changes)
+    job = queue.next()
+    assert job is not None
+    queue.ended(
+        job.name, TrialOutcome(job.name, "id", job.plan.values, "finished", 6, {"psnr_y": 20.0}, number=0)
+    )
+
+    def broken(*arguments: Any) -> dict[str, bytes]:
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr("pipeline.tuning.sweep.sweep_files", broken)
+    config, _ = configurations(folder, **changes)
+    uri = f"sqlite:///{folder}/runs/mlflow.db"
+    parent = open_parent(
+        TrackingConfig(uri=uri, experiment="drawn"), config.storage, name="drawn", key="k", parameters={}
+    )
+    with pytest.raises(RuntimeError, match="no font"):
+        conclude(queue, config, parent)
+    assert queue.sweep.exists("best.yaml")
+    assert MlflowClient(uri).get_run(parent.run_id).data.tags["esrgan.best_trial"] == job.name
+
+
+def test_changed_weights_of_a_searched_field_are_refused(folder: Path, tmp_path: Path) -> None:
+    def write(seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        state = RRDBNet(8, 1, 4).state_dict()
+        weights = {key: torch.rand(value.shape, generator=generator) for key, value in state.items()}
+        safetensors.torch.save_file(weights, tmp_path / "generator.safetensors")
+        features = VGGFeatures(["conv1_2"], "random", seed=seed).state_dict()
+        safetensors.torch.save_file(features, tmp_path / "vgg.safetensors")
+
+    changes = {
+        "tune.space": {"init.generator": {"choice": [str(tmp_path / "generator.safetensors"), None]}},
+        "perceptual.weights": str(tmp_path / "vgg.safetensors"),
+    }
+    config, settings = configurations(folder, **changes)
+    sweep = Storage(str(tmp_path / "sweep"))
+
+    def claim() -> None:
+        weights = check_trials(config, settings, sweep, {})
+        sweep_folder.claim(sweep, settings, sweep_folder.identity_of(config, settings, "a", weights=weights))
+
+    write(1)
+    claim()
+    claim()
+    write(2)
+    for field in (r"init\.generator=.*generator\.safetensors", r"perceptual\.weights=.*vgg\.safetensors"):
+        with pytest.raises(UserError, match=f'{field} was "sha256 .*now "sha256 '):
+            claim()
 
 
 def run(folder: Path, **changes: Any) -> None:
@@ -270,10 +403,15 @@ def test_trials_are_listed_from_the_best(
 ) -> None:
     rows = [("a", {metric: 20.0}), ("b", {metric: 21.0}), ("c", {})]
     trials = [TrialOutcome(f"trial-{name}", None, {}, "finished", 3, metrics) for name, metrics in rows]
-    failed = TrialOutcome("trial-d", None, {}, "failed", 3, {}, "out of paper")
-    result = SweepResult(
-        "run", [*trials, failed], trials[0], [], ["trial-a", "trial-b"], {metric: 0.1}, "tradeoff.png"
+    repetition = TrialOutcome(
+        "trial-e", None, {"seed": 9}, "finished", 3, {metric: 20.5}, number=9, repeats="trial-a"
     )
+    failed = TrialOutcome("trial-d", None, {}, "failed", 3, {}, "out of paper")
+    settings = TuneConfig.model_validate({"metrics": [metric]})
+    ended = in_order([failed, *trials, repetition], rank(settings, trials))
+    result = SweepResult(
+        "run", ended, trials[0], [], ["trial-a", "trial-b"], {metric: 0.1}, {"trial-a": {metric: 20.25}}, "tradeoff.png"
+    )  # fmt: skip
     monkeypatch.setattr("pipeline.tuning.sweep.run_sweep", lambda *arguments: result)
     job("tune_gan")(["--tune.metrics", f'["{metric}"]'])
     printed = capsys.readouterr().out
@@ -281,6 +419,8 @@ def test_trials_are_listed_from_the_best(
         line.split()[0] for line in printed.splitlines() if line.startswith("trial-") and ":" not in line
     ]
     assert listed == [f"trial-{name}" for name in [*expected, "d"]]
+    assert "  trial-e, seed 9 " in printed.partition("trial-a")[2]
+    assert f"trial-a: {metric} 20.2500, mean of 2 seeds" in printed
     assert "trial-d: out of paper" in printed
     assert f"noise (standard deviation between seeds): {metric} 0.1000" in printed
     assert "the differences between trial-a, trial-b are within the noise" in printed

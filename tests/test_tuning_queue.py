@@ -11,18 +11,22 @@ from typing import Any
 import pytest
 import torch
 from evaluation_helpers import job as command_job
+from mlflow import MlflowClient
 from tiny import write_sets
 from tuning_helpers import open_queue, run_all, run_job
 
 from pipeline.config import load_config
-from pipeline.run_folder import RESULT, TRIAL_PLAN, TrialOutcome, TrialPlan
-from pipeline.storage import Storage
+from pipeline.run_folder import MLFLOW_RUN, RESULT, TRIAL_PLAN, TrackingDescription, TrialOutcome, TrialPlan
+from pipeline.storage import Storage, only_writer
+from pipeline.tracking.candidate import send_unsent
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training.run import run_training
 from pipeline.tuning import sweep_folder
+from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.ranking import rank
 from pipeline.tuning.space import trial_name
 from pipeline.tuning.status import status_lines
+from pipeline.tuning.trial import train_job
 from pipeline.tuning.trial_queue import TrialQueue
 
 
@@ -122,9 +126,86 @@ def test_a_stage_1_without_its_last_checkpoint_fails_its_trials(folder: Path) ->
     assert (outcome.status, outcome.retry) == ("failed", True)
 
 
+def test_trials_do_not_fail_one_after_another_for_a_fault_outside_of_them(folder: Path) -> None:
+    space = {"gan.pixel_weight": {"low": 0.1, "high": 1.0}}
+    changes = {"tune.name": "outside", "tune.trials": 9, "tune.max_concurrent": 3, "tune.space": space}
+    queue = open_queue(folder, **changes)
+    stage = queue.next()
+    assert stage is not None
+    queue.ended(
+        stage.name, TrialOutcome(stage.name, None, {}, "failed", 0, {}, "No space left on device", retry=True)
+    )
+    assert queue.next() is None
+    assert len(queue.outcomes) == 2
+    assert queue.done
+    assert queue.failure == f"{stage.name}: No space left on device"
+
+
+def test_a_trial_of_stage_2_needs_no_stage_1(folder: Path) -> None:
+    changes = {"tune.name": "stage-2", "tune.trials": 1, "checkpoint_every_steps": 1}
+    first = open_queue(folder, **changes)
+    run_all(first, lambda name, step: step == 9 and first.stop())
+    shutil.rmtree(Path(first.sweep.uri) / "stage1")
+    again = open_queue(folder, **changes)
+    (job,) = run_all(again)
+    assert job.kind == "trial"
+    assert again.outcomes[job.name].status == "finished"
+
+
+def test_a_job_whose_process_died_resumes_while_it_makes_progress(folder: Path) -> None:
+    queue = open_queue(
+        folder, **{"tune.name": "lost", "tune.trials": 1, "psnr.steps": 0, "gan.allow_random_start": True}
+    )
+    for step in (0, 2, 4, 4):
+        job = queue.next()
+        assert job is not None
+        if step:
+            (job.run / f"checkpoints/gan-{step:08d}").write_bytes("manifest.json", b"{}")
+        queue.lost(job.name, "killed")
+    (outcome,) = queue.outcomes.values()
+    assert (outcome.status, outcome.reason, outcome.retry) == ("failed", "killed", True)
+
+
+@pytest.mark.parametrize("usable", [True, False])
+def test_a_process_whose_gpu_is_unusable_ends(
+    folder: Path, usable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = open_queue(folder, **{"tune.name": f"gpu-{usable}", "tune.trials": 1, "use_gpu": True})
+    job = queue.next()
+    assert job is not None
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr("pipeline.tuning.trial.run_training", fail)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", (lambda: None) if usable else fail)
+    if usable:
+        assert train_job(job, queue.settings, None, print).status == "failed"
+    else:
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            train_job(job, queue.settings, None, print)
+
+
+def test_a_trial_that_another_process_trains_is_not_at_fault(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = open_queue(folder, **{"tune.name": "locked", "tune.trials": 1})
+    job = queue.next()
+    assert job is not None
+    monkeypatch.setattr("pipeline.tuning.trial.LOCK_S", 0.0)
+    with only_writer(job.run, ""):
+        outcome = train_job(job, queue.settings, None, print)
+    assert (outcome.status, outcome.retry) == ("failed", True)
+    assert "another process has been training this trial" in outcome.reason
+
+
 @pytest.mark.parametrize("value", ["last", "best", "mean"])
 @pytest.mark.slow
-def test_the_value_of_a_trial_is_that_of_its_validations(folder: Path, value: str, tmp_path: Path) -> None:
+def test_the_value_of_a_trial_is_that_of_its_validations(
+    folder: Path, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # At this rate PSNR falls between the validations, so the last one is not the best.
     changes = {"gan.learning_rate": 3e-2, "tune.trials": 1, "tune.value": value, "tune.mean_validations": 2}
     queue = open_queue(folder, **{"tune.name": f"value-{value}", **changes})
@@ -133,6 +214,10 @@ def test_the_value_of_a_trial_is_that_of_its_validations(folder: Path, value: st
     history = queue.histories[name]
     assert list(history) == [3, 6]
     if value == "mean":
+        job = queue.job(name)
+        monkeypatch.setattr("pipeline.tuning.trial.validations", lambda run: {})
+        without_records = train_job(job, queue.settings, None, print)
+        assert without_records.metrics == history[6]
         mean = sum(metrics["psnr_y"] for metrics in history.values()) / 2
         assert outcome.metrics["psnr_y"] == pytest.approx(mean, rel=1e-12)
         return
@@ -195,7 +280,14 @@ def test_weak_trials_are_stopped_and_the_rungs_survive_a_resume(folder: Path) ->
             outcome.reason
             == f"stopped early: psnr_y {outcome.metrics['psnr_y']:.4f} at step {outcome.step - 6} of 9"
         )
-        assert RESULT.read(trial_folder(undisturbed, outcome.run_name)) is None
+        run = trial_folder(undisturbed, outcome.run_name)
+        assert RESULT.read(run) is None
+        send_unsent(run, f"sqlite:///{folder}/runs/mlflow.db")
+        client = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db")
+        points = client.get_metric_history(outcome.run_id, "validation/psnr_y")
+        assert {point.step: point.value for point in points if point.step > 6} == {
+            6 + step: metrics["psnr_y"] for step, metrics in undisturbed.histories[outcome.run_name].items()
+        }
 
     first = open_queue(folder, **{"tune.name": "rungs-again", **changes})
     run_all(first, lambda name, step: first.outcomes and first.stop())
@@ -288,9 +380,24 @@ def test_trials_may_be_added_and_foreign_files_are_ignored(folder: Path) -> None
     (root / "outcomes" / "notes.json").write_text("{}")
     (root / "trials" / "trial-partial").mkdir()
     (root / "trials" / "trial-partial" / "trial.json").write_text('{"number": 7')
+    # Of another sweep, and a copy of a trial's folder.
+    sweep_folder.keep_plan(queue.sweep, trial_name({"crop_px": 32}), TrialPlan(9, {"crop_px": 32}))
+    ((name, plan),) = queue.plans.items()
+    sweep_folder.keep_plan(queue.sweep, f"{name}-copy", plan)
     more = open_queue(folder, **{"tune.name": "more", "tune.trials": 2})
     assert sum(job.kind == "trial" for job in run_all(more)) == 1
     assert set(queue.outcomes) < set(more.outcomes)
+    assert [plan.number for plan in more.plans.values()] == [0, 1]
+    (root / "trials" / name / "trial.json").write_text("{")
+    lost = open_queue(folder, **{"tune.name": "more", "tune.trials": 3, "tune.max_concurrent": 2})
+    lost.next()
+    assert sorted(plan.number for plan in lost.plans.values()) == [1, 2, 3]
+
+
+def test_the_tracked_run_of_a_trial_is_known_if_it_was_opened_after_training(tmp_path: Path) -> None:
+    run = Storage(str(tmp_path))
+    MLFLOW_RUN.write(run, TrackingDescription("sweeps", "sqlite:///x", "trial-1", {}, {}, "", run_id="abc"))
+    assert sweep_folder.tracking_run_id(run) == "abc"
 
 
 def test_an_invalid_plan_of_an_earlier_version_fails_and_the_sweep_goes_on(folder: Path) -> None:
@@ -348,6 +455,8 @@ def test_outcomes_and_plans_read_back(tmp_path: Path) -> None:
     sweep_folder.keep_outcome(sweep, outcome)
     assert sweep_folder.outcomes(sweep) == [outcome]
     plan = TrialPlan(2, {"perceptual.layers": {"conv1_1": 1.0}, "x": None})
-    sweep_folder.keep_plan(sweep, "trial-1", plan)
-    assert sweep_folder.plans(sweep) == [plan]
-    assert TRIAL_PLAN.at(name="trial-1").read(sweep) == plan
+    name = trial_name(plan.values)
+    sweep_folder.keep_plan(sweep, name, plan)
+    settings = TuneConfig.model_validate({"space": {key: {"choice": [1]} for key in plan.values}})
+    assert sweep_folder.plans(sweep, settings) == [plan]
+    assert TRIAL_PLAN.at(name=name).read(sweep) == plan

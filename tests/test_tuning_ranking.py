@@ -8,7 +8,7 @@ from pipeline.errors import UserError
 from pipeline.run_folder import TrialOutcome
 from pipeline.training.config import TrainConfig
 from pipeline.tuning.config import TuneConfig
-from pipeline.tuning.ranking import rank
+from pipeline.tuning.ranking import in_order, rank
 from pipeline.tuning.rungs import is_weak, require_rungs, rungs
 
 
@@ -106,6 +106,17 @@ def test_constraints_are_checked_on_what_was_measured() -> None:
     ]  # fmt: skip
     ranking = rank(settings(constraints=["psnr_y >= 24"]), trials)
     assert [each.trial.run_name for each in ranking.candidates] == ["trial-2", "trial-1"]
+
+
+def test_trials_are_ordered_from_the_best_with_their_repetitions_and_excluded_ones_last() -> None:
+    trials = [
+        trial(1, "failed"), trial(2, "stopped", psnr_y=30.0),
+        trial(3, psnr_y=23.0),  # violates the constraint
+        trial(4, psnr_y=24.0), trial(5, psnr_y=25.5), repetition(6, "trial-5", 7, psnr_y=24.9), trial(7, psnr_y=25.3),
+    ]  # fmt: skip
+    ranking = rank(settings(constraints=["psnr_y >= 24"]), trials)
+    assert [each.number for each in in_order(trials, ranking)] == [7, 5, 6, 4, 3, 2, 1]
+    assert ranking.repeated_means() == {"trial-5": {"psnr_y": pytest.approx(25.2)}}
 
 
 def test_a_lead_larger_than_the_noise_is_no_tie() -> None:

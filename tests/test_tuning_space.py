@@ -109,6 +109,13 @@ def test_points_come_first_and_are_completed_from_the_configuration() -> None:
     assert third not in (first, second)
 
 
+def test_a_point_equals_a_choice_by_value() -> None:
+    settings = sweep({"gan.pixel_weight": {"choice": [0.0, 1.0]}}, points=[{"gan.pixel_weight": 1}], trials=9)
+    assert [json.dumps(plan.values) for plan in proposals(settings, 9)] == [
+        '{"gan.pixel_weight": 1.0}', '{"gan.pixel_weight": 0.0}'
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("search", ["random", "tpe"])
 def test_invalid_values_inside_a_range_are_drawn_again(search: str) -> None:
     settings = sweep({"crop_px": {"low": 64, "high": 128}}, search=search, trials=12)

@@ -15,6 +15,7 @@ from pipeline.tracking.config import TrackingConfig
 from pipeline.tracking.run import open_parent
 from pipeline.tracking.sweep import log_sweep
 from pipeline.training.config import TrainConfig
+from pipeline.training.run import run_training
 from pipeline.tuning.best_config import best_config, best_yaml
 from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.ranking import rank
@@ -39,9 +40,9 @@ def test_the_files_of_a_sweep(tmp_path: Path) -> None:
     changes["tune.space"] = {"gan.pixel_weight": {"low": 1e-3, "high": 1.0, "log": True}}
     queue = open_queue(folder, **changes)
     run_all(queue)
-    config, settings = configurations(folder, **changes)
-    files = sweep_files(queue, config, rank(settings, list(queue.outcomes.values())))
-    assert set(files) == {"tradeoff.png", "report.html", "study.db", "best.yaml"}
+    trials = list(queue.outcomes.values())
+    files = sweep_files(queue, rank(queue.settings, trials), trials)
+    assert set(files) == {"tradeoff.png", "report.html", "study.db"}
     page = files["report.html"].decode()
     for name in queue.outcomes:
         assert name in page
@@ -51,6 +52,19 @@ def test_the_files_of_a_sweep(tmp_path: Path) -> None:
     # Two images: input, bicubic, two trials, original.
     assert page.count("data:image/webp") == 10
     assert "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_training_starts_from_best_yaml(tmp_path: Path) -> None:
+    folder = write_sets(tmp_path)
+    queue = open_queue(folder, **{"tune.trials": 1})
+    config, settings = configurations(folder, **{"tune.trials": 1})
+    best = TrialOutcome("trial-1", None, {"gan.adversarial_weight": 0.01}, "finished", 12, {"psnr_y": 25.0})
+    (folder / "best.yaml").write_bytes(best_yaml(config, settings, best))
+    shorter = ["--workers", "0", "--psnr.steps", "1", "--gan.steps", "1"]
+    loaded, _ = load_config(["--config", str(folder / "best.yaml"), *shorter], description="", environment={})
+    result = run_training(loaded.alone())
+    assert (result.step, result.run_name) == (2, "sweep-best")
+    assert queue.sweep.names() == []  # not the folder of the sweep
 
 
 def test_best_yaml_is_a_full_length_configuration_with_the_best_values(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from pipeline.errors import UserError
 from pipeline.model.weights import read_tensors
 
 DOWNLOAD_TIMEOUT_S = 20.0
+PROVIDED = frozenset({"imagenet", "efficientnet_lite0", "random"})
+"""Values of perceptual.weights that are not the path of a file."""
 
 _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
@@ -173,11 +175,16 @@ def _download(url: str, path: Path) -> None:
         socket.setdefaulttimeout(timeout)
 
 
+def file_sha256(path: Path) -> str:
+    """A file's sha256, in hexadecimal. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def require_sha256(path: Path, expected: str, name: str) -> None:
     """Raises UserError unless the file's sha256 starts with `expected`; `name` is the file's name in the message."""
     try:
-        with path.open("rb") as file:
-            actual = hashlib.file_digest(file, "sha256").hexdigest()
+        actual = file_sha256(path)
     except OSError as error:
         raise UserError(f"{name} cannot be read ({error.strerror or error})") from None
     if not actual.startswith(expected):

@@ -11,6 +11,7 @@ from pipeline.errors import StorageFull, UserError, is_installed, require_packag
 from pipeline.metrics import require
 from pipeline.model import Lite0Features, VGGFeatures
 from pipeline.model.device import require_gpu
+from pipeline.model.features import PROVIDED
 from pipeline.section import flat_fields, with_fields
 from pipeline.storage import Storage, absolute, is_remote
 from pipeline.training.config import TrainConfig
@@ -45,7 +46,7 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
         "data.local_cache": config.data.local_cache,
         "validation.weights_folder": config.validation.weights_folder,
     }
-    if config.perceptual.weights not in ("imagenet", "efficientnet_lite0", "random"):
+    if config.perceptual.weights not in PROVIDED:
         paths["perceptual.weights"] = config.perceptual.weights
     changes: dict[str, Any] = {field: absolute(path) for field, path in paths.items() if path is not None}
     changes["validation.sets"] = {

@@ -22,6 +22,8 @@ from pipeline.tuning.config import TuneConfig, mode_of
 from pipeline.tuning.constraint import Constraint
 from pipeline.tuning.space import Values, distributions, from_optuna, grid, is_valid, points, to_optuna
 
+Validations = Mapping[int, Mapping[int, Mapping[str, float]]]
+"""Metrics by step of the compared stage, by number of the trial."""
 # Invalid and repeated proposals are drawn again; then the first value that is left in a finite space is used.
 DRAWS = 50
 _STATES = {"finished": TrialState.COMPLETE, "stopped": TrialState.PRUNED, "failed": TrialState.FAIL}
@@ -38,7 +40,7 @@ def propose(
     base: TrainConfig,
     plans: Sequence[TrialPlan],
     outcomes: Mapping[int, TrialOutcome],
-    validations: Mapping[int, Mapping[int, Mapping[str, float]]],
+    validations: Validations,
 ) -> Values | None:
     """Valid values that differ from those of all earlier trials; None if there are none left.
 
@@ -60,8 +62,8 @@ def propose(
 
     if found := next(filter(is_new, chosen), None):
         return found
+    built = study(settings, plans, outcomes, validations)
     for draw in range(DRAWS):
-        built = study(settings, plans, outcomes, validations)
         built.sampler = _sampler(settings, base.seed, len(plans), draw)
         values = from_optuna(settings, built.ask(distributions(settings)).params)
         if is_new(values):
@@ -73,7 +75,7 @@ def study(
     settings: TuneConfig,
     plans: Sequence[TrialPlan],
     outcomes: Mapping[int, TrialOutcome],
-    validations: Mapping[int, Mapping[int, Mapping[str, float]]],
+    validations: Validations,
 ) -> optuna.Study:
     """The trials as a study in memory."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -34,7 +34,7 @@ class Ranking:
     """The compared trials."""
 
     candidates: tuple[Candidate, ...] = ()
-    """Finished trials that meet the constraints; one metric: the best first."""
+    """Finished trials that meet the constraints, from the best by the first metric."""
     front: tuple[str, ...] = ()
     """Run names on the Pareto front, by the first metric."""
     best: str = ""
@@ -47,6 +47,26 @@ class Ranking:
     def of(self, name: str) -> Candidate | None:
         """The candidate of a trial."""
         return next((each for each in self.candidates if each.trial.run_name == name), None)
+
+    def names(self) -> list[str]:
+        """Run names of the candidates: the best, the other ones of the front, the rest."""
+        rest = (each.trial.run_name for each in self.candidates)
+        return list(dict.fromkeys([self.best, *self.front, *rest])) if self.candidates else []
+
+    def repeated_means(self) -> dict[str, dict[str, float]]:
+        """Means of the repeated trials, by run name."""
+        return {each.trial.run_name: each.means for each in self.candidates if each.repetitions}
+
+
+def in_order(trials: Sequence[TrialOutcome], ranking: Ranking) -> list[TrialOutcome]:
+    """The trials from the best: candidates, each followed by its repetitions, then the other ones by their status."""
+    place = {each.trial.run_name: number for number, each in enumerate(ranking.candidates)}
+
+    def key(trial: TrialOutcome) -> tuple[int, int, int]:
+        other = len(place) + ("finished", "stopped", "failed").index(trial.status)
+        return place.get(trial.repeats or trial.run_name, other), bool(trial.repeats), trial.number
+
+    return sorted(trials, key=key)
 
 
 def rank(settings: TuneConfig, trials: Sequence[TrialOutcome]) -> Ranking:

@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
@@ -28,6 +28,8 @@ from pipeline.tuning.trial_queue import TrialQueue
 
 STATUS_S = 180.0
 POLL_S = 1.0
+LOST = "its process ended (killed, out of memory, or a fault of the GPU); see its log.txt"
+_ENDED = ("ERROR", "TERMINATED")
 _JOB = TypeAdapter(Job)
 
 
@@ -35,7 +37,8 @@ def run_jobs(queue: TrialQueue, parent: TrackedRun) -> None:
     """Runs the queue's jobs until there are no more, or until the sweep is stopped.
 
     Raises:
-        UserError: the sweep's folder could not be written; the running jobs have been stopped.
+        UserError: the sweep's folder could not be written, or trials failed for another reason outside of them; the
+            running jobs have been stopped.
         KeyboardInterrupt, SystemExit: from signals; the jobs' processes end with Ray Tune.
     """
     settings, base, sweep = queue.settings, queue.base, queue.sweep
@@ -59,7 +62,7 @@ def run_jobs(queue: TrialQueue, parent: TrackedRun) -> None:
         tune.with_resources(run_job, _resources(base)),
         tune_config=tune.TuneConfig(
             num_samples=-1,
-            search_alg=_Search(queue),
+            search_alg=JobSearch(queue, listener),
             # A new process takes seconds to start; one that fails is replaced.
             reuse_actors=True,
             trial_name_creator=lambda trial: trial.config["name"],
@@ -79,9 +82,11 @@ def run_jobs(queue: TrialQueue, parent: TrackedRun) -> None:
         sweep.remove("ray")
     if listener.failure:
         raise listener.failure
+    if queue.failure:
+        raise UserError(f"{sweep.uri}: stopped ({queue.failure}); run again to resume")
 
 
-def fitting(base: TrainConfig, nodes: list[dict[str, Any]]) -> int:
+def fitting(base: TrainConfig, nodes: Sequence[Mapping[str, Any]]) -> int:
     """How many trials fit into the cluster at a time, by CPUs and GPUs of its nodes."""
     workers = 0
     for node in nodes:
@@ -93,17 +98,17 @@ def fitting(base: TrainConfig, nodes: list[dict[str, Any]]) -> int:
     return workers // max(1, base.worker_range[0])
 
 
-class _Search(Searcher):
+class JobSearch(Searcher):
     """Hands the queue's jobs to Ray Tune."""
 
-    def __init__(self, queue: TrialQueue) -> None:
+    def __init__(self, queue: TrialQueue, listener: "Listener") -> None:
         super().__init__()
-        self._queue = queue
+        self._queue, self._listener = queue, listener
 
     def suggest(self, trial_id: str) -> Any:
-        if self._queue.done:
-            return Searcher.FINISHED
-        job = self._queue.next()
+        job = None
+        with self._listener.stopping_on_failure():
+            job = None if self._queue.done else self._queue.next()
         if job is None:
             return Searcher.FINISHED if self._queue.done else None
         return {"name": job.name, "job": _JOB.dump_json(job).decode()}
@@ -149,16 +154,16 @@ class Listener(tune.Callback):
             return
         metrics = {key: float(value) for key, value in result.items() if metric_name(key) in METRICS}
         if "step" in result and name in self._queue.running:
-            with self._stopping_on_failure():
+            with self.stopping_on_failure():
                 self._queue.validated(name, int(result["step"]), metrics)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A job's function has returned."""
         name = trial.config["name"]
         content = (trial.last_result or {}).get("outcome")
-        with self._stopping_on_failure():
+        with self.stopping_on_failure():
             if content is None:
-                self._queue.lost(name, "its process ended")
+                self._queue.lost(name, LOST)
             else:
                 self._queue.ended(name, OUTCOME.parse(content.encode()))
 
@@ -168,11 +173,11 @@ class Listener(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A job's process died too often."""
-        with self._stopping_on_failure():
-            self._queue.lost(trial.config["name"], "its process ended repeatedly (killed, or out of memory)")
+        with self.stopping_on_failure():
+            self._queue.lost(trial.config["name"], LOST)
 
     @contextmanager
-    def _stopping_on_failure(self) -> Iterator[None]:
+    def stopping_on_failure(self) -> Iterator[None]:
         """Ends the sweep when its folder cannot be written: Ray Tune would end without the other trials' outcomes."""
         try:
             yield
@@ -188,6 +193,21 @@ class Listener(tune.Callback):
         if now < self._polled + self._poll_s:
             return
         self._polled = now
+        with self.stopping_on_failure():
+            self._find_lost(trials)
+            self._check_for_stop(now)
+        if now > self._printed + STATUS_S and self._queue.running:
+            self._printed = now
+            print(*status_lines(self._queue, now - self._began), sep="\n", flush=True)
+
+    def _find_lost(self, trials: list[Any]) -> None:
+        """Ray Tune ends some trials without a callback, for example when it cannot reset a process for the next one."""
+        ended = {trial.config["name"] for trial in trials if trial.status in _ENDED}
+        active = {trial.config["name"] for trial in trials if trial.status not in _ENDED}
+        for name in (ended - active) & set(self._queue.running):
+            self._queue.lost(name, LOST)
+
+    def _check_for_stop(self, now: float) -> None:
         queue = self._queue
         hours = queue.settings.max_hours
         if not queue.stopping and hours is not None and now > self._began + 3600 * hours:
@@ -198,9 +218,6 @@ class Listener(tune.Callback):
             queue.stop()
         if not queue.stopping and stop_requested(queue.sweep):
             queue.stop()
-        if now > self._printed + STATUS_S and queue.running:
-            self._printed = now
-            print(*status_lines(queue, now - self._began), sep="\n", flush=True)
 
 
 def _resources(base: TrainConfig) -> Any:

@@ -41,7 +41,7 @@ def render_report(
 
     Args:
         settings: the sweep's.
-        trials: all ended trials.
+        trials: all ended trials, in the ranking's order.
         ranking: their comparison.
         figures: title, explanation and SVG of each figure.
         crops: what the best trials make of the validation images.
@@ -51,9 +51,8 @@ def render_report(
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     fields = list(settings.space)
-    order = {each.trial.run_name: place for place, each in enumerate(ranking.candidates)}
     rows = []
-    for trial in sorted(trials, key=lambda each: (order.get(each.run_name, len(order)), each.number)):
+    for trial in trials:
         candidate = ranking.of(trial.run_name)
         rows.append(
             {

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from pipeline.run_folder import TrialOutcome
-from pipeline.tuning.config import TuneConfig, mode_of
+from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.space import flag_text, shown
 
 
@@ -14,6 +14,7 @@ class SweepResult:
     run_id: str
     """MLflow's id of the parent run."""
     trials: list[TrialOutcome]
+    """In the ranking's order."""
     best: TrialOutcome | None
     """With several metrics: the knee point of the Pareto front. None: no trial meets the constraints, or the sweep was
     stopped before one had finished."""
@@ -23,30 +24,25 @@ class SweepResult:
     """Trials whose difference from the best is within the noise between seeds; empty: the noise was not measured."""
     noise: dict[str, float]
     """Standard deviation of every metric between seeds."""
+    means: dict[str, dict[str, float]]
+    """Means over the seeds of the repeated trials, by run name; the ranking compares these."""
     figure: str
     """Path of the figure of the searched fields against the metric."""
 
 
 def trial_table(settings: TuneConfig, result: SweepResult) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a table of the trials: finished ones first, the best of them at the top."""
+    """Header and rows of a table of the trials, in the ranking's order; a repetition has its seed below its trial."""
     metrics, fields = settings.metrics, list(settings.space)
-    worst = float("inf")
-
-    def order(trial: TrialOutcome) -> tuple[bool, float]:
-        value = trial.metrics.get(metrics[0])
-        sign = -1 if mode_of(metrics[0]) == "max" else 1
-        return trial.status != "finished", worst if value is None else sign * value
-
     rows = [
         [
-            trial.run_name,
+            f"  {trial.run_name}, seed {trial.values['seed']}" if trial.repeats else trial.run_name,
             trial.status,
             str(trial.step),
             *(shown(trial.values.get(name)) for name in fields),
             *(f"{trial.metrics[name]:.4f}" if name in trial.metrics else "-" for name in metrics),
             f"{trial.seconds:.0f}",
         ]
-        for trial in sorted(result.trials, key=order)
+        for trial in result.trials
     ]
     return ["trial", "status", "step", *fields, *metrics, "seconds"], rows
 
@@ -55,6 +51,10 @@ def result_lines(settings: TuneConfig, result: SweepResult) -> list[str]:
     """What is printed below the table: failures, noise, Pareto front, and the best trial."""
     metrics = settings.metrics
     lines = [f"{trial.run_name}: {trial.reason}" for trial in result.trials if trial.status == "failed"]
+    for name, means in result.means.items():
+        count = 1 + sum(trial.repeats == name and trial.status == "finished" for trial in result.trials)
+        measured = ", ".join(f"{metric} {means[metric]:.4f}" for metric in metrics)
+        lines.append(f"{name}: {measured}, mean of {count} seeds")
     if result.noise:
         noise = ", ".join(f"{name} {value:.4f}" for name, value in result.noise.items())
         lines.append(f"noise (standard deviation between seeds): {noise}")
@@ -74,7 +74,8 @@ def result_lines(settings: TuneConfig, result: SweepResult) -> list[str]:
     if len(result.tied) > 1:
         lines.append(f"the differences between {', '.join(result.tied)} are within the noise between seeds")
     values = " ".join(f"--{name} {flag_text(value)}" for name, value in best.values.items())
-    measured = ", ".join(f"{name} {best.metrics[name]:.4f}" for name in metrics)
+    means = result.means.get(best.run_name, best.metrics)
+    measured = ", ".join(f"{name} {means[name]:.4f}" for name in metrics)
     kind = "knee of the Pareto front" if len(metrics) > 1 else "best"
     lines.append(f"{kind}: {best.run_name} with {measured} at step {best.step}: {values}")
     return lines

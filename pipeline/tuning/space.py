@@ -61,10 +61,12 @@ def points(settings: TuneConfig, base: TrainConfig) -> list[Values]:
                 raise UserError(f"{where}: {name} is not a field of tune.space ({', '.join(settings.space)})")
         values = {name: point.get(name, known[name]) for name in settings.space}
         for name, span in settings.space.items():
-            if not _contains(_distribution(name, span), span, values[name]):
+            found = _member(name, span, values[name])
+            if not found:
                 raise UserError(
                     f"{where}: {name}={json.dumps(values[name])} is outside tune.space; widen the space"
                 )
+            values[name] = found[0]
         if values in listed:
             raise UserError(f"{where}: the same values as an earlier point; remove it")
         listed.append(values)
@@ -185,12 +187,13 @@ def _decoded(name: str, span: Range | Choice, value: Any) -> Any:
     )
 
 
-def _contains(distribution: optuna.distributions.BaseDistribution, span: Range | Choice, value: Any) -> bool:
+def _member(name: str, span: Range | Choice, value: Any) -> list[Any]:
+    """The value, in the form that a choice has it (1 is 1.0, but not true); empty if it is outside."""
     if isinstance(span, Choice):
-        return any(type(each) is type(value) and each == value for each in span.choice)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return bool(distribution._contains(value))
+        same = isinstance(value, bool)
+        return [each for each in span.choice if each == value and isinstance(each, bool) == same][:1]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return [value] if is_number and _distribution(name, span)._contains(value) else []
 
 
 def _axis(name: str, span: Range | Choice) -> list[Any] | None:

@@ -4,12 +4,16 @@ By default trials are compared by their last validation: that of the EMA weights
 of stage 2 by PSNR is its first one, before the GAN losses had an effect, so its ranking of the trials would be noise.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import ray
 
 from pipeline.data import check_source, has_manifest, load_manifest, plans_held_out, prepare
 from pipeline.errors import UserError
+from pipeline.model.features import PROVIDED, file_sha256
 from pipeline.run_folder import SWEEP
 from pipeline.section import with_fields
 from pipeline.storage import Storage, only_writer
@@ -31,9 +35,10 @@ from pipeline.training.selection import with_selection
 from pipeline.training.stopping import saving_on_sigterm
 from pipeline.training.validation_sets import find_sets
 from pipeline.tuning import stage_one, sweep_folder
+from pipeline.tuning.best_config import best_yaml
 from pipeline.tuning.config import TuneConfig, metric_name
 from pipeline.tuning.constraint import Constraint
-from pipeline.tuning.ranking import rank
+from pipeline.tuning.ranking import in_order, rank
 from pipeline.tuning.ray_tune import fitting, run_jobs
 from pipeline.tuning.result import SweepResult
 from pipeline.tuning.rungs import require_rungs
@@ -67,14 +72,13 @@ def run_sweep(
     base, initial = resolve(base, sweep, known.initial if known else {}, begun=known is not None)
     # The sizes are adopted now; a trial that searches other sizes must not adopt them again.
     base = with_fields(base, {"init.adopt_sizes": False})
-    _check_trials(base, settings, sweep, initial)
+    weights = check_trials(base, settings, sweep, initial)
     has_data = has_manifest(base.data.root)
     base = with_selection(base, _require_images(base, settings, has_data))
     sets = find_sets(base)
     sha256 = load_manifest(base.data.root).sha256 if has_data else ""
-    sweep_folder.check(
-        sweep, settings, sweep_folder.identity_of(base, settings, sha256, sets, origins(initial))
-    )
+    identity = sweep_folder.identity_of(base, settings, sha256, sets, origins(initial), weights)
+    sweep_folder.check(sweep, settings, identity)
     sweep_folder.outcomes(sweep)  # a corrupt one is refused before Ray starts
     if not has_data:
         check_source(base.data, prepare_command)
@@ -88,10 +92,9 @@ def run_sweep(
         if not has_data:
             prepare(base.data)
         manifest = load_manifest(base.data.root)
-        identity = sweep_folder.identity_of(base, settings, manifest.sha256, sets, origins(initial))
-        sweep_folder.claim(sweep, settings, identity)
+        sweep_folder.claim(sweep, settings, replace(identity, manifest_sha256=manifest.sha256))
         store(sweep, initial)
-        slots = _slots(base, settings)
+        slots = slots_of(base, settings, ray.nodes())
         queue = TrialQueue(settings, base, sweep, manifest.sha256, slots, retry_failed)
         # The last line describes the processes of one run.
         print(*summary(base, manifest).splitlines()[:-1], _processes(queue), sep="\n", flush=True)
@@ -106,7 +109,7 @@ def run_sweep(
         try:
             with saving_on_sigterm(sweep):
                 _run(queue, parent)
-            result = _conclude(queue, with_absolute_paths(config), parent)
+            result = conclude(queue, with_absolute_paths(config), parent)
             status = "KILLED" if queue.stopping else "FINISHED"
             return result
         except (KeyboardInterrupt, SystemExit):
@@ -143,10 +146,14 @@ def trial_base(config: TrainConfig) -> TrainConfig:
     return absolute.model_copy(update={"tracking": tracking, "workers": workers})
 
 
-def _check_trials(
+def check_trials(
     base: TrainConfig, settings: TuneConfig, sweep: Storage, initial: Mapping[str, Initial]
-) -> None:
-    """Preflight checks of all trials. Raises UserError."""
+) -> dict[str, str]:
+    """Preflight checks of all trials. Returns the sha256 of the weights that they read, by field and file.
+
+    Raises:
+        UserError: one line that names the field.
+    """
     trials = check_space(settings, base)
     if settings.repeats and "seed" in settings.space:
         raise UserError(
@@ -157,13 +164,18 @@ def _check_trials(
     # The process that runs the sweep needs no GPU; those of the trials do.
     check_before_start(base.model_copy(update={"use_gpu": False}), sweep)
     checked = [base.perceptual] if base.gan.steps and base.gan.perceptual_weight else []
+    digests = {}
     for trial in trials:
         if trial.perceptual not in checked and perceptual_features(trial):
             checked.append(trial.perceptual)
         if trial.init == base.init:
             require_fit(trial, initial)
-        else:
-            resolve(trial, sweep, {}, begun=False)
+            continue
+        for network, each in origins(resolve(trial, sweep, {}, begun=False)[1]).items():
+            digests[f"init.{network}={each.source}"] = each.sha256
+    for name in {each.weights for each in checked} - PROVIDED:
+        digests[f"perceptual.weights={name}"] = file_sha256(Path(name))
+    return digests
 
 
 def _require_images(base: TrainConfig, settings: TuneConfig, has_data: bool) -> bool:
@@ -184,12 +196,21 @@ def _require_images(base: TrainConfig, settings: TuneConfig, has_data: bool) -> 
     )
 
 
-def _slots(base: TrainConfig, settings: TuneConfig) -> int:
-    """How many trials run at a time: as many as fit into the cluster, so that none waits with others half started."""
-    fits = fitting(base, ray.nodes())
+def slots_of(base: TrainConfig, settings: TuneConfig, nodes: Sequence[Mapping[str, Any]]) -> int:
+    """How many trials run at a time: as many as fit into the cluster, so that none waits with others half started.
+
+    Raises:
+        UserError: none fits, and no node will be started.
+    """
+    fits = fitting(base, nodes)
     if base.wait_for_nodes_s and not base.worker_range[1]:
         return settings.max_concurrent  # Ray Tune's waiting trials make the autoscaler start nodes
-    if 0 < fits < settings.max_concurrent:
+    if not fits:
+        raise UserError(
+            f"cpus_per_worker={base.cpus_per_worker:g}{', use_gpu=true' if base.use_gpu else ''}: the cluster's nodes "
+            f"do not have room for the {max(1, base.worker_range[0])} worker(s) of a trial; lower it or add nodes"
+        )
+    if fits < settings.max_concurrent:
         print(
             f"tune.max_concurrent={settings.max_concurrent}: {fits} at a time, as many trials as fit into the cluster",
             flush=True,
@@ -207,28 +228,44 @@ def _processes(queue: TrialQueue) -> str:
     return f"trials:  {queue.total}, up to {queue.slots} at a time, {each}; {device}{shared}"
 
 
-def _conclude(queue: TrialQueue, config: TrainConfig, parent: TrackedRun) -> SweepResult:
+def conclude(queue: TrialQueue, config: TrainConfig, parent: TrackedRun) -> SweepResult:
+    """Compares the ended trials, writes the files of the result and logs them to MLflow.
+
+    Args:
+        queue: the ended queue.
+        config: the configuration of the sweep, with absolute paths.
+        parent: the sweep's run in MLflow.
+
+    Raises:
+        UserError: no trial has finished.
+    """
     settings, sweep = queue.settings, queue.sweep
-    trials = sorted(queue.outcomes.values(), key=lambda trial: trial.number)
-    for trial in trials:
-        send_unsent(sweep / f"trials/{trial.run_name}", parent.uri)
+    trials = []
+    for trial in queue.outcomes.values():
+        run = sweep / f"trials/{trial.run_name}"
+        send_unsent(run, parent.uri)
+        trials.append(replace(trial, run_id=trial.run_id or sweep_folder.tracking_run_id(run)))
     finished = [trial for trial in trials if trial.status == "finished"]
     if not finished and not queue.stopping:
         reasons = [f"{trial.run_name}: {trial.reason}" for trial in trials if trial.reason]
         shown = "; ".join(reasons)[:400] or "see the log"
         raise UserError(f"tune.name={settings.name}: no trial finished ({shown})")
     ranking = rank(settings, trials)
-    best = queue.outcomes.get(ranking.best)
-    files = sweep_files(queue, config, ranking)
-    for name, content in files.items():
-        sweep.write_bytes(name, content)
-    log_sweep(
-        parent,
+    trials = in_order(trials, ranking)
+    best = next((trial for trial in trials if trial.run_name == ranking.best), None)
+
+    def keep(files: Mapping[str, bytes], points: Sequence[tuple[int, Mapping[str, float]]] = ()) -> None:
+        for name, content in files.items():
+            sweep.write_bytes(name, content)
+        log_sweep(parent, points, files, (best.run_name, best.run_id) if best else None)
+
+    # What counts is kept before the figures are drawn.
+    keep(
+        {"best.yaml": best_yaml(config, settings, best)} if best else {},
         [(trial.number, trial.metrics) for trial in finished],
-        files,
-        (best.run_name, best.run_id) if best else None,
     )
+    keep(sweep_files(queue, ranking, trials))
     return SweepResult(
         parent.run_id, trials, best, list(ranking.front) if len(settings.metrics) > 1 else [], list(ranking.tied),
-        ranking.noise, sweep.path("tradeoff.png"),
+        ranking.noise, ranking.repeated_means(), sweep.path("tradeoff.png"),
     )  # fmt: skip

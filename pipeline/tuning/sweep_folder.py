@@ -10,6 +10,7 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.run_folder import (
     IDENTITY,
+    MLFLOW_RUN,
     OUTCOME,
     SWEEP,
     TRIAL_PLAN,
@@ -24,6 +25,7 @@ from pipeline.training.config import TrainConfig
 from pipeline.training.identity import learning_fields
 from pipeline.training.validation_sets import SetFiles
 from pipeline.tuning.config import TuneConfig
+from pipeline.tuning.space import trial_name
 
 # Settings that decide what the trials' values mean; the others may change between submissions.
 _SETTINGS = {"space", "metrics", "value", "mean_validations", "constraints"}
@@ -35,6 +37,7 @@ def identity_of(
     manifest_sha256: str,
     sets: Sequence[SetFiles] = (),
     initial: Mapping[str, InitialWeights] | None = None,
+    weights: Mapping[str, str] | None = None,
 ) -> SweepIdentity:
     """What must be equal when the sweep is resumed.
 
@@ -44,6 +47,7 @@ def identity_of(
         manifest_sha256: digest of the data set's manifest.
         sets: the further images of validation.
         initial: the trials' given initial weights, by network.
+        weights: sha256 of further weights, by what they are.
     """
     search = settings.model_dump(mode="json", include=_SETTINGS)
     measured: dict[str, Any] = {
@@ -52,7 +56,8 @@ def identity_of(
         "images of validation.sets": {each.name: each.sha256[:12] for each in sets},
         "select_by": {"psnr": base.psnr.select_by, "gan": base.gan.select_by},
     }
-    given = {f"init.{network}": weights.sha256 for network, weights in (initial or {}).items()}
+    given = {f"init.{network}": each.sha256 for network, each in (initial or {}).items()}
+    given |= {name: f"sha256 {sha256[:12]}" for name, sha256 in (weights or {}).items()}
     return SweepIdentity(
         {f"tune.{name}": value for name, value in search.items()} | learning_fields(base) | measured | given,
         manifest_sha256,
@@ -94,10 +99,16 @@ def claim(sweep: Storage, settings: TuneConfig, new: SweepIdentity) -> None:
         SWEEP.write(sweep, new)
 
 
-def plans(sweep: Storage) -> list[TrialPlan]:
-    """All trials that were proposed, by number. Folders without a valid plan are ignored."""
-    read = [TRIAL_PLAN.at(name=name).read(sweep) for name in sweep.names("trials")]
-    return sorted((plan for plan in read if plan is not None), key=lambda plan: plan.number)
+def plans(sweep: Storage, settings: TuneConfig) -> list[TrialPlan]:
+    """All trials that were proposed, by number. Folders without a valid plan of this sweep are ignored."""
+    found = []
+    for name in sweep.names("trials"):
+        plan = TRIAL_PLAN.at(name=name).read(sweep)
+        if plan is None or name != trial_name(plan.values):
+            continue
+        if set(plan.values) - ({"seed"} if plan.repeats else set()) == set(settings.space):
+            found.append(plan)
+    return sorted(found, key=lambda plan: plan.number)
 
 
 def keep_plan(sweep: Storage, name: str, plan: TrialPlan) -> None:
@@ -124,8 +135,8 @@ def forget_outcome(sweep: Storage, name: str) -> None:
 
 def tracking_run_id(run: Storage) -> str | None:
     """MLflow's id of a run."""
-    identity = IDENTITY.read(run)
-    return identity.tracking_run_id if identity else None
+    description = MLFLOW_RUN.read(run)
+    return description.run_id if description else None
 
 
 def _is_outcome(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""What a sweep leaves: figures, the report, best.yaml and the study's database."""
+"""What a sweep leaves after best.yaml: figures, the report and the study's database."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -13,9 +13,7 @@ from pipeline.model import RRDBNet
 from pipeline.run_folder import TrialOutcome
 from pipeline.storage import Storage
 from pipeline.training import checkpoint as checkpoints
-from pipeline.training.config import TrainConfig
 from pipeline.training.validation import CROP_PX, most_detailed
-from pipeline.tuning.best_config import best_yaml
 from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.figure import (
     as_png,
@@ -37,16 +35,15 @@ SHOWN_IMAGES = 4
 MIN_IMPORTANCE_TRIALS = 8
 
 
-def sweep_files(queue: TrialQueue, config: TrainConfig, ranking: Ranking) -> dict[str, bytes]:
+def sweep_files(queue: TrialQueue, ranking: Ranking, trials: Sequence[TrialOutcome]) -> dict[str, bytes]:
     """The files that a sweep ends with, by name.
 
     Args:
         queue: the ended queue.
-        config: the configuration of the sweep, with absolute paths.
         ranking: comparison of its trials.
+        trials: the ended trials, in the ranking's order.
     """
     settings = queue.settings
-    trials = sorted(queue.outcomes.values(), key=lambda trial: trial.number)
     drawn = _means(trials, ranking)
     tradeoff = tradeoff_figure(drawn, settings, ranking)
     figures = []
@@ -61,15 +58,11 @@ def sweep_files(queue: TrialQueue, config: TrainConfig, ranking: Ranking) -> dic
     if shares := importances(settings, queue):
         text = "Share of the variance between the trials that a field explains (Optuna's fANOVA)."
         figures.append(("Importance of the fields", text, as_svg(importance_figure(shares))))
-    files = {
+    return {
         "tradeoff.png": as_png(tradeoff),
         "report.html": render_report(settings, trials, ranking, figures, crops(queue, ranking)),
         "study.db": queue.database(),
     }
-    best = queue.outcomes.get(ranking.best)
-    if best is not None:
-        files["best.yaml"] = best_yaml(config, settings, best)
-    return files
 
 
 def _means(trials: Sequence[TrialOutcome], ranking: Ranking) -> list[TrialOutcome]:
@@ -120,11 +113,7 @@ def crops(queue: TrialQueue, ranking: Ranking) -> list[Crops]:
 
 def _shown_trials(queue: TrialQueue, ranking: Ranking) -> dict[str, TrialOutcome]:
     """The trials to be shown, by label: the best ones and the first of tune.points."""
-    names = dict.fromkeys(
-        [ranking.best, *ranking.front, *(each.trial.run_name for each in ranking.candidates)]
-    )
-    top = [name for name in names if name in queue.outcomes][:SHOWN_TRIALS]
-    labels = {name: name for name in top}
+    labels = {name: name for name in ranking.names()[:SHOWN_TRIALS]}
     first: Sequence[Mapping[str, object]] = points(queue.settings, queue.base)[:1]
     for trial in queue.outcomes.values():
         if trial.values in first and trial.status == "finished":

@@ -37,10 +37,13 @@ def train_job(
     report: Callable[[Mapping[str, float]], None],
     callbacks: Sequence[Any] = (),
 ) -> TrialOutcome:
-    """Trains a job to its end, or until it is stopped; never raises for a fault of the training.
+    """Trains a job to its end, or until it is stopped; a fault of the training becomes the outcome.
 
     A stopped job has the status `interrupted`: it resumes from its checkpoint. Not for the main thread, in which
     signals stop a run.
+
+    Raises:
+        Exception: the fault has made the process's GPU unusable, so the process must end.
 
     Args:
         job: what to train.
@@ -68,11 +71,13 @@ def train_job(
             outcome = _finished(job, settings, outcome, _train(job, parent_run_id, report, callbacks))
         except Stopped as stopped:
             print(stopped, flush=True)
-        except Exception as error:  # noqa: BLE001 - becomes the trial's outcome
+        except Exception as error:
             text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             if not isinstance(error, UserError):
                 print(without_secrets(traceback.format_exc()), flush=True)
             print(f"error: {without_secrets(text)}", flush=True)
+            if _is_gpu_unusable(job.config):
+                raise
             outcome = replace(
                 outcome,
                 status="failed",
@@ -109,8 +114,19 @@ def _train(
     try:
         return run_training(job.config, report=report, **options)
     finally:
-        if job.config.use_gpu:
+        if job.config.use_gpu and not _is_gpu_unusable(job.config):
             torch.cuda.empty_cache()  # the process trains further trials
+
+
+def _is_gpu_unusable(config: TrainConfig) -> bool:
+    """Whether a CUDA error, such as an illegal memory access, makes every later call in this process fail."""
+    if not config.use_gpu or not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _finished(job: Job, settings: TuneConfig, outcome: TrialOutcome, result: TrainingResult) -> TrialOutcome:
@@ -121,7 +137,8 @@ def _finished(job: Job, settings: TuneConfig, outcome: TrialOutcome, result: Tra
         metrics = result.metrics
         step = max((at for at, values in measured.items() if values == metrics), default=step)
     elif settings.value == "mean" and job.kind == "trial":
-        last = list(measured.values())[-settings.mean_validations :]
+        # Without the records of its validations, the last one is known from the result.
+        last = list(measured.values())[-settings.mean_validations :] or [metrics]
         metrics = {name: sum(values[name] for values in last) / len(last) for name in metrics}
     return replace(outcome, run_id=result.run_id, status="finished", step=step, metrics=metrics)
 
@@ -134,17 +151,16 @@ def _adopt(job: Job) -> None:
 
 
 def _await_lock(run: Storage) -> None:
-    """Waits until no other process trains the run. Raises UserError."""
+    """Waits until no other process trains the run. Raises TimeoutError, an OSError: not the trial's fault."""
     deadline = time.monotonic() + LOCK_S
     while True:
         try:
-            with only_writer(
-                run, f"{run.uri}: another process has been training this trial for {LOCK_S:.0f} s"
-            ):
+            with only_writer(run, "locked"):
                 return
         except UserError:
             if time.monotonic() > deadline:
-                raise
+                text = f"{run.uri}: another process has been training this trial for {LOCK_S:.0f} s"
+                raise TimeoutError(text) from None
         time.sleep(0.5)
 
 

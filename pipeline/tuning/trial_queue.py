@@ -10,15 +10,16 @@ from pipeline.errors import UserError, without_secrets
 from pipeline.run_folder import RESULT, TrialOutcome, TrialPlan
 from pipeline.storage import Storage
 from pipeline.tracking.spool import published_step, validations
+from pipeline.training import checkpoint as checkpoints
 from pipeline.training.config import TrainConfig
 from pipeline.training.stopping import end_stop_request, request_stop
 from pipeline.tuning import stage_one, sweep_folder
 from pipeline.tuning.config import TuneConfig, mode_of
 from pipeline.tuning.job import Job
-from pipeline.tuning.proposals import as_database, number_of_trials, propose, study
+from pipeline.tuning.proposals import Validations, as_database, number_of_trials, propose, study
 from pipeline.tuning.ranking import rank
 from pipeline.tuning.rungs import compared_from, is_weak
-from pipeline.tuning.space import is_valid, trial_config, trial_name
+from pipeline.tuning.space import Values, trial_config, trial_name
 
 logger = logging.getLogger(__name__)
 
@@ -47,35 +48,37 @@ class TrialQueue:
         self.settings, self.base, self.sweep, self.slots = settings, base, sweep, slots
         self._manifest_sha256 = manifest_sha256
         self.is_shared = stage_one.is_shared(settings, base)
-        self.plans = {trial_name(plan.values): plan for plan in sweep_folder.plans(sweep)}
-        self.outcomes = {
-            each.run_name: each for each in sweep_folder.outcomes(sweep) if each.run_name in self.plans
-        }
-        for outcome in list(self.outcomes.values()):
+        self.total = number_of_trials(settings)
+        """Number of trials, without repetitions."""
+        self.plans = {trial_name(plan.values): plan for plan in sweep_folder.plans(sweep, settings)}
+        self.outcomes: dict[str, TrialOutcome] = {}
+        for outcome in sweep_folder.outcomes(sweep):
             if outcome.status == "failed" and (outcome.retry or retry_failed):
                 sweep_folder.forget_outcome(sweep, outcome.run_name)
-                del self.outcomes[outcome.run_name]
+            elif outcome.run_name in self.plans:
+                self.outcomes[outcome.run_name] = outcome
         self.resumed = len(self.plans) - len(self.outcomes)
         self.running: dict[str, Job] = {}
         self.steps: dict[str, int] = {}
         """The latest known step of every job."""
         self.first_steps: dict[str, int] = {}
         """The step at which every job was started by this submission."""
-        self._waiting = [plan for name, plan in self.plans.items() if name not in self.outcomes]
-        for plan in self._waiting:
-            end_stop_request(sweep / f"trials/{trial_name(plan.values)}")
+        self._waiting = [name for name in self.plans if name not in self.outcomes]
+        for name in self._waiting:
+            end_stop_request(sweep / f"trials/{name}")
         for name in sweep.names(stage_one.FOLDER):
             end_stop_request(sweep / f"{stage_one.FOLDER}/{name}")
         self.histories = {name: self._history(name) for name in self.plans}
         """Validations of every trial by step of the compared stage."""
         self._failed_stages: dict[str, TrialOutcome] = {}
+        self._lost_at: dict[str, int] = {}
+        """Step of every job whose process died."""
+        self._outside_faults = 0
+        """Number of consecutive trials that failed for a reason outside of them."""
+        self.failure = ""
+        """Why the sweep was stopped, if not by the user."""
         self.stopping = False
         self._exhausted = False
-
-    @property
-    def total(self) -> int:
-        """Number of trials, without repetitions."""
-        return number_of_trials(self.settings)
 
     @property
     def done(self) -> bool:
@@ -88,44 +91,45 @@ class TrialQueue:
 
     def next(self) -> Job | None:
         """The next job to start now, which counts as running from here on; None: not yet, or `done`."""
-        if self.stopping or len(self.running) >= self.slots:
-            return None
-        self._fill()
-        for plan in list(self._waiting):
-            try:
-                job = self._trial(plan)
-            except UserError as error:  # a plan of an earlier version
-                return self._cannot_start(plan, str(error))
-            stage = (
-                stage_one.stage_one_of(job.config, self.base, self._manifest_sha256)
-                if self.is_shared
-                else None
-            )
-            if stage is not None:
-                stage = stage.model_copy(update={"storage": self.sweep.path(stage_one.FOLDER)})
-                run = Storage(stage.storage) / stage.run_name
-                if failure := self._failed_stages.get(stage.run_name):
-                    return self._cannot_start(plan, f"{stage.run_name}: {failure.reason}", failure.retry)
-                if not stage_one.is_trained(run, stage.psnr.steps):
-                    if stage.run_name in self.running:
-                        continue
-                    RESULT.remove(run)  # of a run whose last checkpoint is gone: it would count as finished
-                    job = Job(stage.run_name, "stage 1", stage, TrialPlan(-1, {}))
-                else:
-                    job = replace(job, stage_one=run.uri)
-            if job.kind == "trial":
-                self._waiting.remove(plan)
-            self.running[job.name] = job
-            adopted = job.config.psnr.steps if job.stage_one else 0
-            self.steps[job.name] = self.first_steps[job.name] = max(0, published_step(job.run), adopted)
-            return job
+        while not self.stopping and len(self.running) < self.slots:
+            self._fill()
+            ended = len(self.outcomes)
+            for name in list(self._waiting):
+                if not self.stopping and (job := self._job_for(name)) is not None:
+                    self._waiting = [each for each in self._waiting if each != job.name]
+                    self.running[job.name] = job
+                    first = max(published_step(job.run), job.config.psnr.steps if job.stage_one else 0)
+                    self.steps[job.name] = self.first_steps[job.name] = first
+                    return job
+            if len(self.outcomes) == ended:
+                break
         return None
 
-    def _cannot_start(self, plan: TrialPlan, reason: str, retry: bool = False) -> Job | None:
-        self._waiting.remove(plan)
-        outcome = _empty(trial_name(plan.values), plan)
-        self._keep(replace(outcome, status="failed", reason=reason, retry=retry))
-        return self.next()
+    def _job_for(self, name: str) -> Job | None:
+        """What a waiting trial needs next: its stage 1 or its own training. None: it waits for stage 1, or failed."""
+        try:
+            job = self.job(name)
+        except UserError as error:  # a plan of an earlier version
+            self._cannot_start(name, str(error))
+            return None
+        stage = stage_one.stage_one_of(job.config, self.base, self._manifest_sha256)
+        if stage is None or not self.is_shared or checkpoints.listed(job.run):
+            return job
+        stage = stage.model_copy(update={"storage": self.sweep.path(stage_one.FOLDER)})
+        run = Storage(stage.storage) / stage.run_name
+        if failure := self._failed_stages.get(stage.run_name):
+            self._cannot_start(name, f"{stage.run_name}: {failure.reason}", failure.retry)
+            return None
+        if stage_one.is_trained(run, stage.psnr.steps):
+            return replace(job, stage_one=run.uri)
+        if stage.run_name in self.running:
+            return None
+        RESULT.remove(run)  # of a run whose last checkpoint is gone: it would count as finished
+        return Job(stage.run_name, "stage 1", stage, TrialPlan(-1, {}))
+
+    def _cannot_start(self, name: str, reason: str, retry: bool = False) -> None:
+        self._waiting.remove(name)
+        self._keep(replace(_empty(name, self.plans[name]), status="failed", reason=reason, retry=retry))
 
     def validated(self, name: str, step: int, metrics: dict[str, float]) -> None:
         """A job was validated. Stops it if it is among the weak ones at a rung."""
@@ -161,12 +165,13 @@ class TrialQueue:
             return
         if name in self.outcomes:  # stopped early: written when it was decided
             kept = self.outcomes[name]
-            outcome = replace(kept, run_id=self._run_id(name), seconds=outcome.seconds)
+            outcome = replace(kept, run_id=sweep_folder.tracking_run_id(job.run), seconds=outcome.seconds)
         if outcome.status == "interrupted":
-            print(f"{name} interrupted at step {max(0, published_step(job.run))}/{job.steps}", flush=True)
+            step = max(0, published_step(job.run))
+            print(f"{name} interrupted at step {step}/{job.steps}{_because(outcome.reason)}", flush=True)
             self._again(job)
             return
-        outcome = replace(outcome, run_id=outcome.run_id or self._run_id(name))
+        outcome = replace(outcome, run_id=outcome.run_id or sweep_folder.tracking_run_id(job.run))
         self.histories[name] = self._history(name) or self.histories.get(name, {})
         self._keep(outcome)
         shown = ", ".join(
@@ -186,12 +191,15 @@ class TrialQueue:
         if not self.stopping:
             end_stop_request(job.run)
             if job.kind == "trial":
-                self._waiting.append(job.plan)
+                self._waiting.append(job.name)
 
     def lost(self, name: str, reason: str) -> None:
-        """A job's process died more often than it is restarted."""
-        outcome = _empty(name, self.running[name].plan)
-        outcome = replace(outcome, status="failed", reason=without_secrets(reason), retry=True)
+        """A job's process died more often than it is restarted. It resumes once more if it has made progress."""
+        job = self.running[name]
+        step, before = published_step(job.run), self._lost_at.get(name)
+        self._lost_at[name] = step
+        status = "interrupted" if before is None or step > before else "failed"
+        outcome = replace(_empty(name, job.plan), status=status, reason=without_secrets(reason), retry=True)
         self.ended(name, outcome)
 
     def stop(self) -> None:
@@ -213,12 +221,10 @@ class TrialQueue:
                 break
             values = propose(self.settings, self.base, searched, *self._results())
             if values is None:
-                print(
-                    f"no valid values are left that differ from the {len(searched)} trials so far", flush=True
-                )
+                print(f"no other valid values are left after {len(searched)} trials", flush=True)
                 self._exhausted = True
                 break
-            self._plan(TrialPlan(len(self.plans), values))
+            self._plan(values)
         searched = self._searched()
         complete = self._exhausted or len(searched) >= self.total
         if complete and all(trial_name(plan.values) in self.outcomes for plan in searched):
@@ -226,43 +232,38 @@ class TrialQueue:
 
     def _repeat(self) -> None:
         ranking = rank(self.settings, [each for each in self.outcomes.values() if not each.repeats])
-        order = [ranking.best, *ranking.front, *(each.trial.run_name for each in ranking.candidates)]
-        top = list(dict.fromkeys(name for name in order if name))[: self.settings.repeat_top]
+        top = ranking.names()[: self.settings.repeat_top]
         for offset in range(1, self.settings.repeats + 1):
             for name in top:
                 values = self.plans[name].values | {"seed": self.base.seed + offset}
                 if trial_name(values) not in self.plans:
-                    self._plan(TrialPlan(len(self.plans), values, repeats=name))
+                    self._plan(values, repeats=name)
 
-    def _plan(self, plan: TrialPlan) -> None:
-        name = trial_name(plan.values)
+    def _plan(self, values: Values, repeats: str = "") -> None:
+        number = 1 + max((plan.number for plan in self.plans.values()), default=-1)
+        plan, name = TrialPlan(number, values, repeats), trial_name(values)
         sweep_folder.keep_plan(self.sweep, name, plan)
         self.plans[name] = plan
-        self._waiting.append(plan)
+        self._waiting.append(name)
 
     def _searched(self) -> list[TrialPlan]:
         return [plan for plan in self.plans.values() if not plan.repeats]
 
-    def _results(
-        self,
-    ) -> tuple[dict[int, TrialOutcome], dict[int, dict[int, dict[str, float]]]]:
+    def _results(self) -> tuple[dict[int, TrialOutcome], Validations]:
         outcomes = {self.plans[name].number: outcome for name, outcome in self.outcomes.items()}
         return outcomes, {self.plans[name].number: history for name, history in self.histories.items()}
 
     def job(self, name: str) -> Job:
-        """The job of a trial that was proposed."""
-        return self._trial(self.plans[name])
-
-    def _trial(self, plan: TrialPlan) -> Job:
-        name = trial_name(plan.values)
-        own = {"run_name": name, "storage": self.sweep.path("trials")}
+        """The job of a trial that was proposed. Raises UserError: its values are invalid."""
+        plan, own = self.plans[name], {"run_name": name, "storage": self.sweep.path("trials")}
         return Job(name, "trial", trial_config(self.base, plan.values | own), plan)
 
     def _history(self, name: str) -> dict[int, dict[str, float]]:
         """The trial's validations by step of the compared stage."""
-        if not is_valid(self.base, self.plans[name].values):
+        try:
+            start = compared_from(self.job(name).config)
+        except UserError:
             return {}
-        start = compared_from(trial_config(self.base, self.plans[name].values))
         measured = validations(self.sweep / f"trials/{name}")
         return {step - start: metrics for step, metrics in measured.items() if step > start}
 
@@ -279,17 +280,14 @@ class TrialQueue:
     def _keep(self, outcome: TrialOutcome) -> None:
         sweep_folder.keep_outcome(self.sweep, outcome)
         self.outcomes[outcome.run_name] = outcome
-        self.save_study()
-
-    def save_study(self) -> None:
-        """Writes the copy of the study for optuna-dashboard."""
         try:
             self.sweep.write_bytes("study.db", self.database())
         except Exception as error:  # noqa: BLE001 - a copy: the trials' files are what counts
             logger.warning("study.db not written: %s", error)
-
-    def _run_id(self, name: str) -> str | None:
-        return sweep_folder.tracking_run_id(self.sweep / f"trials/{name}")
+        self._outside_faults = self._outside_faults + 1 if outcome.retry else 0
+        if self._outside_faults > 1 and not self.stopping:  # the next trials would fail the same way
+            self.failure = outcome.reason
+            self.stop()
 
 
 def _empty(name: str, plan: TrialPlan) -> TrialOutcome:
