@@ -1,4 +1,4 @@
-"""A run of a tiny network by jobs/train_gan.py, whose lines a script reads. For the scripts of this folder."""
+"""A run or sweep of a tiny network, whose lines a script reads. For the scripts of this folder."""
 
 import sys
 from pathlib import Path
@@ -7,11 +7,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def command(folder: Path, **fields: Any) -> list[str]:
-    """The command of a run below `folder` on sample images.
+def command(folder: Path, job: str = "train_gan", **fields: Any) -> list[str]:
+    """The command of a run or sweep below `folder` on sample images.
 
     Args:
         folder: where data, run folder and an empty configuration file go.
+        job: name of the script in jobs/.
         fields: fields that differ from the tiny run's, `__` for each dot.
     """
     values = {
@@ -25,4 +26,4 @@ def command(folder: Path, **fields: Any) -> list[str]:
     empty = folder / "empty.yaml"
     empty.touch()
     flags = [text for name, value in values.items() for text in (f"--{name}", str(value))]
-    return [sys.executable, str(ROOT / "jobs/train_gan.py"), "--config", str(empty), *flags]
+    return [sys.executable, str(ROOT / f"jobs/{job}.py"), "--config", str(empty), *flags]
