@@ -67,9 +67,11 @@ def pareto_figure(trials: Sequence[TrialOutcome], settings: TuneConfig, ranking:
     axes.plot([x for x, _, _ in points], [y for _, y, _ in points], color=RED, linewidth=1, zorder=1)
     for number, (x, y, name) in enumerate(points):
         text = f"{name} (knee)" if name == ranking.best else name
-        above = number % 2 == 0
-        axes.annotate(text, (x, y), xytext=(0, 9 if above else -15), textcoords="offset points", ha="center",
-                      fontsize=8, fontweight="bold" if name == ranking.best else "normal")  # fmt: skip
+        # Towards the middle, so that no name crosses the frame.
+        is_right, is_above = x > sum(axes.get_xlim()) / 2, number % 2 == 0
+        axes.annotate(text, (x, y), xytext=(-6 if is_right else 6, 9 if is_above else -15),
+                      textcoords="offset points", ha="right" if is_right else "left", fontsize=8,
+                      fontweight="bold" if name == ranking.best else "normal")  # fmt: skip
     axes.margins(0.16)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)

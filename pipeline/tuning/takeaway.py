@@ -50,7 +50,8 @@ def sweep_files(queue: TrialQueue, ranking: Ranking, trials: Sequence[TrialOutco
     if len(settings.metrics) > 1:
         text = "Red: the Pareto front; no other trial is better in both metrics. Gray: the other trials."
         figures.append(("Pareto front", text, as_svg(pareto_figure(drawn, settings, ranking))))
-    text = "A star: the best trial; hollow: stopped early, before its last step."
+    best = "the best trial" if len(settings.metrics) == 1 else "the knee of the Pareto front"
+    text = f"A star: {best}; hollow: stopped early, before its last step."
     figures.append(("Fields and metrics", text, as_svg(tradeoff)))
     if parallel := parallel_figure(drawn, settings):
         text = "A line is a finished trial; yellow: the best values of the first metric. Numbers: the ends of an axis."
