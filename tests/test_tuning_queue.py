@@ -141,6 +141,7 @@ def test_trials_do_not_fail_one_after_another_for_a_fault_outside_of_them(folder
     assert queue.failure == f"{stage.name}: No space left on device"
 
 
+@pytest.mark.slow
 def test_a_trial_of_stage_2_needs_no_stage_1(folder: Path) -> None:
     changes = {"tune.name": "stage-2", "tune.trials": 1, "checkpoint_every_steps": 1}
     first = open_queue(folder, **changes)

@@ -54,6 +54,7 @@ def test_the_files_of_a_sweep(tmp_path: Path) -> None:
     assert "http" not in page.replace("http://www.w3.org", "")
 
 
+@pytest.mark.slow
 def test_training_starts_from_best_yaml(tmp_path: Path) -> None:
     folder = write_sets(tmp_path)
     queue = open_queue(folder, **{"tune.trials": 1})
