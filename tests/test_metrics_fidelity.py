@@ -17,7 +17,7 @@ from pipeline.imaging import (
     psnr,
     ssim,
 )
-from pipeline.metrics import FIDELITY, METRICS, MetricSet
+from pipeline.metrics import CONSISTENCY_AND_DETAIL, FIDELITY, METRICS, MetricSet
 
 SIZES = [(32, 36), (60, 44), (400, 360)]  # the last one takes several strips
 
@@ -64,17 +64,18 @@ def test_psnr_and_ssim_equal_the_reference(height: int, width: int, border: int)
         assert values[f"ssim_{channel}"] == ssim(sr, hr, border, channel)
 
 
-def test_equal_images_have_infinite_psnr_and_no_drift() -> None:
+def test_equal_images_have_infinite_psnr_their_own_detail_and_no_drift() -> None:
     _, hr = pair(64, 64)
     values = measured(MetricSet(METRICS.keys() - {"lpips", "dists", "feature_distance"}), hr, hr)
-    assert values["psnr_y"] == values["psnr_rgb"] == math.inf
+    assert values["psnr_y"] == values["psnr_rgb"] == values["lr_psnr"] == math.inf
+    assert values["detail_ratio"] == 1.0
     assert values["ssim_y"] == pytest.approx(1, abs=1e-12)
     assert values["color_drift"] == values["color_drift_g"] == 0.0
 
 
 def test_a_batch_gives_the_values_of_its_images() -> None:
     pairs = [pair(48, 40, seed) for seed in range(3)]
-    metrics = MetricSet([*FIDELITY, "color_drift"])
+    metrics = MetricSet([*FIDELITY, *CONSISTENCY_AND_DETAIL, "color_drift"])
     sr, hr = (np.stack(images) for images in zip(*pairs, strict=True))
     lr = np.stack([low(image) for image in hr])
     assert metrics.measure(sr, hr, lr) == [measured(metrics, *each) for each in pairs]
@@ -84,7 +85,8 @@ def test_a_batch_gives_the_values_of_its_images() -> None:
 
 def test_the_result_does_not_depend_on_the_number_of_threads() -> None:
     sr, hr = pair(400, 360)
-    metrics, threads, results = MetricSet([*FIDELITY, "color_drift"]), torch.get_num_threads(), []
+    metrics = MetricSet([*FIDELITY, *CONSISTENCY_AND_DETAIL, "color_drift"])
+    threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
@@ -92,6 +94,58 @@ def test_the_result_does_not_depend_on_the_number_of_threads() -> None:
     finally:
         torch.set_num_threads(threads)
     assert results[0] == results[1] == results[2]
+
+
+def test_lr_psnr_compares_the_reduced_image_with_the_input() -> None:
+    sr, hr = pair(48, 40)
+    values = measured(MetricSet(["lr_psnr"]), sr, hr)
+    assert values["lr_psnr"] == pytest.approx(psnr(low(sr), low(hr), 0, "rgb"), abs=1e-10)
+    flat = np.full((48, 48, 3), 100, np.uint8)
+    values = measured(MetricSet(["lr_psnr"]), flat + np.uint8(5), flat)
+    assert values == {"lr_psnr": pytest.approx(20 * math.log10(255 / 5))}
+
+
+def test_lr_psnr_finds_what_the_input_does_not_show_and_not_what_it_cannot_show() -> None:
+    flat = np.full((64, 64, 3), 100, np.uint8)
+    fine, coarse = flat.copy(), flat.copy()
+    fine[:, ::2], fine[:, 1::2] = 90, 110  # 1/2 cycle a pixel: gone at a quarter of the size
+    coarse[:, :32] += 20
+    assert measured(MetricSet(["lr_psnr"]), fine, flat)["lr_psnr"] > 45
+    assert measured(MetricSet(["lr_psnr"]), coarse, flat)["lr_psnr"] < 26
+
+
+def waves(period_px: float, amplitude: float) -> Image:
+    levels = 128 + amplitude * np.sin(2 * np.pi * np.arange(256) / period_px)
+    return np.broadcast_to(np.rint(levels)[:, None], (256, 256))[..., None].repeat(3, 2).astype(np.uint8)
+
+
+def test_the_detail_ratio_is_an_energy_so_half_the_amplitude_is_a_quarter() -> None:
+    metrics = MetricSet(["detail_ratio"])
+    assert measured(metrics, waves(4, 40), waves(4, 80))["detail_ratio"] == pytest.approx(1 / 4, rel=0.02)
+    assert measured(metrics, waves(4, 80), waves(4, 40))["detail_ratio"] == pytest.approx(4, rel=0.02)
+
+
+@pytest.mark.parametrize("period_px", [4, 8, 16])
+def test_detail_is_what_ssims_gaussian_removes(period_px: int) -> None:
+    def removed(period: float) -> float:
+        return 1 - math.exp(-2 * (math.pi * 1.5 / period) ** 2)
+
+    assert removed(8) == pytest.approx(0.5, abs=0.001)
+    values = measured(MetricSet(["detail_ratio"]), waves(period_px, 80), waves(3, 80))
+    assert values["detail_ratio"] == pytest.approx((removed(period_px) / removed(3)) ** 2, rel=0.05)
+
+
+def test_a_blurred_image_has_little_detail_and_a_noisy_one_too_much() -> None:
+    sr, hr = pair(96, 80)
+    smooth = bicubic_upscale(low(hr))
+    metrics = MetricSet(["detail_ratio"])
+    assert measured(metrics, smooth, hr)["detail_ratio"] < 0.05
+    assert measured(metrics, sr, smooth)["detail_ratio"] > 20
+
+
+def test_two_flat_images_have_the_same_detail() -> None:
+    flat = np.full((32, 32, 3), 90, np.uint8)
+    assert measured(MetricSet(["detail_ratio"]), flat, flat + np.uint8(4))["detail_ratio"] == pytest.approx(1)
 
 
 def test_color_drift_is_the_change_of_each_channel_in_levels() -> None:

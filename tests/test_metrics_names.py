@@ -7,14 +7,18 @@ import pytest
 
 from pipeline.metrics.names import FIDELITY, METRICS, PERCEPTUAL, MetricName, better
 
-HIGHER = ("psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb")
+FIDELITY_NAMES = ("psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb")
+HIGHER = (*FIDELITY_NAMES, "lr_psnr")
 
 
 def test_the_table_has_all_metrics_in_their_order() -> None:
-    assert tuple(METRICS) == (*HIGHER, "lpips", "dists", "feature_distance", "color_drift")
-    assert get_args(MetricName) == tuple(METRICS)
-    assert FIDELITY == HIGHER
+    assert tuple(METRICS) == (*HIGHER, "detail_ratio", "lpips", "dists", "feature_distance", "color_drift")
+    assert FIDELITY == FIDELITY_NAMES
     assert PERCEPTUAL == ("lpips", "dists", "feature_distance")
+
+
+def test_a_metric_that_only_describes_cannot_choose_a_model() -> None:
+    assert get_args(MetricName) == tuple(name for name in METRICS if name != "detail_ratio")
 
 
 @pytest.mark.parametrize("name", METRICS)
@@ -26,6 +30,21 @@ def test_better_follows_the_direction_of_the_metric(name: str) -> None:
     assert better(name, low, math.nan)
     assert not better(name, math.nan, low)
     assert not better(name, math.nan, math.nan)
+
+
+def test_a_detail_ratio_is_better_the_closer_it_is_to_1() -> None:
+    assert better("detail_ratio", 0.9, 1.2)
+    assert better("detail_ratio", 1.2, 0.5)
+    assert not better("detail_ratio", 1.25, 0.75)
+    assert METRICS["detail_ratio"].best_of([0.2, 1.1, 3.0, math.nan]) == 1.1
+    assert METRICS["psnr_y"].best_of([math.nan, 20.0, math.inf]) == math.inf
+    assert METRICS["lpips"].best_of([0.2, 0.1]) == 0.1
+
+
+def test_titles_state_unit_and_direction() -> None:
+    assert METRICS["lr_psnr"].title == "LR-PSNR, dB ↑"
+    assert METRICS["detail_ratio"].title == "detail ratio → 1"
+    assert METRICS["lpips"].title == "LPIPS ↓"
 
 
 def test_an_unknown_metric_has_no_direction() -> None:

@@ -1,5 +1,6 @@
-"""PSNR and SSIM as super-resolution papers compute them: of two images, and of batches on their device, in float64."""
+"""PSNR and SSIM of two images, as papers compute them, and with the detail ratio of batches on their device, in float64."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -14,6 +15,8 @@ SSIM_WINDOW_PX = 11
 _LUMA = (65.481, 128.553, 24.966)
 # Values in a strip of rows: few on a CPU, so that the five maps fit its cache; on a GPU they bound the memory.
 _CPU_STRIP, _GPU_STRIP = 2**15, 2**22
+# Variance of rounding to whole levels: with it, two flat images have the detail ratio 1.
+_ROUNDING = 1 / 12
 
 
 def psnr(sr: Image, hr: Image, border: int = 4, channel: Channel = "y") -> float:
@@ -60,14 +63,34 @@ def batch_psnr(sr: Tensor, hr: Tensor) -> Tensor:
 
 def batch_ssim(sr: Tensor, hr: Tensor) -> Tensor:
     """`ssim` of float64 (N, C, H, W) from 0 to 255, as (N,): the channels' mean. Both sides have at least 11 px."""
-    channels, height, width = sr.shape[1:]
+    return _strip_sums(_similarities, sr, hr) / _positions(sr)
+
+
+def detail_ratio(sr: Tensor, hr: Tensor) -> Tensor:
+    """Energy of the SR images' detail as a share of the HR images', of float64 (N, 1, H, W) from 0 to 255, as (N,).
+
+    Detail is what SSIM's Gaussian removes. At 1/8 cycle a pixel, the finest that an LR image holds at x4, it halves
+    the amplitude. Both sides have at least 11 px.
+    """
+    sr_energy, hr_energy = (_strip_sums(_detail_energy, images) / _positions(images) for images in (sr, hr))
+    return (sr_energy + _ROUNDING) / (hr_energy + _ROUNDING)
+
+
+def _positions(images: Tensor) -> int:
+    """Number of values of (N, C, H, W) at the window's positions, of each image."""
+    return images[0, :, SSIM_WINDOW_PX - 1 :, SSIM_WINDOW_PX - 1 :].numel()
+
+
+def _strip_sums(values: Callable[..., Tensor], *images: Tensor) -> Tensor:
+    """Sums over channels and positions of the window of `values`, computed strip by strip of (N, C, H, W), as (N,)."""
+    channels, height, width = images[0].shape[1:]
     last = height - SSIM_WINDOW_PX + 1
-    rows = max(8, (_CPU_STRIP if sr.device.type == "cpu" else _GPU_STRIP) // (channels * width))
-    total = sr.new_zeros(len(sr))
+    rows = max(8, (_CPU_STRIP if images[0].device.type == "cpu" else _GPU_STRIP) // (channels * width))
+    total = images[0].new_zeros(len(images[0]))
     for top in range(0, last, rows):
         strip = slice(top, min(top + rows, last) + SSIM_WINDOW_PX - 1)
-        total += _sums(_similarities(sr[:, :, strip], hr[:, :, strip]))
-    return total / (channels * last * (width - SSIM_WINDOW_PX + 1))
+        total += _sums(values(*(each[:, :, strip] for each in images)))
+    return total
 
 
 def _sums(values: Tensor) -> Tensor:
@@ -82,6 +105,12 @@ def _similarities(a: Tensor, b: Tensor) -> Tensor:
     products, squares = mean_a * mean_b, mean_a.square() + mean_b.square()
     covariance, variances = ab - products, aa + bb - squares
     return (2 * products + c1) * (2 * covariance + c2) / ((squares + c1) * (variances + c2))
+
+
+def _detail_energy(images: Tensor) -> Tensor:
+    """Squared difference from the blurred images, at every position of the window."""
+    inside = slice(SSIM_WINDOW_PX // 2, -(SSIM_WINDOW_PX // 2))
+    return (images[..., inside, inside] - _blurred(images)).square()
 
 
 def _blurred(images: Tensor) -> Tensor:

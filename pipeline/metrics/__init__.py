@@ -1,10 +1,18 @@
-"""Image metrics on the device: PSNR and SSIM, perceptual distances, color drift. Requires torch, not Ray or MLflow."""
+"""Image metrics on the device: fidelity, perceptual distances, color drift. Requires torch, not Ray or MLflow."""
 
 from pipeline.metrics.metric_set import MetricSet
-from pipeline.metrics.names import FIDELITY, METRICS, PERCEPTUAL, better, metric_of
+from pipeline.metrics.names import (
+    CONSISTENCY_AND_DETAIL,
+    FIDELITY,
+    METRICS,
+    PERCEPTUAL,
+    better,
+    metric_of,
+)
 from pipeline.metrics.weights import require, unavailable
 
 __all__ = [
+    "CONSISTENCY_AND_DETAIL",
     "FIDELITY",
     "METRICS",
     "PERCEPTUAL",

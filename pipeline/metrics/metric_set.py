@@ -10,9 +10,9 @@ from torch.nn import functional
 
 from pipeline.errors import UserError
 from pipeline.imaging import downscale_batch
-from pipeline.imaging.metrics import SSIM_WINDOW_PX, batch_psnr, batch_ssim, planes
+from pipeline.imaging.metrics import SSIM_WINDOW_PX, batch_psnr, batch_ssim, detail_ratio, planes
 from pipeline.metrics.distances import load_distance
-from pipeline.metrics.names import FIDELITY, METRICS
+from pipeline.metrics.names import METRICS
 from pipeline.model.device import ieee_float32
 
 Images = NDArray[np.uint8] | Tensor
@@ -26,7 +26,7 @@ class MetricSet:
     Args:
         names: keys of `METRICS`.
         device: where they are computed.
-        border: pixels excluded at each edge, except for color_drift; papers exclude `scale` pixels.
+        border: pixels excluded at each edge, except for lr_psnr and color_drift; papers exclude `scale` pixels.
         folder: contains the weights files of the perceptual metrics; default: see `weights_file`.
 
     Raises:
@@ -67,7 +67,7 @@ class MetricSet:
     def _least_px(self, name: str) -> int:
         if name in self._distances:
             return self._distances[name].least_px
-        return SSIM_WINDOW_PX if name.startswith("ssim") else 1
+        return SSIM_WINDOW_PX if name.startswith("ssim") or name == "detail_ratio" else 1
 
     @torch.inference_mode()
     @ieee_float32()
@@ -99,16 +99,21 @@ class MetricSet:
             for images in (sr, hr)
         ]
         values: dict[str, Tensor] = {}
-        for metric in FIDELITY:
-            if metric in self.names:
-                kind, channel = metric.split("_")
-                measure = batch_psnr if kind == "psnr" else batch_ssim
-                values[metric] = measure(*(planes(images, channel) for images in inside))
+        for channel, metrics in (
+            ("y", {"psnr_y": batch_psnr, "ssim_y": batch_ssim, "detail_ratio": detail_ratio}),
+            ("rgb", {"psnr_rgb": batch_psnr, "ssim_rgb": batch_ssim}),
+        ):
+            if metrics.keys() & set(self.names):
+                pair = [planes(images, channel) for images in inside]
+                values |= {name: metric(*pair) for name, metric in metrics.items() if name in self.names}
         for name, distance in self._distances.items():
-            pair = (images.permute(0, 3, 1, 2).float().div_(255) for images in inside)
-            values[name] = distance(*pair).double()
-        if "color_drift" in self.names:
-            drift = color_drift(sr, lr)
+            levels = (images.permute(0, 3, 1, 2).float().div_(255) for images in inside)
+            values[name] = distance(*levels).double()
+        if {"lr_psnr", "color_drift"} & set(self.names):
+            downscaled = downscale_batch(sr, sr.shape[1] // lr.shape[1])
+            small = [planes(images, "rgb") for images in (downscaled, lr)]
+            values["lr_psnr"] = batch_psnr(*small)
+            drift = color_drift(*small)
             values["color_drift"] = drift.mean(1)
             values |= {f"color_drift_{color}": drift[:, index] for index, color in enumerate(COLORS)}
         table = torch.stack([values[name] for name in self.columns], dim=1).tolist()
@@ -129,21 +134,18 @@ class MetricSet:
         return images.to(self.device)
 
 
-def color_drift(sr: Tensor, lr: Tensor) -> Tensor:
+def color_drift(downscaled: Tensor, lr: Tensor) -> Tensor:
     """Mean absolute difference, in 8-bit levels, of the downscaled SR images' colors from those of the LR images.
 
     Colors are means of 16 x 16 LR pixels: single pixels also differ where an SR image is only blurred (bicubic: by 1 to
-    5 levels). SR images are downscaled as MATLAB does, so that an HR image differs by 0 from its LR image.
+    5 levels).
 
     Args:
-        sr: uint8 (N, H, W, 3).
-        lr: uint8 (N, H / scale, W / scale, 3).
+        downscaled: float64 (N, 3, H, W) from 0 to 255, by MATLAB's bicubic: an HR image differs by 0 from its LR image.
+        lr: of the same shape.
 
     Returns:
         float64 (N, 3), for each channel.
     """
-    difference = downscale_batch(sr, sr.shape[1] // lr.shape[1]).double() - lr.double()
-    colors = functional.avg_pool2d(
-        difference.permute(0, 3, 1, 2), _COLOR_PX, ceil_mode=True, count_include_pad=False
-    )
+    colors = functional.avg_pool2d(downscaled - lr, _COLOR_PX, ceil_mode=True, count_include_pad=False)
     return colors.abs().mean((2, 3))

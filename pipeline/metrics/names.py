@@ -1,14 +1,15 @@
 """The image metrics: name, label, unit and direction of each. Imports nothing heavy."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
 MetricName = Literal[
-    "psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb", "lpips", "dists", "feature_distance", "color_drift"
+    "psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb", "lr_psnr", "lpips", "dists", "feature_distance", "color_drift"
 ]
+"""Those that validation may measure and that may choose a model: all but detail_ratio, which only describes it."""
 
 
 @dataclass(frozen=True)
@@ -19,11 +20,34 @@ class Metric:
     """Title in tables and figures."""
     unit: str
     """Empty for a number without a unit."""
-    higher_is_better: bool
+    best: float
+    """The value of a result that equals the original: infinity, 0 or 1; values closer to it are better."""
     decimals: int
     """Digits after the point in tables."""
-    perceptual: bool
+    definition: str
+    """For the notes below a table."""
+    perceptual: bool = False
     """A distance of network features, which follows human judgment more closely than pixel differences do."""
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether every higher value is better."""
+        return self.best == math.inf
+
+    @property
+    def title(self) -> str:
+        """Label, unit and the direction in which it is better, such as `PSNR (Y), dB ↑` or `detail ratio → 1`."""
+        direction = {math.inf: "↑", 0.0: "↓"}.get(self.best, f"→ {self.best:g}")
+        return f"{self.label}{f', {self.unit}' if self.unit else ''} {direction}"
+
+    def cost(self, value: float) -> float:
+        """A value as a number that is better when it is smaller; NaN is infinity."""
+        distance = -value if self.higher_is_better else abs(value - self.best)
+        return math.inf if math.isnan(distance) else distance
+
+    def best_of(self, values: Sequence[float]) -> float:
+        """The best of the values; NaN only if all are."""
+        return min(values, key=self.cost)
 
     def shown(self, value: float, sign: str = "") -> str:
         """A value as text, without its unit; with sign="+" also positive values have a sign."""
@@ -32,20 +56,38 @@ class Metric:
         return f"{value:{sign}.{self.decimals}f}"
 
 
+_PSNR = "peak signal-to-noise ratio of 8-bit images"
+_SSIM = "structural similarity, Gaussian window of 11 px"
+_Y, _RGB = "on BT.601 luma (16 to 235)", "on red, green and blue"
 METRICS: Mapping[str, Metric] = MappingProxyType(
     {
-        "psnr_y": Metric("PSNR (Y)", "dB", True, 2, False),
-        "ssim_y": Metric("SSIM (Y)", "", True, 4, False),
-        "psnr_rgb": Metric("PSNR (RGB)", "dB", True, 2, False),
-        "ssim_rgb": Metric("SSIM (RGB)", "", True, 4, False),
-        "lpips": Metric("LPIPS", "", False, 4, True),
-        "dists": Metric("DISTS", "", False, 4, True),
-        "feature_distance": Metric("feature distance", "", False, 4, True),
-        "color_drift": Metric("color drift", "levels", False, 2, False),
+        "psnr_y": Metric("PSNR (Y)", "dB", math.inf, 2, f"{_PSNR} {_Y}"),
+        "ssim_y": Metric("SSIM (Y)", "", math.inf, 4, f"{_SSIM}, {_Y}"),
+        "psnr_rgb": Metric("PSNR (RGB)", "dB", math.inf, 2, f"{_PSNR} {_RGB}"),
+        "ssim_rgb": Metric("SSIM (RGB)", "", math.inf, 4, f"{_SSIM}, {_RGB}"),
+        "lr_psnr": Metric(
+            "LR-PSNR", "dB", math.inf, 2, "PSNR (RGB) of the result, reduced by MATLAB's bicubic, and the input: "
+            "consistency with the input"
+        ),
+        "detail_ratio": Metric(
+            "detail ratio", "", 1.0, 2, "energy of the result's fine detail (luma minus its Gaussian blur of 1.5 px) "
+            "as a share of the original's; below 1 smoother, above 1 noisier or sharper"
+        ),
+        "lpips": Metric("LPIPS", "", 0.0, 4, "with AlexNet, version 0.1", perceptual=True),
+        "dists": Metric("DISTS", "", 0.0, 4, "with VGG16", perceptual=True),
+        "feature_distance": Metric(
+            "feature distance", "", 0.0, 4, "of EfficientNet-Lite0's features", perceptual=True
+        ),
+        "color_drift": Metric(
+            "color drift", "levels", 0.0, 2, "mean difference of the reduced result's colors from the input's, "
+            "in 8-bit levels"
+        ),
     }
-)
+)  # fmt: skip
 FIDELITY: tuple[MetricName, ...] = ("psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb")
 """PSNR and SSIM: they compare pixels and need no weights."""
+CONSISTENCY_AND_DETAIL = ("lr_psnr", "detail_ratio")
+"""They need no weights either; an evaluation shows them in addition: PSNR and SSIM alone prefer smooth images."""
 PERCEPTUAL = tuple(name for name, metric in METRICS.items() if metric.perceptual)
 """The best known first: the order in which a default is chosen."""
 
@@ -61,7 +103,5 @@ def better(name: str, a: float, b: float) -> bool:
     Raises:
         KeyError: an unknown name.
     """
-    higher = METRICS[name].higher_is_better
-    if math.isnan(a) or math.isnan(b):
-        return not math.isnan(a)
-    return a > b if higher else a < b
+    cost = METRICS[name].cost
+    return cost(a) < cost(b)

@@ -150,7 +150,7 @@ def measured(metrics: Mapping[str, float], bicubic: Mapping[str, float], selecte
 def _table(metrics: Mapping[str, float], bicubic: Mapping[str, float]) -> str:
     """A row for this generator and one for bicubic on each set, a column for each metric."""
     names = [name for name in METRICS if name in {metric_of(key) for key in metrics}]
-    header = ["images", "upscaled by", *(_title(name) for name in names)]
+    header = ["images", "upscaled by", *(METRICS[name].title for name in names)]
     rows = []
     for each in dict.fromkeys(map(set_of, metrics)):
         for label, values in (("bicubic", bicubic), ("**this model**", metrics)):
@@ -161,13 +161,6 @@ def _table(metrics: Mapping[str, float], bicubic: Mapping[str, float]) -> str:
                 rows.append([each or "held out", label, *cells])
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _title(name: str) -> str:
-    """A metric with its unit and the direction in which it is better, such as `PSNR (Y), dB ↑`."""
-    metric = METRICS[name]
-    unit = f", {metric.unit}" if metric.unit else ""
-    return f"{metric.label}{unit} {'↑' if metric.higher_is_better else '↓'}"
 
 
 def license_note(licenses: Mapping[str, str | None]) -> str:

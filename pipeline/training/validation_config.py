@@ -39,8 +39,8 @@ class ValidationConfig(Section):
         FIDELITY,
         min_length=1,
         description="Metrics of every validation: PSNR and SSIM on luma or RGB; lpips (AlexNet), dists (VGG16) and "
-        "feature_distance (EfficientNet-Lite0, of the extra `features`), for which smaller is better; color_drift, the "
-        "mean difference in 8-bit levels between the colors of the downscaled SR image and the LR image.",
+        "feature_distance (EfficientNet-Lite0, of the extra `features`), for which smaller is better; lr_psnr and "
+        "color_drift (mean difference of colors, in 8-bit levels) of the downscaled SR image and the LR image.",
     )
     weights_folder: str | None = Field(
         None,
