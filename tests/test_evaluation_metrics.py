@@ -23,7 +23,7 @@ from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.models import interpolated, open_model
 from pipeline.evaluation.scoring import Scorer, Settings
 from pipeline.imaging import bicubic_upscale, matlab_bicubic_downscale, psnr, ssim, upscale
-from pipeline.metrics import FIDELITY, MetricSet
+from pipeline.metrics import CONSISTENCY_AND_DETAIL, FIDELITY, MetricSet
 
 
 def run(folder: Path, *arguments: object) -> dict:
@@ -37,14 +37,19 @@ def test_values_are_those_of_direct_calls(tmp_path: Path) -> None:
     write_image(tmp_path / "hr" / "a.png")
     weights = write_generator(tmp_path / "g.safetensors")
     result = run(tmp_path, "--model", weights, "--hr", tmp_path / "hr")
+    mean = result["mean"]
     generator = open_model(str(weights)).generator
     assert generator is not None
-    sr = upscale(generator, matlab_bicubic_downscale(hr))
+    lr = matlab_bicubic_downscale(hr)
+    sr = upscale(generator, lr)
     expected = {
         "psnr_y": psnr(sr, hr, 4, "y"), "ssim_y": ssim(sr, hr, 4, "y"),
         "psnr_rgb": psnr(sr, hr, 4, "rgb"), "ssim_rgb": ssim(sr, hr, 4, "rgb"),
+        "lr_psnr": psnr(matlab_bicubic_downscale(sr), lr, 0, "rgb"),
     }  # fmt: skip
-    assert result["mean"] == pytest.approx(expected, abs=1e-10)
+    assert {name: mean[name] for name in expected} == pytest.approx(expected, abs=1e-10)
+    assert 0 < mean["detail_ratio"] < 1
+    assert result["bicubic"]["psnr_y"] == pytest.approx(psnr(bicubic_upscale(lr), hr, 4, "y"), abs=1e-10)
     assert result["images"] == [{"name": "a.png", **result["mean"]}]
     assert (result["border"], result["model"]) == (4, str(weights))
 
@@ -68,6 +73,16 @@ def test_several_models_are_listed_in_the_given_order(tmp_path: Path) -> None:
     result = run(tmp_path, "--model", "bicubic", weights, "--hr", tmp_path / "hr")
     assert [entry["model"] for entry in result["models"]] == ["bicubic", str(weights)]
     assert all({"mean", "images", "border", "model"} <= set(entry) for entry in result["models"])
+
+
+def test_bicubic_is_in_every_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_image(tmp_path / "hr" / "a.png")
+    weights = write_generator(tmp_path / "g.safetensors")
+    for models in ([weights], ["bicubic", weights]):
+        result = run(tmp_path, "--model", *models, "--hr", tmp_path / "hr")
+        lines = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
+        assert lines.count(["bicubic", f"{result['bicubic']['psnr_y']:.2f}"]) == 1
+        assert (tmp_path / "out" / "report.html").read_text().count(">bicubic</td>") == 1
 
 
 def test_the_mean_is_over_images_and_written_to_json(tmp_path: Path) -> None:
@@ -173,10 +188,10 @@ def test_requested_metrics_follow_psnr_and_ssim(tmp_path: Path, lpips_folder: Pa
     arguments = ["--metrics", *chosen, "--weights-folder", lpips_folder]
     result = run(tmp_path, "--model", "bicubic", "--hr", image.parent, *arguments)
     colors = ["color_drift_r", "color_drift_g", "color_drift_b"]
-    assert list(result["mean"]) == [*FIDELITY, "lpips", "color_drift", *colors]
+    assert list(result["mean"]) == [*FIDELITY, *CONSISTENCY_AND_DETAIL, "lpips", "color_drift", *colors]
     hr = synthetic_image(64, 80)
     lr = matlab_bicubic_downscale(hr)
-    metrics = MetricSet([*FIDELITY, *chosen], folder=str(lpips_folder))
+    metrics = MetricSet([*FIDELITY, *CONSISTENCY_AND_DETAIL, *chosen], folder=str(lpips_folder))
     (expected,) = metrics.measure(bicubic_upscale(lr)[None], hr[None], lr[None])
     assert result["images"] == [{"name": "a.png", **expected}]
 
@@ -193,6 +208,21 @@ def test_without_names_the_metrics_with_weights_are_computed_and_the_others_note
     (tmp_path / "torch" / "hub").mkdir(parents=True)
     (tmp_path / "torch" / "hub" / "checkpoints").symlink_to(lpips_folder)
     assert "lpips" in run(tmp_path, *arguments)["mean"]
+
+
+def test_by_default_the_perceptual_metrics_with_weights_are_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    write_image(tmp_path / "hr" / "a.png")
+    arguments = ["--model", "bicubic", "--hr", tmp_path / "hr"]
+    assert list(run(tmp_path, *arguments)["mean"]) == [*FIDELITY, *CONSISTENCY_AND_DETAIL, "feature_distance"]
+    assert "note:" not in capsys.readouterr().out
+    monkeypatch.setattr(
+        "pipeline.evaluation.evaluate.unavailable", lambda names, _: dict.fromkeys(names, "no weights")
+    )
+    assert list(run(tmp_path, *arguments)["mean"]) == [*FIDELITY, *CONSISTENCY_AND_DETAIL]
+    assert "note: lpips is skipped; no weights" in capsys.readouterr().out
 
 
 def test_a_requested_metric_without_weights_is_one_clear_line(tmp_path: Path, lpips_folder: Path) -> None:

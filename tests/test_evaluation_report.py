@@ -18,7 +18,7 @@ from pipeline.evaluation.models import open_model
 from pipeline.evaluation.report import render_report, tradeoff_figure
 from pipeline.evaluation.result import Evaluation
 from pipeline.evaluation.scoring import ImageScore, Scorer, Settings
-from pipeline.metrics import FIDELITY, MetricSet
+from pipeline.metrics import CONSISTENCY_AND_DETAIL, FIDELITY, MetricSet
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = [
@@ -91,6 +91,7 @@ def test_the_report_needs_no_network(report: Path) -> None:
     assert "image-1.png" in page
     assert "crop 64 × 48 at 40, 20" in page
     assert "PSNR and SSIM prefer the safe mean" in page
+    assert "<li>detail ratio: energy of the result" in page
     assert "<li>lr: computed from the HR images by MATLAB" in page
     assert "sha256 of the weights" in page
 
@@ -195,8 +196,16 @@ def test_the_tradeoff_figure_is_in_the_report_if_a_perceptual_metric_was_compute
 
 
 def test_columns_name_unit_and_direction_of_each_metric(tmp_path: Path) -> None:
-    text = report_with(tmp_path, feature_distance=0.31234, color_drift=1.234, color_drift_r=1.0)
-    for title in ("PSNR (Y), dB ↑", "SSIM (Y) ↑", "feature distance ↓", "color drift, levels ↓"):
+    text = report_with(
+        tmp_path, feature_distance=0.31234, color_drift=1.234, color_drift_r=1.0, detail_ratio=0.7
+    )
+    for title in (
+        "detail ratio → 1",
+        "PSNR (Y), dB ↑",
+        "SSIM (Y) ↑",
+        "feature distance ↓",
+        "color drift, levels ↓",
+    ):
         assert f"<th>{title}</th>" in text
     assert re.search(r"<td[^>]*>0\.3123</td>", text)
     assert re.search(r"<td[^>]*>1\.23</td>", text)
@@ -210,12 +219,15 @@ def test_the_report_compares_each_model_with_the_first(tmp_path: Path) -> None:
         first = score.metrics[0]
         better = {**first, "psnr_y": first["psnr_y"] + 1 + seed / 10, "feature_distance": 0.2}
         metrics = [{**first, "feature_distance": 0.3 + seed / 100}, better]
-        scores.append(replace(score, metrics=metrics, sr=[*score.sr, *score.sr]))
+        scores.append(replace(score, metrics=metrics, baseline=better, sr=[*score.sr, *score.sr]))
     text = render_report(Evaluation(["a", "b"], ["a", "b"], Settings(), scores, []))
     section = text[text.index("<h2>Against a</h2>") : text.index("<h2>Perception")]
     psnr = r'<td class="best">\+1\.15<small>\+1\.0\d to \+1\.2\d</small><small>better on 4 of 4</small></td>'
     assert re.search(psnr, section)
     assert re.search(r'<td class="best">-0\.1150<small>-0\.1\d+ to -0\.1\d+</small>', section)
+    worse = replace(scores[0], metrics=[scores[0].metrics[1], scores[0].metrics[0]])
+    reverse = render_report(Evaluation(["a", "b"], ["a", "b"], Settings(), [worse, worse], []))
+    assert '<td class="worse">-1.00<small>' in reverse
     assert "<td>+0.0000<small>+0.0000 to +0.0000</small><small>better on 0 of 4</small></td>" in section
     alone = render_report(Evaluation(["a", "b"], ["a", "b"], Settings(), scores[:1], []))
     assert "Against a" not in alone
@@ -224,12 +236,13 @@ def test_the_report_compares_each_model_with_the_first(tmp_path: Path) -> None:
 def scored(folder: Path, name: str = "a.png", seed: int = 0) -> ImageScore:
     write_image(folder / name, 40, 40, seed)
     pair = next(pair for pair in find_pairs(str(folder), None, 4)[0] if pair.name == name)
-    score = Scorer([open_model("bicubic")], Settings(), MetricSet(FIDELITY))(pair)
+    score = Scorer([open_model("bicubic")], Settings(), MetricSet([*FIDELITY, *CONSISTENCY_AND_DETAIL]))(pair)
     assert isinstance(score, ImageScore)
     return score
 
 
 def report_with(folder: Path, **more: float) -> str:
     score = scored(folder)
-    score = replace(score, metrics=[{**score.metrics[0], **more}])
+    values = {**score.metrics[0], **more}
+    score = replace(score, metrics=[values], baseline=values)
     return render_report(Evaluation(["bicubic"], ["bicubic"], Settings(), [score], []))

@@ -105,9 +105,9 @@ class EvaluateConfig(Section):
     tracking_uri: TrackingUri = None
     metrics: tuple[MetricName, ...] | None = Field(
         None,
-        description="Metrics in addition to PSNR and SSIM: lpips (AlexNet), dists (VGG16), feature_distance "
-        "(EfficientNet-Lite0), color_drift (of the downscaled SR image from the LR image, in 8-bit levels). Without "
-        "names: all whose weights are found.",
+        description="Metrics in addition to PSNR, SSIM, LR-PSNR and detail ratio: lpips (AlexNet), dists (VGG16), "
+        "feature_distance (EfficientNet-Lite0), color_drift (of the downscaled SR image from the LR image, in 8-bit "
+        "levels). Default: the perceptual ones whose weights are found; without names: also color_drift.",
         json_schema_extra=_flag(nargs="*", metavar="NAME"),
     )
     weights_folder: str | None = Field(

@@ -30,7 +30,14 @@ from pipeline.evaluation.result import Evaluation, origin_of, short_labels
 from pipeline.evaluation.scoring import Failure, ImageScore, Scorer, Settings
 from pipeline.imaging import Image
 from pipeline.json_file import json_text
-from pipeline.metrics import FIDELITY, METRICS, MetricSet, unavailable
+from pipeline.metrics import (
+    CONSISTENCY_AND_DETAIL,
+    FIDELITY,
+    METRICS,
+    PERCEPTUAL,
+    MetricSet,
+    unavailable,
+)
 from pipeline.progress import progress_bar
 from pipeline.storage import Storage
 
@@ -121,12 +128,13 @@ def _protocol(
 
 
 def _metrics(config: EvaluateConfig) -> tuple[tuple[str, ...], list[str]]:
-    """PSNR and SSIM, then the requested metrics; without names those with weights, and a note for each other one."""
-    if config.metrics is None:
-        return FIDELITY, []
-    chosen: tuple[str, ...] = config.metrics or tuple(METRICS)
+    """The requested metrics, or those with weights, after those that need none; and notes about the others."""
+    chosen: Sequence[str] = config.metrics or (PERCEPTUAL if config.metrics is None else tuple(METRICS))
     missing = {} if config.metrics else unavailable(chosen, config.weights_folder)
-    names = tuple(dict.fromkeys((*FIDELITY, *(name for name in chosen if name not in missing))))
+    found = (name for name in chosen if name not in missing)
+    names = tuple(dict.fromkeys((*FIDELITY, *CONSISTENCY_AND_DETAIL, *found)))
+    if config.metrics is None and len(missing) < len(chosen):
+        return names, []  # one perceptual metric is enough
     return names, [f"{name} is skipped; {reason}" for name, reason in missing.items()]
 
 

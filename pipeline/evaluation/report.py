@@ -34,7 +34,7 @@ def render_report(evaluation: Evaluation) -> str:
             {
                 "key": key,
                 "title": METRICS[key].label,
-                "lower": not METRICS[key].higher_is_better,
+                "best": _json_number(METRICS[key].best),
                 "digits": METRICS[key].decimals,
             }
             for key in metrics
@@ -56,9 +56,9 @@ def render_report(evaluation: Evaluation) -> str:
         means=means,
         intervals=evaluation.intervals,
         comparisons=evaluation.comparisons,
+        baseline=evaluation.baseline,
         best={
-            key: (max if METRICS[key].higher_is_better else min)(mean[key] for mean in means)
-            for key in metrics
+            key: METRICS[key].best_of([mean[key] for _, mean in evaluation.shown_means]) for key in metrics
         },
         cards=[(anchor, images[index]) for index, anchor in anchors.items()],
         count=len(images),

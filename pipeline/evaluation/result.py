@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.data.ingest.image_set import Rejected
-from pipeline.evaluation.models import Model
+from pipeline.evaluation.models import BICUBIC, Model
 from pipeline.evaluation.scoring import ImageScore, Settings
 from pipeline.evaluation.statistics import Comparison, Values, bootstrap_intervals, compare
 from pipeline.metrics import METRICS
@@ -70,12 +70,22 @@ class Evaluation:
     def means(self) -> list[dict[str, float]]:
         """For each model, means over the images: bit-identical for any order of arrival and number of workers."""
         return [
-            {
-                metric: math.fsum(image.metrics[model][metric] for image in self.images) / len(self.images)
-                for metric in self.columns
-            }
-            for model in range(len(self.names))
+            self._mean([image.metrics[model] for image in self.images]) for model in range(len(self.names))
         ]
+
+    @property
+    def baseline(self) -> dict[str, float]:
+        """Means of bicubic upscaling."""
+        return self._mean([image.baseline for image in self.images])
+
+    def _mean(self, values: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        return {name: math.fsum(each[name] for each in values) / len(values) for name in self.columns}
+
+    @property
+    def shown_means(self) -> list[tuple[str, dict[str, float]]]:
+        """Labels and means for tables: of all models, and first of bicubic, if it is none of them."""
+        models = list(zip(self.labels, self.means, strict=True))
+        return models if BICUBIC in self.names else [(BICUBIC, self.baseline), *models]
 
     def as_json(self) -> dict[str, Any]:
         """The content of metrics.json: of the one model, or a list under `models`."""
@@ -97,6 +107,7 @@ class Evaluation:
             for number, (name, mean) in enumerate(zip(self.names, self.means, strict=True))
         ]
         result: dict[str, Any] = entries[0] if len(entries) == 1 else {"models": entries}
+        result["bicubic"] = self.baseline
         if self.protocol:
             result["protocol"] = dict(self.protocol)
         if self.rejected:
@@ -117,7 +128,7 @@ class Evaluation:
         """Header and rows for a terminal: one row for each model."""
         rows = [
             [label, *(METRICS[metric].shown(mean[metric]) for metric in self.metrics)]
-            for label, mean in zip(self.labels, self.means, strict=True)
+            for label, mean in self.shown_means
         ]
         return ["model", *self.metrics], rows
 

@@ -29,7 +29,6 @@ class Settings:
     crop_px: int = 128
     boxes: Mapping[str, Box] = field(default_factory=dict)
     """Crops chosen by the user, by the image's name."""
-    max_megapixels: float = 200.0
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,8 @@ class ImageScore:
     """Width and height in pixels, HR."""
     metrics: list[dict[str, float]]
     """For each model."""
+    baseline: dict[str, float]
+    """The same metrics of bicubic upscaling."""
     box: Box
     lr: bytes
     """Crop as lossless WebP, like `bicubic`, `hr` and each of `sr`."""
@@ -86,21 +87,17 @@ class Scorer:
         """The score, or the reason why there is none."""
         scale = self.settings.scale
         try:
-            hr, lr = read_pair(pair, scale, self.settings.border, self.settings.max_megapixels)
+            hr, lr = read_pair(pair, scale, self.settings.border)
         except PhotoRejected as error:
             return Failure(pair.name, str(error))
         try:
             results = [model.upscale(lr, self.settings.tile_px) for model in self.models]
+            bicubic = bicubic_upscale(lr, scale)
             # Here, because Ray's workers are other processes.
             measure = self.metrics.to(choose_device("auto") if self.device == "auto" else self.device).measure
-            metrics = [values for sr in results for values in measure(sr[None], hr[None], lr[None])]
+            baseline, *metrics = [measure(sr[None], hr[None], lr[None])[0] for sr in (bicubic, *results)]
         except (FloatingPointError, UserError) as error:
             return Failure(pair.name, str(error), fatal=True)
-        bicubic = next(
-            (sr for model, sr in zip(self.models, results, strict=True) if model.generator is None), None
-        )
-        if bicubic is None:
-            bicubic = bicubic_upscale(lr, scale)
         box = self._box(pair.name, results, bicubic, hr)
         overview = PillowImage.fromarray(hr)
         overview.thumbnail((_OVERVIEW_PX, _OVERVIEW_PX))
@@ -108,6 +105,7 @@ class Scorer:
             name=pair.name,
             size=(hr.shape[1], hr.shape[0]),
             metrics=metrics,
+            baseline=baseline,
             box=box,
             lr=_webp(box.of(lr, scale)),
             bicubic=_webp(box.of(bicubic)),
@@ -120,7 +118,9 @@ class Scorer:
         """The user's crop, or where the models (a single one and bicubic, or the original) differ most."""
         if name in self.settings.boxes:
             return self.settings.boxes[name].fitted(hr.shape, self.settings.scale)
-        compared = results if len(results) > 1 else [bicubic, hr if results[0] is bicubic else results[0]]
+        compared = (
+            results if len(results) > 1 else [bicubic, hr if self.models[0].generator is None else results[0]]
+        )
         return most_different(compared, self.settings.crop_px, self.settings.scale)
 
 
