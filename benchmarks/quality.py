@@ -23,7 +23,7 @@ from torch import nn
 from turns import machine
 
 from pipeline.config import load_config
-from pipeline.data import prepare, read_held_out
+from pipeline.data import load_manifest, prepare, read_held_out
 from pipeline.data.feed import Feed
 from pipeline.metrics import FIDELITY, MetricSet
 from pipeline.model import RRDBNet
@@ -97,7 +97,7 @@ def main() -> None:
     results: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         prepare(demo_config(f"{folder}/data", options.steps, options.seeds[0]).data, on_ray=False)
-        sets = [ValidationSet(HELD_OUT, read_held_out(f"{folder}/data"))]
+        sets = [ValidationSet(HELD_OUT, read_held_out(load_manifest(f"{folder}/data")))]
         for seed in options.seeds:
             config = demo_config(f"{folder}/data", options.steps, seed)
             for name, way in ways_of(config, options).items():

@@ -70,7 +70,7 @@ def test_patches_are_the_images_and_their_matlab_degradation(folder: Path) -> No
 
 def test_held_out_images_are_stored_whole(folder: Path) -> None:
     prepare_quietly(config(folder))
-    photos = read_held_out(str(folder / "data"))
+    photos = read_held_out(load_manifest(str(folder / "data")))
     assert [photo.name for photo in photos] == ["image0.png", "image1.png"]
     with Image.open(folder / "held_out" / "image1.png") as image:
         assert np.array_equal(photos[1].hr, np.asarray(image))

@@ -82,7 +82,10 @@ def test_a_data_set_on_s3_is_the_one_in_a_folder(
     manifest = load_manifest(remote_config.root)
     assert len(manifest.shards) > 1
     assert verify(manifest, progress=False) == []
-    assert [photo.name for photo in read_held_out(remote_config.root)] == ["image0.png", "image1.png"]
+    assert [photo.name for photo in read_held_out(load_manifest(remote_config.root))] == [
+        "image0.png",
+        "image1.png",
+    ]
     local, remote = (
         Feed(root, seed=0, batch_size=4, crop_px=32).batches(0, 5)
         for root in (local_config.root, remote_config.root)
@@ -203,7 +206,7 @@ def test_the_sample_images_are_prepared_on_s3(bucket: str) -> None:
     data = config(source="sample", root=f"{bucket}/sample", patch_px=256, patch_stride_px=256)
     check_source(data)
     assert prepare(data, progress=False, on_ray=False).sources == 6
-    assert len(read_held_out(data.root)) == 2
+    assert len(read_held_out(load_manifest(data.root))) == 2
 
 
 def test_an_unreachable_store_is_one_line(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from tiny import write_photos, write_sets
 from torchvision.models import alexnet, vgg16
 from tracking_helpers import new_database
 
-from pipeline.data import HeldOutPhoto, read_held_out
+from pipeline.data import HeldOutPhoto, load_manifest, read_held_out
 from pipeline.imaging import bicubic_upscale, matlab_bicubic_downscale, psnr, ssim, upscale
 from pipeline.metrics import METRICS, MetricSet, weights
 from pipeline.model import RRDBNet, load_generator, seeded
@@ -106,7 +106,7 @@ def test_psnr_rises_and_passes_bicubic(tmp_path: Path) -> None:
     )  # fmt: skip
     values = validated_psnr(Storage(str(tmp_path / "runs" / "tiny")))
     assert values == sorted(values)
-    images = read_held_out(str(tmp_path / "data"))
+    images = read_held_out(load_manifest(str(tmp_path / "data")))
     bicubic = np.mean([psnr(bicubic_upscale(image.lr, 4), image.hr, border=4) for image in images])
     assert values[-1] > bicubic + 0.5
 

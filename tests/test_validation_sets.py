@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -182,7 +183,11 @@ def test_an_image_that_changed_after_the_start_is_refused(tmp_path: Path, no_hel
 
 @pytest.fixture
 def no_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.training.validation_sets.read_held_out", lambda root: [])
+    monkeypatch.setattr("pipeline.training.validation_sets.load_manifest", empty_manifest)
+
+
+def empty_manifest(root: str) -> Any:
+    return SimpleNamespace(root=root, held_out=())
 
 
 def measured(rank: int, world_size: int, folder: str) -> dict[str, Any]:
@@ -191,7 +196,7 @@ def measured(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     import pipeline.training.validation_sets as module
 
     real = module._read
-    module.read_held_out = lambda root: []  # type: ignore[assignment]
+    module.load_manifest = empty_manifest
     config = load(Path(folder), **{"validation.sets": {"A": f"{folder}/a", "B": f"{folder}/b"}})
     files = find_sets(config)
     module._read = lambda pair, *rest: (read.append(pair.hr), real(pair, *rest))[1]  # type: ignore[func-returns-value]

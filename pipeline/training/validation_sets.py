@@ -104,11 +104,11 @@ def find_sets(config: TrainConfig) -> list[SetFiles]:
 
 
 def open_sets(config: TrainConfig, files: Sequence[SetFiles]) -> list[ValidationSet]:
-    """All sets of a run; the held-out images first, if there are any. Raises UserError like `read_held_out`."""
-    held_out = read_held_out(config.data.root)
+    """All sets of a run; the held-out images first, if there are any. Raises UserError: the data set is corrupt."""
+    manifest = load_manifest(config.data.root)
     sets = []
-    if held_out:
-        sets.append(ValidationSet(HELD_OUT, held_out, load_manifest(config.data.root).held_out_sha256))
+    if held_out := read_held_out(manifest):
+        sets.append(ValidationSet(HELD_OUT, held_out, manifest.held_out_sha256))
     for each in files:
         field, scale = _field(each.name), config.data.scale
         sets.append(

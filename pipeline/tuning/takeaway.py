@@ -7,7 +7,7 @@ import numpy as np
 import optuna
 import torch
 
-from pipeline.data import HeldOutPhoto, read_held_out
+from pipeline.data import HeldOutPhoto, load_manifest, read_held_out
 from pipeline.imaging import bicubic_upscale, upscale
 from pipeline.model import RRDBNet
 from pipeline.run_folder import TrialOutcome
@@ -108,7 +108,7 @@ def crops(queue: TrialQueue, ranking: Ranking) -> list[Crops]:
             generators[label] = generator
     if not generators:
         return []
-    photos = read_held_out(queue.base.data.root)[:SHOWN_IMAGES]
+    photos = read_held_out(load_manifest(queue.base.data.root))[:SHOWN_IMAGES]
     return [_crop(photo, generators, queue.base.data.scale) for photo in photos]
 
 

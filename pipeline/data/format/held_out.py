@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.data.format.manifest import load_manifest
+from pipeline.data.format.manifest import Manifest
 from pipeline.errors import UserError
 from pipeline.storage import Storage
 
@@ -29,14 +29,13 @@ class HeldOutPhoto:
         return self.hr.shape[0], self.hr.shape[1]
 
 
-def read_held_out(root: str) -> list[HeldOutPhoto]:
+def read_held_out(manifest: Manifest) -> list[HeldOutPhoto]:
     """All held-out images of the data set, in its order; empty if it has none.
 
     Raises:
-        UserError: no data set at `root`, or a file that does not match the manifest.
+        UserError: a file does not match the manifest.
     """
-    manifest = load_manifest(root)
-    storage = Storage(root)
+    storage = Storage(manifest.root)
     photos = []
     for shard in manifest.held_out:
         content = storage.read_bytes(shard.name)
