@@ -67,14 +67,14 @@ class Generator(PythonModel):
             self.upscale = with_torch(files["code"], files["weights"], architecture, device)
 
     def predict(
-        self, context: Any, model_input: Any, params: dict[str, Any] | None = None
+        self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None
     ) -> np.ndarray | list[str]:
         """Super-resolves a batch of images of one size, or a list of image files.
 
         Args:
             context: unused.
             model_input: (N, H, W, 3) RGB: uint8, or other integers from 0 to 255; or a list of base64 strings of image
-                files, which may have different sizes.
+                files, which may have different sizes. MLflow also passes a DataFrame, and warns about a hint with Any.
             params: `tile`: side of a tile in LR pixels, which bounds memory; 0: the whole image at once; -1: 256 for
                 images of more than 512 x 512 pixels.
 
@@ -89,9 +89,9 @@ class Generator(PythonModel):
             raise InputError(
                 f"tile={tile}: give a number of pixels, 0 for the whole image at once, or {AUTO}"
             )
-        if not isinstance(model_input, np.ndarray) and hasattr(model_input, "to_numpy"):
-            model_input = model_input.to_numpy()  # a DataFrame: one column of strings
-        images = np.asarray(model_input)
+        # A DataFrame has one column of strings.
+        to_numpy = getattr(model_input, "to_numpy", None)
+        images = np.asarray(to_numpy() if to_numpy else model_input)
         if images.dtype.kind in "USO":
             return [_encoded_png(self._upscaled(_decoded(text)[None], tile)[0]) for text in images.ravel()]
         return self._upscaled(_uint8(images), tile)
