@@ -17,10 +17,7 @@ from pathlib import Path
 import psutil
 
 from pipeline import command
-from pipeline.config import load_config, make_parser
 from pipeline.errors import UserError
-from pipeline.run_folder import RESULT
-from pipeline.storage import Storage
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "demo.yaml"
@@ -29,7 +26,10 @@ START_TIMEOUT_S = 120
 
 def main(argv: list[str]) -> int:
     """Runs all steps; stops all processes that it has started, also on Ctrl-C and SIGTERM."""
-    parser = make_parser(__doc__ or "")
+    command.announce("demo: loading libraries and the configuration")
+    from pipeline.config import load_config
+
+    parser = command.make_parser(__doc__ or "")
     parser.add_argument(
         "--out", default=str(ROOT / "demo"), metavar="DIR", help="Output folder (default: demo/)."
     )
@@ -90,6 +90,9 @@ def main(argv: list[str]) -> int:
 
 def trained_model(run: Path, name: str) -> str:
     """The version that a run has registered, which need not be the champion; without one the run's folder."""
+    from pipeline.run_folder import RESULT
+    from pipeline.storage import Storage
+
     result = RESULT.read(Storage(str(run)))
     if result is None or result.model_version is None:
         return str(run)

@@ -2,17 +2,12 @@
 
 import argparse
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from pipeline import command
-from pipeline.config import load_config
-from pipeline.data import check_source, has_manifest, load_manifest, prepare
-from pipeline.data.config import DataConfig
-from pipeline.data.format.contact_sheet import contact_sheet
-from pipeline.data.format.manifest import NAME
-from pipeline.data.format.verify import verify
-from pipeline.data.ingest.prepare import describe
-from pipeline.errors import UserError, require_package
-from pipeline.storage import absolute
+
+if TYPE_CHECKING:
+    from pipeline.data.config import DataConfig
 
 FIRST = (
     "data.source",
@@ -38,6 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str]) -> None:
     """Prepares the configured data set, or verifies or draws an existing one."""
+    command.announce("preparing data: loading libraries and the configuration")
+    from pipeline.config import load_config
+    from pipeline.data import has_manifest, load_manifest
+    from pipeline.data.format.contact_sheet import contact_sheet
+    from pipeline.data.ingest.prepare import describe
+    from pipeline.storage import absolute
+
     config, options = load_config(
         argv, description=__doc__ or "", add_arguments=add_arguments, first_fields=FIRST
     )
@@ -54,7 +56,10 @@ def main(argv: list[str]) -> None:
         print(f"contact sheet: {options.show}")
 
 
-def _prepare(data: DataConfig, options: argparse.Namespace, on_ray: bool) -> None:
+def _prepare(data: "DataConfig", options: argparse.Namespace, on_ray: bool) -> None:
+    from pipeline.data import check_source, load_manifest, prepare
+    from pipeline.errors import require_package
+
     check_source(data)
     if on_ray:
         # Importing Ray takes seconds; invalid input, --verify and --show do not need it.
@@ -72,7 +77,13 @@ def _prepare(data: DataConfig, options: argparse.Namespace, on_ray: bool) -> Non
     )
 
 
-def _verify(data: DataConfig, json_file: str | None) -> None:
+def _verify(data: "DataConfig", json_file: str | None) -> None:
+    from pipeline.data import load_manifest
+    from pipeline.data.format.manifest import NAME
+    from pipeline.data.format.verify import verify
+    from pipeline.data.ingest.prepare import describe
+    from pipeline.errors import UserError
+
     manifest = load_manifest(data.root)
     corrupt = verify(manifest)
     command.write_json(json_file, {**asdict(describe(manifest)), "corrupt": corrupt})

@@ -4,10 +4,6 @@ import argparse
 from pathlib import Path
 
 from pipeline import command
-from pipeline.config import load_config
-from pipeline.storage import absolute
-from pipeline.tracking.registry import promote
-from pipeline.tracking.uri import resolve_uri
 
 DEMO = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
 
@@ -25,6 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str]) -> None:
     """Sets the alias on the tracking server of the configuration."""
+    command.announce("promoting a model: loading libraries and the configuration")
+    from pipeline.config import load_config
+    from pipeline.storage import absolute
+    from pipeline.tracking.registry import promote
+    from pipeline.tracking.uri import resolve_uri
+
     config, options = load_config(
         argv,
         description=__doc__ or "",

@@ -28,6 +28,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
         ("export_model", "exporting a model"),
         ("train_gan", "training"),
         ("tune_gan", "sweep"),
+        ("prepare_data", "preparing data"),
+        ("promote", "promoting a model"),
+        ("send_metrics", "sending a run to MLflow"),
+        ("demo", "demo"),
     ],
 )
 def test_the_first_line_is_printed_before_torch_is_imported(job: str, line: str) -> None:

@@ -1,4 +1,4 @@
-"""PSNR and SSIM of two images, as papers compute them, and with the detail ratio of batches on their device, in float64."""
+"""PSNR and SSIM of two images, as papers compute them, and of batches, with their detail ratio, on their device."""
 
 from collections.abc import Callable
 from typing import Literal

@@ -10,8 +10,9 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline.errors import UserError, require_package, without_secrets
+from pipeline.errors import MASK, UserError, require_package, without_secrets
 from pipeline.run_folder import CANDIDATE, RESULT, SENT, CandidateDescription, TrainedGenerator
+from pipeline.section import validated
 from pipeline.storage import Storage
 from pipeline.tracking.config import TrackingConfig
 from pipeline.tracking.connection import TrackingUnreachable, bounded_requests, cause, connect
@@ -22,7 +23,7 @@ from pipeline.tracking.registry import UPLOAD_LIMITS, RegisteredVersion, registe
 from pipeline.tracking.run import TrackedRun, require_description
 from pipeline.tracking.sender import Sender
 from pipeline.tracking.spool import FOLDER, from_png, published_step, to_png
-from pipeline.tracking.uri import absolute_uri
+from pipeline.tracking.uri import absolute_uri, known_uri, resolve_uri
 
 CANDIDATE_FOLDER = f"{FOLDER}/candidate"
 EXAMPLE = f"{CANDIDATE_FOLDER}/example.png"
@@ -141,21 +142,26 @@ def register_candidate(run: Storage, tracked: TrackedRun, candidate: Candidate) 
         )
 
 
-def upload_pending(run: Storage, tracking_uri: str | None) -> UploadResult:
+def upload_pending(run: Storage, tracking_uri: str | None, model_name: str | None = None) -> UploadResult:
     """Opens the run in MLflow, sends the segments that it lacks, sets the run's status, registers its candidate.
 
-    The registered version is also written to the run's result. Without `tracking_uri`, the server is the one that the
-    run was trained with.
+    The registered version is also written to the run's result.
+
+    Args:
+        run: the run's folder.
+        tracking_uri: the tracking server; by default, that of the run.
+        model_name: the registered model that receives the candidate; by default, that of the run's configuration.
 
     Raises:
-        UserError: not a run's folder, the server is unreachable, or its URI is masked and must be set.
+        UserError: not a run's folder, the server is unreachable, or none is known; or a name that cannot be registered.
     """
     description = require_description(run)
-    uri = absolute_uri(tracking_uri or description.uri)
+    uri = known_uri(tracking_uri) if tracking_uri else _store_of(run, description.uri)
     require_package("mlflow", f"tracking.uri={uri}", "run this where it is")
     from mlflow.exceptions import MlflowException
 
-    config = TrackingConfig(uri=uri)
+    values = {"uri": uri, **({"model_name": model_name} if model_name is not None else {})}
+    config = validated(TrackingConfig, values, [("flag", values)], {"model_name": "--tracking.model_name"})
     sender = Sender(run, config, None, published_step=lambda: published_step(run))
     try:
         sent = sender.send_pending()
@@ -167,6 +173,8 @@ def upload_pending(run: Storage, tracking_uri: str | None) -> UploadResult:
     registered = None
     candidate = Candidate.load(run)
     if candidate is not None:
+        if model_name is not None:
+            candidate = replace(candidate, model_name=model_name)
         registered = register_candidate(run, sender.tracked, candidate)
         result = RESULT.read(run)
         if result is not None:
@@ -174,6 +182,19 @@ def upload_pending(run: Storage, tracking_uri: str | None) -> UploadResult:
             RESULT.write(run, replace(result, run_id=run_id, model_version=registered.version))
         Candidate.discard(run)
     return UploadResult(sender.tracked.run_id, description.status, sent, registered)
+
+
+def _store_of(run: Storage, uri: str) -> str:
+    """The tracking URI of a run that was trained with `uri`. Raises UserError: none is known.
+
+    Without a server, or with a masked one, it is that of `known_uri`; for a database that is gone, because the storage
+    was moved, the one next to the run.
+    """
+    if uri == "none" or MASK in uri:
+        return known_uri(None)
+    if uri.startswith("sqlite:") and not Path(uri.removeprefix("sqlite:///")).is_file():
+        return resolve_uri(TrackingConfig(), run.uri.rpartition("/")[0])
+    return absolute_uri(uri)
 
 
 def send_unsent(run: Storage, tracking_uri: str) -> None:
