@@ -23,6 +23,7 @@ def main(argv: list[str]) -> None:
     command.announce("training: loading libraries and the configuration")
     from pipeline.config import load_config
     from pipeline.tracking.uri import resolve_uri
+    from pipeline.training.conclude import result_lines
     from pipeline.training.run import run_training
 
     config, options = load_config(
@@ -32,13 +33,10 @@ def main(argv: list[str]) -> None:
         config, accept_changes=options.accept_changes, prepare_command=options.prepare_command
     )
     command.write_json(options.json, asdict(result))
-    metrics = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
-    print(f"run {result.run_name}: step {result.step} of stage {result.stage}")
-    print(f"checkpoint: {result.checkpoint}")
     model = None
     if result.model_version is not None:
         model = f"models:/{config.tracking.model_name}/{result.model_version}"
-        print(f"registered: {model} ({metrics})")
+    print(*result_lines(result, model), sep="\n")
     if result.run_id is not None and config.tracking.enabled:
         from pipeline.tracking.next_steps import next_steps
 

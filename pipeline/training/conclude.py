@@ -15,6 +15,7 @@ from pipeline.tracking.model_card import ModelCard, license_note
 from pipeline.tracking.run import TrackedRun
 from pipeline.tracking.spool import images_at
 from pipeline.training import checkpoint as checkpoints
+from pipeline.training.baseline import comparison, is_below
 from pipeline.training.config import TrainConfig
 from pipeline.training.selection import select_key
 from pipeline.training.state import best_of, of_metric
@@ -49,14 +50,13 @@ def conclude(
             registered = register_candidate(run, tracked, candidate)
             version = registered.version
             print(f"registered {registered.name} version {version}: {registered.reason}", flush=True)
-            print(_against_bicubic(chosen, candidate.card.selected_by), end="", flush=True)
         except UserError as error:
             if config.tracking.enabled:
                 print(f"{error}; no data was lost; {send_later(run)}", flush=True)
             else:
                 print(
                     "tracking is disabled: to send the metrics and register the generator later, run: python "
-                    f"jobs/send_metrics.py --run {run.uri} --tracking.uri URI",
+                    f"jobs/send_metrics.py --run {run.uri} [--tracking.uri URI]",
                     flush=True,
                 )
     result = TrainingResult(
@@ -75,6 +75,26 @@ def conclude(
     if version is not None:
         Candidate.discard(run)
     return result
+
+
+def result_lines(result: TrainingResult, model: str | None) -> list[str]:
+    """The last lines of a run: its checkpoint, and the registered model with its metrics next to bicubic's.
+
+    Args:
+        result: of the run.
+        model: the registered version, models:/NAME/VERSION; None if nothing was registered.
+    """
+    metrics = comparison(result.metrics, result.bicubic_metrics) or "not validated"
+    lines = [
+        f"run {result.run_name}: step {result.step} of stage {result.stage}",
+        f"checkpoint: {result.checkpoint}",
+        f"{f'registered: {model}' if model else 'not registered'}: {metrics}",
+    ]
+    if is_below(result.metrics, result.bicubic_metrics):
+        lines.append(
+            "warning: PSNR (Y) is below bicubic's; train longer, or from trained weights: docs/finetune.md"
+        )
+    return lines
 
 
 def send_later(run: Storage) -> str:
@@ -97,14 +117,6 @@ def _best(
                 flush=True,
             )
     return final
-
-
-def _against_bicubic(chosen: checkpoints.Checkpoint, metric: str) -> str:
-    """A line with the deciding metric and bicubic's; empty without a validation."""
-    value, bicubic = chosen.scalars["metrics"].get(metric), chosen.scalars["bicubic"].get(metric)
-    if value is None or bicubic is None:
-        return ""
-    return f"{metric} {value:.4f}, bicubic {bicubic:.4f}\n"
 
 
 def _candidate(
