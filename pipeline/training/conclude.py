@@ -15,12 +15,12 @@ from pipeline.tracking.model_card import ModelCard, license_note
 from pipeline.tracking.run import TrackedRun
 from pipeline.tracking.spool import images_at
 from pipeline.training import checkpoint as checkpoints
-from pipeline.training.baseline import comparison, is_below
 from pipeline.training.config import TrainConfig
 from pipeline.training.selection import select_key
 from pipeline.training.state import best_of, of_metric
 from pipeline.training.validation_config import HELD_OUT
 from pipeline.training.validation_sets import SetFiles, deciding_images
+from pipeline.training.validator import comparison, is_below
 
 
 def conclude(
