@@ -120,7 +120,7 @@ def test_a_trial_whose_process_is_killed_ends_with_the_value_of_an_undisturbed_o
         command(folder, **{"tune.name": "killed", **changes}), env=environment(), stdout=subprocess.PIPE, text=True
     ) as driver:  # fmt: skip
         trial = sweep / f"trials/{expected.run_name}"
-        wait_until(lambda: published_step(trial) > 6, timeout_s=300)
+        wait_until(lambda: published_step(trial) > 6)
         (process,) = [
             each
             for each in psutil.Process(driver.pid).children(recursive=True)
