@@ -1,9 +1,13 @@
 """The report in a real browser, and the comparison figure."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
+import threading
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,6 +109,33 @@ def test_names_cannot_break_out_of_the_page(tmp_path: Path) -> None:
     assert "a&lt;b&gt;" in page
 
 
+def in_browser(page: Path, folder: Path) -> tuple[str, str]:
+    """The page's content after its scripts, and Chromium's errors; it is killed, because it does not always end."""
+    assert CHROMIUM
+    errors, content = folder / "errors.txt", ""
+    command = [
+        CHROMIUM, *FLAGS, f"--user-data-dir={folder / 'profile'}", "--window-size=1300,900", "--dump-dom",
+        "--allow-file-access-from-files", "--virtual-time-budget=5000", page.as_uri(),
+    ]  # fmt: skip
+    with (
+        errors.open("w") as file,
+        subprocess.Popen(
+            command, text=True, stdout=subprocess.PIPE, stderr=file, start_new_session=True
+        ) as chromium,
+    ):
+        assert chromium.stdout is not None
+        limit = threading.Timer(300, os.killpg, (chromium.pid, signal.SIGKILL))
+        limit.start()
+        for line in chromium.stdout:
+            content += line
+            if "</html>" in line:
+                break
+        limit.cancel()
+        with suppress(ProcessLookupError):
+            os.killpg(chromium.pid, signal.SIGKILL)
+    return content, errors.read_text()
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: apt-get install chromium)")
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1280])
@@ -115,14 +146,9 @@ def test_the_report_works_in_a_browser(report: Path, tmp_path: Path, width: int)
     frame = tmp_path / "frame.html"
     frame.write_text(f'<iframe src="driven.html" style="width: {width}px; height: 800px; border: 0"></iframe>'
                      "<script>onmessage = (event) => document.title = event.data</script>")  # fmt: skip
-    assert CHROMIUM
-    result = subprocess.run(
-        [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1300,900", "--dump-dom",
-         "--allow-file-access-from-files", "--virtual-time-budget=5000", frame.as_uri()],
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    found = re.search(r"<title>seen (.*)</title>", result.stdout)
-    assert found, result.stderr[-1000:]
+    content, errors = in_browser(frame, tmp_path)
+    found = re.search(r"<title>seen (.*)</title>", content)
+    assert found, errors[-1000:]
     seen = json.loads(found[1])
     assert seen["names"] == ["image-0.png", "image-1.png", "image-2.png"]
     assert seen["down"] == sorted(seen["down"], reverse=True)
