@@ -14,7 +14,7 @@ from pipeline import command
 from pipeline.errors import UserError
 from pipeline.model import decode_generator
 from pipeline.model.weights import encode_generator
-from pipeline.training.model_source import GENERATOR_FILE, read_model_file
+from pipeline.training.model_source import GENERATOR_FILE, find_model_file
 
 
 def main(argv: list[str]) -> None:
@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
     if len(argv) != 3:
         raise UserError('usage: python models/pack.py RUN NAME "DESCRIPTION"')
     source, name, description = argv
-    generator, _ = decode_generator(read_model_file(source, GENERATOR_FILE, source), source)
+    generator, _ = decode_generator(find_model_file(source, GENERATOR_FILE, source)[0], source)
     target = Path(__file__).with_name(f"{name}.safetensors")
     target.write_bytes(encode_generator(generator, {"description": description}, torch.float16))
     print(f"written: {target} ({target.stat().st_size / 1e6:.2f} MB)")

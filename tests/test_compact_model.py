@@ -1,16 +1,19 @@
 """The model in models/: found by its name, small, and better than bicubic on a photo that it has not seen."""
 
+import runpy
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import skimage.data
 import tiny
-from evaluation_helpers import exit_code, write_image
+from evaluation_helpers import ROOT, exit_code, write_image
 
 from pipeline.config import load_config
 from pipeline.evaluation.models import Model, notes, open_model
 from pipeline.imaging import bicubic_upscale, matlab_bicubic_downscale, psnr
+from pipeline.model import generator_sha256
 from pipeline.storage import Storage
 from pipeline.training.checks import with_absolute_paths
 from pipeline.training.initial import resolve
@@ -47,6 +50,18 @@ def test_training_starts_from_it_by_its_name(tmp_path: Path) -> None:
     config, initial = resolve(with_absolute_paths(config), Storage(str(tmp_path / "run")), {}, begun=False)
     assert (config.model.num_block, config.model.num_feat, config.model.num_grow_ch) == (3, 32, 16)
     assert initial["generator"].origin.source == "compact-x4"
+
+
+def test_a_generator_is_packed_as_a_model_of_half_the_size(tmp_path: Path, compact: Model) -> None:
+    script = shutil.copy(ROOT / "models" / "pack.py", tmp_path / "pack.py")
+    main = runpy.run_path(script)["main"]
+    main([str(shipped_model("compact-x4")), "copy", "the same"])
+    copy = open_model(str(tmp_path / "copy.safetensors"))
+    assert copy.info["description"] == "the same"
+    assert (tmp_path / "copy.safetensors").stat().st_size < 1_200_000
+    assert compact.generator is not None
+    assert copy.generator is not None
+    assert generator_sha256(copy.generator.state_dict()) == generator_sha256(compact.generator.state_dict())
 
 
 def test_upscale_prints_what_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

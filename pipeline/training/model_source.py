@@ -56,9 +56,10 @@ def find_model_file(source: str, file: str, name: str) -> tuple[bytes, str]:
             corrupt = corrupt or f"; {error}"
     if storage.exists():
         raise UserError(f"{name}: neither a checkpoint ({file}) nor a run with one (checkpoints/){corrupt}")
+    others = "models:/NAME@ALIAS, compact-x4, " if file == GENERATOR_FILE else ""
     raise UserError(
-        f"{name}: no such file or folder; give models:/NAME@ALIAS, a checkpoint's or run's folder, "
-        "compact-x4, or a weight file (.safetensors, .pth, .pt, .ckpt)"
+        f"{name}: no such file or folder; give {others}a checkpoint's or run's folder, or a weight file "
+        "(.safetensors, .pth, .pt, .ckpt)"
     )
 
 
