@@ -3,7 +3,9 @@
 import io
 import json
 import os
+import signal
 import subprocess
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +19,7 @@ from evaluation_helpers import job
 from mlflow import MlflowClient
 from PIL import Image
 from ray.tune.search import Searcher
+from test_training_ray import hurt_at
 from tiny import write_sets
 from tracking_helpers import wait_until
 from tuning_helpers import configurations, open_queue, run_all, sweep_fields
@@ -29,6 +32,7 @@ from pipeline.storage import Storage, only_writer
 from pipeline.tracking.config import TrackingConfig
 from pipeline.tracking.run import open_parent
 from pipeline.tracking.spool import published_step
+from pipeline.training import faults
 from pipeline.training.stopping import request_stop, stop_requested
 from pipeline.tuning import sweep_folder
 from pipeline.tuning.config import TuneConfig
@@ -134,14 +138,43 @@ def test_a_trial_whose_process_is_killed_ends_with_the_value_of_an_undisturbed_o
     assert (outcome.status, outcome.metrics) == ("finished", expected.metrics)
 
 
+def sweep_on_ray_train(folder: Path, name: str) -> TrialOutcome:
+    """The only trial of a sweep whose trials have two workers."""
+    changes = {
+        "workers": 2,
+        "tune.trials": 1,
+        "tune.max_concurrent": 2,
+        "gan.steps": 60,
+        "checkpoint_every_steps": 2,
+    }
+    (trial,) = run_sweep(*configurations(folder, **{"tune.name": name, **changes})).trials
+    return trial
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path, ray_cluster: str) -> TrialOutcome:
+    return sweep_on_ray_train(folder, "workers")
+
+
 @pytest.mark.ray
 @pytest.mark.slow
-def test_trials_with_several_workers_run_on_ray_train(folder: Path, ray_cluster: str, capfd: Any) -> None:
-    config, settings = configurations(
-        folder, **{"tune.name": "workers", "workers": 2, "tune.trials": 1, "tune.max_concurrent": 2}
-    )
-    result = run_sweep(config, settings)
-    assert [(trial.status, trial.step) for trial in result.trials] == [("finished", 12)]
+@pytest.mark.parametrize("kind", ["RayTrainWorker", "TrainController"])
+def test_a_trial_on_ray_train_ends_with_the_same_values_after_a_kill(
+    folder: Path, undisturbed: TrialOutcome, kind: str, capfd: Any
+) -> None:
+    assert (undisturbed.status, undisturbed.step) == ("finished", 66)
+    run = Storage(str(folder / "runs" / kind / "trials" / undisturbed.run_name))
+    done, hurt = threading.Event(), []
+    hurter = threading.Thread(target=hurt_at, args=(run, 8, kind, signal.SIGKILL, done, hurt))
+    hurter.start()
+    try:
+        trial = sweep_on_ray_train(folder, kind)
+    finally:
+        done.set()
+        hurter.join()
+    assert hurt
+    assert faults.load(run)
+    assert (trial.status, trial.step, trial.metrics) == ("finished", 66, undisturbed.metrics)
     assert "tune.max_concurrent=2: 1 at a time" in capfd.readouterr().out
 
 
