@@ -196,7 +196,7 @@ def test_as_many_trials_run_at_a_time_as_fit_into_the_nodes(folder: Path) -> Non
 
 
 def test_a_sweep_stops_its_trials_when_its_hours_are_over_or_a_stop_is_requested(folder: Path) -> None:
-    for name, hours in (("hours", 1e-9), ("stop", 1e9)):
+    for name, hours in (("hours", 1e-12), ("stop", 1e9)):
         queue = open_queue(folder, **{"tune.name": name, "tune.trials": 1, "tune.max_hours": hours})
         job = queue.next()
         assert job is not None
