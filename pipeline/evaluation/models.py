@@ -14,6 +14,7 @@ from pipeline.imaging.tiling import Tile
 from pipeline.model import RRDBNet, decode_generator, set_precision
 from pipeline.model.device import emulates_bf16
 from pipeline.model.trunk import use_kernels
+from pipeline.model.weights import SIZES
 from pipeline.tracking.lookup import pull_generator, version_uri
 from pipeline.training.model_source import GENERATOR_FILE, find_model_file, shipped_model
 
@@ -157,9 +158,7 @@ def interpolated(first: Model, second: Model, alpha: float) -> Model:
     if sizes[0] != sizes[1] or shapes[0] != shapes[1]:
         raise UserError(f"--interpolate: {first.name} and {second.name} are networks of different sizes")
     mixed = {key: (1 - alpha) * a[key] + alpha * b[key] for key in a}
-    info = {
-        key: first.info[key] for key in ("num_feat", "num_block", "num_grow_ch", "residual_scale", "scale")
-    }
+    info = {key: first.info[key] for key in SIZES}
     with torch.device("meta"):
         generator = RRDBNet(
             int(info["num_feat"]), int(info["num_block"]), int(info["num_grow_ch"]),

@@ -19,6 +19,7 @@ from PIL import Image
 from pipeline.errors import without_secrets
 from pipeline.model import RRDBNet, generator_sha256, load_generator, rrdbnet
 from pipeline.model.export import export_onnx
+from pipeline.model.weights import SIZES
 from pipeline.tracking.model_card import ModelCard, Usage, card_text, image_file, set_of
 from pipeline.tracking.run import TrackedRun
 from pipeline.tracking.upload import DIGEST_CHARACTERS
@@ -199,8 +200,7 @@ def input_example(strip: np.ndarray, scale: int) -> np.ndarray:
 
 def architecture(generator: RRDBNet) -> dict[str, object]:
     """RRDBNet's arguments, the content of architecture.json."""
-    names = ("num_feat", "num_block", "num_grow_ch", "residual_scale", "scale")
-    return {name: getattr(generator, name) for name in names}
+    return {name: getattr(generator, name) for name in SIZES}
 
 
 def _signature() -> ModelSignature:

@@ -1,4 +1,4 @@
-"""Reads the weights that a model source names: a weight file, a checkpoint's folder, or a run's folder."""
+"""Reads the weights of a model source: a weight file, a checkpoint's or run's folder, or a model in models/."""
 
 import hashlib
 import json
