@@ -191,9 +191,8 @@ def _read(config: TrainConfig, network: str) -> Initial:
         content = pulled.path.read_bytes()
         version, model_id, run_id = pulled.version, pulled.model_id, pulled.run_id
     else:
-        content = find_model_file(source, GENERATOR_FILE if network == "generator" else TRAINING_FILE, name)[
-            0
-        ]
+        file = GENERATOR_FILE if network == "generator" else TRAINING_FILE
+        content, _ = find_model_file(source, file, name)
     if network == "discriminator":
         tensors = read_discriminator_tensors(content, name)
     else:
