@@ -1,7 +1,6 @@
-"""Batches through Ray Data and Ray Train are those of the prefetch thread."""
+"""Batches through Ray Data are those of the prefetch thread."""
 
 import hashlib
-import json
 import time
 from contextlib import closing
 from itertools import islice, pairwise
@@ -13,7 +12,7 @@ import ray.data
 from tiny_patches import write_patches
 
 from pipeline.data.feed import Feed, RawBatch, ray_feed
-from pipeline.data.feed.ray_feed import MAX_TASKS, FeedDataConfig, RayFeed, StepSource, choose
+from pipeline.data.feed.ray_feed import MAX_TASKS, RayFeed, StepSource, choose, with_transport
 from pipeline.errors import UserError
 
 FIELDS: dict[str, Any] = {"seed": 3, "batch_size": 6, "crop_px": 16}
@@ -53,12 +52,10 @@ def test_auto_selects_the_thread_if_workers_occupy_all_cores() -> None:
     assert choose({"a": 8.0}, ["a", "a"], 2, 4.0)[0] == "thread"
 
 
-def test_every_rank_gets_its_own_feed_and_the_choice_is_printed(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    config = FeedDataConfig(Feed("data", **FIELDS), "thread")
-    feeds = [feeds["train"] for feeds in config.configure({"train": None}, 3)]
-    assert feeds == [Feed("data", **FIELDS, rank=rank, world_size=3) for rank in range(3)]
+def test_the_choice_is_printed_once(capsys: pytest.CaptureFixture[str]) -> None:
+    for rank in range(3):
+        feed = Feed("data", **FIELDS, rank=rank, world_size=3)
+        assert with_transport(feed, "thread", ["a"] * 3, 1.0) == feed
     assert capsys.readouterr().out == "data.feed: thread (as configured)\n"
 
 
@@ -76,7 +73,8 @@ def test_auto_uses_ray_data_only_where_patches_are_decoded_or_downloaded(
     node = {"NodeID": "a", "Alive": True, "Resources": {"CPU": 9.0}}
     monkeypatch.setattr(ray, "nodes", lambda: [node])
     root = write_patches(tmp_path, 3, codec=codec)
-    FeedDataConfig(Feed(root, **FIELDS)).configure({"train": None}, 1)
+    feed = with_transport(Feed(root, **FIELDS), "auto", ["a"], 1.0)
+    assert isinstance(feed, RayFeed) == expected.startswith("ray")
     assert capsys.readouterr().out == f"data.feed: {expected}\n"
 
 
@@ -95,8 +93,9 @@ def test_read_tasks_cover_every_step_once_and_stay_few(tmp_path: Path, steps: in
 def test_ray_and_thread_give_the_same_batches_from_any_step(ray_cluster: str, tmp_path: Path) -> None:
     root = write_patches(tmp_path, 13, rows=5)
     for first in (0, 11):
-        expected = digests(Feed(root, **FIELDS), first, 30)
-        assert digests(RayFeed(root, **FIELDS), first, 30) == expected
+        for worker in ({"rank": 0, "world_size": 1}, {"rank": 1, "world_size": 2}):
+            expected = digests(Feed(root, **FIELDS, **worker), first, 30)
+            assert digests(RayFeed(root, **FIELDS, **worker), first, 30) == expected
 
 
 @pytest.mark.ray
@@ -121,47 +120,3 @@ def test_training_may_pause_longer_than_ray_data_waits_for_progress(
         next(batches)
         time.sleep(4)  # the pause itself is tested
         assert sum(1 for _ in islice(batches, 2000)) == 2000
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.parametrize(("transport", "first"), [("ray", 0), ("thread", 0), ("ray", 5)])
-def test_two_workers_of_ray_train_get_their_shares_in_order(
-    ray_cluster: str, tmp_path: Path, transport: str, first: int
-) -> None:
-    import ray.train.torch
-
-    root = write_patches(tmp_path / "data", 13, rows=5)
-    out = tmp_path / "out"
-    out.mkdir()
-
-    # Inside the test, so that it is pickled by value for the workers.
-    def loop(config: dict[str, Any]) -> None:
-        import hashlib
-        import json
-        from contextlib import closing
-        from pathlib import Path
-
-        feed = ray.train.get_dataset_shard("train")
-        lines = []
-        with closing(feed.batches(config["first"], 20)) as batches:
-            for batch in batches:
-                parts = [images.tobytes() for images in (batch.lr, batch.hr)]
-                lines.append(hashlib.sha256(b"".join(parts)).hexdigest() + f" {batch.corrupt}")
-        rank = ray.train.get_context().get_world_rank()
-        Path(config["out"], f"{rank}.json").write_text(json.dumps([type(feed).__name__, lines]))
-
-    ray.train.torch.TorchTrainer(
-        loop,
-        train_loop_config={"first": first, "out": str(out)},
-        scaling_config=ray.train.ScalingConfig(num_workers=2),
-        torch_config=ray.train.torch.TorchConfig(backend="gloo"),
-        datasets={"train": lambda: None},
-        dataset_config=FeedDataConfig(Feed(root, **FIELDS), transport),  # type: ignore[arg-type]
-        run_config=ray.train.RunConfig(name="feed", storage_path=str(tmp_path / "ray")),
-    ).fit()
-
-    for rank in range(2):
-        name = "RayFeed" if transport == "ray" else "Feed"
-        expected = digests(Feed(root, **FIELDS, rank=rank, world_size=2), first, 20)
-        assert json.loads((out / f"{rank}.json").read_text()) == [name, expected]

@@ -90,6 +90,14 @@ def unwrap(module: nn.Module) -> nn.Module:
     return module
 
 
+def gathered(value: str) -> list[str]:
+    """The value of every rank, in order."""
+    values = [value] * world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 @torch.no_grad()
 def sum_in_place(tensors: Iterable[Tensor]) -> None:
     """Sums each tensor over all workers, in place and without gradients."""

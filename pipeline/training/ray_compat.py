@@ -11,10 +11,12 @@ from ray._private.state import state as cluster_state
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
-from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution import context as reports
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+from ray.train.v2._internal.execution.preemption import PreemptionWatcher
 from ray.train.v2._internal.execution.scaling_policy import (
     ElasticScalingPolicy,
     NoopDecision,
@@ -28,9 +30,9 @@ from pipeline.storage import Storage
 from pipeline.training.stopping import end_save_request, request_save, save_requested
 
 __all__ = [
-    "ENV_VARS_TO_PROPAGATE",
     "CheckedTorchConfig",
     "PlacementGroupCleanup",
+    "PreemptionNotice",
     "SavingTrainer",
     "remove_orphaned_placement_groups",
     "reports",
@@ -42,8 +44,7 @@ logger = logging.getLogger(__name__)
 def remove_orphaned_placement_groups(of_actor: str | None = None) -> None:
     """Removes this Ray job's placement groups whose creator is a dead actor, which frees their CPUs and GPUs.
 
-    Ray keeps such a group until the whole job ends. Ray Train's own cleaner removes it only for a controller that died
-    after its worker group had started. Groups of live actors (such as other trials' controllers) are kept.
+    Ray keeps such a group until the whole job ends. Groups of live actors (such as other trials' controllers) are kept.
 
     Args:
         of_actor: id of a live actor whose groups are removed as well.
@@ -79,6 +80,41 @@ class PlacementGroupCleanup(WorkerGroupCallback, ControllerCallback):
 
     def _remove(self) -> None:
         remove_orphaned_placement_groups(of_actor=ray.get_runtime_context().get_actor_id())
+
+
+class PreemptionNotice(WorkerGroupCallback):
+    """Ray's watcher of nodes that are about to be preempted, as a thread of Ray Train's controller.
+
+    Ray starts it as a separate process (RAY_TRAIN_ENABLE_PREEMPTION_WATCHER) while the workers start, which delays
+    them by 2 s on two cores.
+    """
+
+    def __init__(self) -> None:
+        self._watcher: PreemptionWatcher | None = None
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        """Watches the nodes of this group's workers."""
+        self._end()  # a group that failed while starting has no other hook
+        ranks: dict[str, list[int]] = {}
+        actors = {}
+        for worker in worker_group.get_workers():
+            rank = worker.distributed_context.world_rank
+            ranks.setdefault(worker.metadata.node_id, []).append(rank)
+            actors[rank] = worker.actor
+        self._watcher = PreemptionWatcher(ranks, worker_actors_by_rank=actors)
+
+    def before_worker_group_shutdown(self, worker_group: object) -> None:
+        """The group ends."""
+        self._end()
+
+    def after_worker_group_abort(self, worker_group_context: object) -> None:
+        """The group was ended."""
+        self._end()
+
+    def _end(self) -> None:
+        if self._watcher is not None:
+            self._watcher._stop_event.set()
+            self._watcher = None
 
 
 def _raise(reason: str) -> None:
@@ -132,6 +168,15 @@ class SavingTrainer(TorchTrainer):
     def __init__(self, *arguments: Any, run: Storage, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._run = run
+
+    def _create_default_callbacks(self) -> list[Any]:
+        """Ray's, without those that start a process for what this package does itself.
+
+        One distributes Ray data sets to workers, the other removes the placement groups of dead controllers. A
+        worker group starts 2 s later with them, on two cores.
+        """
+        unused = (DatasetsCallback, PlacementGroupCleanerCallback)
+        return [each for each in super()._create_default_callbacks() if not isinstance(each, unused)]
 
     def _initialize_and_run_controller(self, **controller: Any) -> Any:
         controller["failure_policy"] = _EndAtRefusal(self.run_config.failure_config, self._run)

@@ -3,8 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +15,7 @@ from pydantic import TypeAdapter
 from ray.train.v2.api.callback import UserCallback
 
 from pipeline.data.feed import Feed
-from pipeline.data.feed.ray_feed import FeedDataConfig
+from pipeline.data.feed.ray_feed import with_transport
 from pipeline.errors import StorageFull, UserError
 from pipeline.run_folder import REFUSAL, Fault, FaultKind, Refusal
 from pipeline.storage import Storage
@@ -24,11 +23,12 @@ from pipeline.training import checkpoint as checkpoints
 from pipeline.training import faults
 from pipeline.training.checks import prepare_worker
 from pipeline.training.config import TrainConfig
+from pipeline.training.distributed import gathered
 from pipeline.training.loop import train
 from pipeline.training.ray_compat import (
-    ENV_VARS_TO_PROPAGATE,
     CheckedTorchConfig,
     PlacementGroupCleanup,
+    PreemptionNotice,
     SavingTrainer,
     remove_orphaned_placement_groups,
     reports,
@@ -73,8 +73,7 @@ def fit(
         end_save_request(run)
         failure = None
         try:
-            with _exported_address():
-                _trainer(config, run, sets, callbacks).fit()
+            _trainer(config, run, sets, callbacks).fit()
         except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
             failure = error
         if _decide(config, run, done=failure is None).action == "continue":
@@ -126,18 +125,6 @@ def _trainer(
             ),
             refuse=partial(_refuse, run.uri),
         ),
-        datasets={"train": lambda: None},
-        dataset_config=FeedDataConfig(
-            Feed(
-                config.data.root,
-                config.seed,
-                config.batch_size,
-                config.crop_px,
-                local_cache=config.data.local_cache,
-            ),
-            config.data.feed,
-            config.cpus_per_worker,
-        ),
         run_config=ray.train.RunConfig(
             # A unique name: runs resume from our checkpoints, never from Ray Train's own state.
             name=f"{config.run_name}-{time.time_ns():x}",
@@ -146,7 +133,7 @@ def _trainer(
             failure_config=ray.train.FailureConfig(
                 max_failures=-1, controller_failure_limit=config.faults.max_restarts
             ),
-            callbacks=[_FaultLog(run.uri), PlacementGroupCleanup(), *callbacks],
+            callbacks=[_FaultLog(run.uri), PlacementGroupCleanup(), PreemptionNotice(), *callbacks],
             # At INFO, Ray logs every report of every worker.
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
@@ -179,7 +166,20 @@ def _worker_loop(loop_config: Mapping[str, Any]) -> None:
         else "",
     )
     try:
-        feed = ray.train.get_dataset_shard("train")
+        feed = with_transport(
+            Feed(
+                config.data.root,
+                config.seed,
+                config.batch_size,
+                config.crop_px,
+                worker.rank,
+                worker.world_size,
+                config.data.local_cache,
+            ),
+            config.data.feed,
+            gathered(ray.get_runtime_context().get_node_id()),
+            config.cpus_per_worker,
+        )
         # Ray logs every report at INFO, from a logger that ignores `logging_config`.
         logging.getLogger(reports.__file__).setLevel(logging.WARNING)
         sets = open_sets(config, _SETS.validate_python(loop_config["sets"]))
@@ -259,24 +259,6 @@ def _record(run: Storage, kind: FaultKind, text: str) -> Fault:
     return faults.record(run, names[-1].step if names else -1, kind, text)
 
 
-@contextmanager
-def _exported_address() -> Iterator[None]:
-    """Exports RAY_ADDRESS to Ray Train's helper processes.
-
-    The process that frees the CPUs of a dead controller would otherwise connect to any Ray on the machine.
-    """
-    before = os.environ.get("RAY_ADDRESS")
-    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-    ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["RAY_ADDRESS"]
-        else:
-            os.environ["RAY_ADDRESS"] = before
-
-
 def _set_timeouts(config: TrainConfig) -> None:
     """Ray Train reads these from the driver's environment."""
     low, high = config.worker_range
@@ -287,6 +269,7 @@ def _set_timeouts(config: TrainConfig) -> None:
     # While a rank waits for another one in Ray Train's own barrier (in `report`), no collective times out.
     hung_s = max(config.faults.collective_timeout_s, MIN_HUNG_S)
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(hung_s)
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # PreemptionNotice replaces it
     # With Ray Train's print patch, every line that a worker prints appears twice.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     # Ray Train takes one report per poll; its default of 2 s would delay runs with short intervals.

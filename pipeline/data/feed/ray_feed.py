@@ -1,4 +1,4 @@
-"""Batches through Ray Data, and the choice between it and the prefetch thread for every worker group."""
+"""Batches through Ray Data, and the choice between it and the prefetch thread."""
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
-import ray.train
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 from ray.exceptions import RayTaskError
@@ -82,48 +81,35 @@ class RayFeed(Feed):
             raise
 
 
-class FeedDataConfig(ray.train.DataConfig):
-    """Gives every worker its own feed instead of a split of a data set, so that the order depends on steps alone.
-
-    Ray Train calls `configure` whenever a worker group starts, with its world size.
+def with_transport(
+    feed: Feed,
+    transport: Literal["auto", "ray", "thread"],
+    worker_nodes: Sequence[str],
+    cpus_per_worker: float,
+) -> Feed:
+    """The feed that a worker uses; rank 0 prints the transport and the reason.
 
     Args:
-        feed: the feed of a single worker.
+        feed: the worker's share of the batches, through a thread.
         transport: the field `data.feed`.
+        worker_nodes: Ray's id of each worker's node, so that all workers make the same choice.
         cpus_per_worker: CPUs that each worker reserves.
     """
-
-    def __init__(
-        self, feed: Feed, transport: Literal["auto", "ray", "thread"] = "auto", cpus_per_worker: float = 1.0
-    ) -> None:
-        super().__init__()
-        self._feed, self._transport, self._cpus_per_worker = feed, transport, cpus_per_worker
-
-    def configure(
-        self,
-        datasets: Mapping[str, Any],
-        world_size: int,
-        worker_handles: list[Any] | None = None,
-        worker_node_ids: list[str] | None = None,
-        **more: Any,
-    ) -> list[dict[str, Any]]:
-        """For each rank, its feed under every name in `datasets`; prints the transport and the reason."""
-        feed, transport, reason = self._feed, self._transport, "as configured"
-        if transport == "auto":
-            local = not is_remote(feed.root) or feed.local_cache is not None
-            if local and load_manifest(feed.root).codec == "raw":
-                transport, reason = "thread", "raw patches on a local disk"
-            else:
-                cpus = {
-                    node["NodeID"]: float(node["Resources"].get("CPU", 0.0))
-                    for node in ray.nodes()
-                    if node["Alive"]
-                }
-                transport, reason = choose(cpus, worker_node_ids or [], world_size, self._cpus_per_worker)
+    reason = "as configured"
+    if transport == "auto":
+        local = not is_remote(feed.root) or feed.local_cache is not None
+        if local and load_manifest(feed.root).codec == "raw":
+            transport, reason = "thread", "raw patches on a local disk"
+        else:
+            cpus = {
+                node["NodeID"]: float(node["Resources"].get("CPU", 0.0))
+                for node in ray.nodes()
+                if node["Alive"]
+            }
+            transport, reason = choose(cpus, worker_nodes, feed.world_size, cpus_per_worker)
+    if feed.rank == 0:
         print(f"data.feed: {transport} ({reason})", flush=True)
-        make = RayFeed if transport == "ray" else Feed
-        shared = asdict(feed) | {"world_size": world_size}
-        return [dict.fromkeys(datasets, make(**shared | {"rank": rank})) for rank in range(world_size)]
+    return RayFeed(**asdict(feed)) if transport == "ray" else feed
 
 
 def choose(
