@@ -347,6 +347,11 @@ def run(folder: Path, **changes: Any) -> None:
         ({"tune.points": [{"gan.steps": 1}]}, "is not a field of tune.space"),
         ({"tune.repeats": 1, "tune.space": {"seed": {"choice": [1, 2]}}}, "tune.repeats"),
         ({"data.source": "/no/such/folder", "data.root": "/tmp/nowhere"}, "data.source=/no/such/folder"),
+        ({"tracking.uri": "none"}, "tracking.uri=none: a sweep needs a tracking server"),
+        (
+            {"tracking.uri": "http://127.0.0.1:1", "tracking.if_unreachable": "spool"},
+            "127.0.0.1:1.*a sweep needs a tracking server",
+        ),
     ],
 )
 def test_invalid_input_is_refused_before_ray_starts(
@@ -369,6 +374,25 @@ def test_a_sweep_without_a_held_out_set_is_refused_before_ray_starts(folder: Pat
         run_sweep(config, settings)
     assert "ranks its trials by psnr_y" in str(caught.value)
     assert not (folder / "runs" / "unmeasured").exists()
+
+
+def test_a_constraint_on_the_held_out_set_needs_one(folder: Path) -> None:
+    changes = {
+        "tune.name": "unmeasured", "data.root": str(folder / "unconstrained"), "tune.constraints": ["psnr_y >= 1"],
+        "validation.sets": {"own": str(folder / "photos")}, "tune.metrics": ["own/psnr_y"],
+    }  # fmt: skip
+    config, settings = configurations(folder, **changes)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"held_out": None})})
+    with pytest.raises(UserError, match=r"data\.held_out: not set, and a sweep ranks its trials by psnr_y"):
+        run_sweep(config, settings)
+
+
+def test_crops_that_are_larger_than_the_prepared_patches_are_refused_before_ray_starts(folder: Path) -> None:
+    open_queue(folder, **{"tune.name": "prepared"})  # patches of 64 px
+    changes = {"data.patch_px": 128, "tune.space": {"crop_px": {"choice": [32, 96]}}}
+    with pytest.raises(UserError, match=r"crop_px=96: the patches in .* have 64 pixels"):
+        run(folder, **{"tune.name": "invalid", **changes})
+    assert not (folder / "runs" / "invalid").exists()
 
 
 @pytest.mark.parametrize(

@@ -138,17 +138,26 @@ def require_description(run: Storage) -> TrackingDescription:
     return description
 
 
+def require_parent(config: TrackingConfig, storage: str) -> None:
+    """Checks, before anything expensive starts, that `open_parent` has a server. Raises UserError."""
+    uri = resolve_uri(config, storage)
+    if not config.enabled:
+        require_package("mlflow", "tune", "train without a sweep")
+        raise UserError("tracking.uri=none: a sweep needs a tracking server; set tracking.uri")
+    try:
+        connect(uri)
+    except TrackingUnreachable as error:
+        raise UserError(f"{error}; a sweep needs a tracking server: start it") from None
+
+
 def open_parent(
     config: TrackingConfig, storage: str, *, name: str, key: str, parameters: Mapping[str, Any]
 ) -> TrackedRun:
     """Opens or reopens the parent run of a sweep's trials (`open_run(parent_run_id=...)`) in `storage`/`name`.
 
     Raises:
-        UserError: the server is unreachable, or rejects the run.
+        UserError: the server, which `require_parent` has checked, is unreachable by now, or rejects the run.
     """
-    if not config.enabled:
-        require_package("mlflow", f"tune.name={name}", "train without a sweep")
-        raise UserError("tracking.uri=none: a sweep needs a tracking server; set tracking.uri")
     opened = open_run(
         config.model_copy(update={"if_unreachable": "refuse"}),
         Storage(storage) / name,

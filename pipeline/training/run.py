@@ -119,7 +119,7 @@ def run_training(
             prepare(config.data, on_ray=config.worker_range[1] > 0)
             manifest = load_manifest(config.data.root)
             new, changes = require_resumable(manifest)
-        _require_fitting_data(config, manifest)
+        require_fitting_data(config, manifest)
         if accept_changes:
             _require_loadable(config, run)
         identity = claim(run, old, new, changes)
@@ -269,7 +269,8 @@ def _require_loadable(config: TrainConfig, run: Storage) -> None:
         state.load(newest.ema, newest.tensors, newest.scalars)
 
 
-def _require_fitting_data(config: TrainConfig, manifest: Manifest) -> None:
+def require_fitting_data(config: TrainConfig, manifest: Manifest) -> None:
+    """Raises UserError if the data set's patches have another scale, or are smaller than the crops."""
     if manifest.scale != config.data.scale:
         raise UserError(
             f"data.scale={config.data.scale}: {config.data.root} was made for scale {manifest.scale}"

@@ -11,14 +11,14 @@ from typing import Any
 
 import ray
 
-from pipeline.data import check_source, has_manifest, load_manifest, plans_held_out, prepare
+from pipeline.data import Manifest, check_source, has_manifest, load_manifest, plans_held_out, prepare
 from pipeline.errors import UserError
 from pipeline.model.features import PROVIDED, file_sha256
 from pipeline.run_folder import SWEEP
 from pipeline.section import with_fields
 from pipeline.storage import Storage, only_writer
 from pipeline.tracking.candidate import send_unsent
-from pipeline.tracking.run import TrackedRun, finish_run, open_parent, require_tracking
+from pipeline.tracking.run import TrackedRun, finish_run, open_parent, require_parent
 from pipeline.tracking.sweep import log_sweep
 from pipeline.tracking.uri import resolve_uri
 from pipeline.training import ray_cluster
@@ -30,7 +30,7 @@ from pipeline.training.checks import (
 )
 from pipeline.training.config import TrainConfig
 from pipeline.training.initial import Initial, origins, require_fit, resolve, store
-from pipeline.training.run import summary
+from pipeline.training.run import require_fitting_data, summary
 from pipeline.training.selection import with_selection
 from pipeline.training.stopping import saving_on_sigterm
 from pipeline.training.validation_sets import find_sets
@@ -72,24 +72,24 @@ def run_sweep(
     base, initial = resolve(base, sweep, known.initial if known else {}, begun=known is not None)
     # The sizes are adopted now; a trial that searches other sizes must not adopt them again.
     base = with_fields(base, {"init.adopt_sizes": False})
-    weights = check_trials(base, settings, sweep, initial)
-    has_data = has_manifest(base.data.root)
-    base = with_selection(base, _require_images(base, settings, has_data))
+    prepared = load_manifest(base.data.root) if has_manifest(base.data.root) else None
+    weights = check_trials(base, settings, sweep, initial, prepared)
+    base = with_selection(base, _require_images(base, settings, prepared))
     sets = find_sets(base)
-    sha256 = load_manifest(base.data.root).sha256 if has_data else ""
+    sha256 = prepared.sha256 if prepared else ""
     identity = sweep_folder.identity_of(base, settings, sha256, sets, origins(initial), weights)
     sweep_folder.check(sweep, settings, identity)
     sweep_folder.outcomes(sweep)  # a corrupt one is refused before Ray starts
-    if not has_data:
+    if prepared is None:
         check_source(base.data, prepare_command)
-    require_tracking(base.tracking, base.storage)
+    require_parent(base.tracking, base.storage)
 
     refusal = f"tune.name={settings.name}: another process runs this sweep ({sweep.uri}); wait for it or stop it first"
     with only_writer(sweep, refusal):
         needed = base if base.worker_range[1] else base.model_copy(update={"workers": 1})
         # A trial in the process of Ray Tune writes a log file; Ray would only print its own messages.
         ray_cluster.connect(needed, log_to_driver=base.worker_range[1] > 0)
-        if not has_data:
+        if prepared is None:
             prepare(base.data)
         manifest = load_manifest(base.data.root)
         sweep_folder.claim(sweep, settings, replace(identity, manifest_sha256=manifest.sha256))
@@ -147,9 +147,15 @@ def trial_base(config: TrainConfig) -> TrainConfig:
 
 
 def check_trials(
-    base: TrainConfig, settings: TuneConfig, sweep: Storage, initial: Mapping[str, Initial]
+    base: TrainConfig,
+    settings: TuneConfig,
+    sweep: Storage,
+    initial: Mapping[str, Initial],
+    manifest: Manifest | None = None,
 ) -> dict[str, str]:
-    """Preflight checks of all trials. Returns the sha256 of the weights that they read, by field and file.
+    """Preflight checks of all trials, with the data set's manifest if there is one.
+
+    Returns the sha256 of the weights that they read, by field and file.
 
     Raises:
         UserError: one line that names the field.
@@ -161,6 +167,8 @@ def check_trials(
         )
     for trial in trials:
         require_rungs(settings, trial)
+        if manifest is not None:
+            require_fitting_data(trial, manifest)
     # The process that runs the sweep needs no GPU; those of the trials do.
     check_before_start(base.model_copy(update={"use_gpu": False}), sweep)
     checked = [base.perceptual] if base.gan.steps and base.gan.perceptual_weight else []
@@ -178,18 +186,19 @@ def check_trials(
     return digests
 
 
-def _require_images(base: TrainConfig, settings: TuneConfig, has_data: bool) -> bool:
+def _require_images(base: TrainConfig, settings: TuneConfig, manifest: Manifest | None) -> bool:
     """Whether there is a held-out set. Raises UserError if a metric is to be measured on one, and there is none."""
-    has_held_out = bool(load_manifest(base.data.root).held_out) if has_data else plans_held_out(base.data)
-    on_held_out = [metric for metric in settings.metrics if metric == metric_name(metric)]
+    has_held_out = bool(manifest.held_out) if manifest else plans_held_out(base.data)
+    metrics = [*settings.metrics, *(Constraint.parse(text).metric for text in settings.constraints)]
+    on_held_out = [metric for metric in dict.fromkeys(metrics) if metric == metric_name(metric)]
     if has_held_out or not on_held_out:
         return has_held_out
     missing = (
         f"data.root={base.data.root}: this data set has no held-out set"
-        if has_data
+        if manifest
         else "data.held_out: not set"
     )
-    advice = "prepare another data.root with data.held_out" if has_data else "give a folder of images"
+    advice = "prepare another data.root with data.held_out" if manifest else "give a folder of images"
     raise UserError(
         f"{missing}, and a sweep ranks its trials by {', '.join(on_held_out)} measured on one; {advice}, or name a "
         "metric of validation.sets"
