@@ -116,6 +116,8 @@ def _explain(
     if first["type"] == "value_error":
         message = str(first["ctx"]["error"])
         return f"{where}{name}: {message}{more}" if name else f"{where}{message}{more}"
+    if first["type"] == "missing":
+        return f"{where}{name}: missing{more}"
     return f"{where}{name}={first['input']!r}: {_plain(first)}{more}"
 
 

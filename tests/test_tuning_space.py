@@ -166,6 +166,8 @@ def test_tpe_learns_from_the_trials_and_meets_constraints() -> None:
         ({"gan.allow_random_start": {"choice": [True, False]}}, "gan.allow_random_start has no effect"),
         ({"psnr.schedule.milestones": {"choice": [[1], [2]]}}, "psnr.schedule.milestones has no effect"),
         ({"precision": {"low": 1, "high": 2}}, "tune.space: precision"),
+        ({"shuffle_channels": {"low": 0, "high": 1}}, r"shuffle_channels: true or false, .* use choice"),
+        ({"use_gpu": {"choice": [False, True]}}, "use_gpu has no effect"),
     ],
 )
 def test_a_space_that_cannot_be_searched_is_refused(space: dict[str, Any], message: str) -> None:
@@ -179,6 +181,21 @@ def test_fields_of_stage_2_have_no_effect_without_stage_2() -> None:
     with pytest.raises(UserError, match=r"gan\.pixel_weight has no effect"):
         check_space(sweep(WEIGHTS), base)
     check_space(sweep({"psnr.learning_rate": {"low": 1e-4, "high": 1e-3}}), base)
+
+
+@pytest.mark.parametrize("field", ["gan.discriminator_learning_rate", "gan.loss", "gan.pixel_loss"])
+def test_fields_of_a_loss_without_weight_have_no_effect(field: str) -> None:
+    values: dict[str, Any] = {
+        "gan.discriminator_learning_rate": [1e-4, 1e-5],
+        "gan.loss": ["relativistic", "vanilla"],
+        "gan.pixel_loss": ["l1", "charbonnier"],
+    }
+    space = {field: {"choice": values[field]}}
+    check_space(sweep(space), BASE)
+    weights = {"adversarial_weight": 0.0, "pixel_weight": 0.0}
+    base = BASE.model_copy(update={"gan": BASE.gan.model_copy(update=weights)})
+    with pytest.raises(UserError, match=f"{field} has no effect"):
+        check_space(sweep(space), base)
 
 
 @pytest.mark.parametrize(
@@ -209,6 +226,11 @@ def test_a_base_value_outside_the_space_is_no_point() -> None:
         ({"space": {"gan.pixel_weight": {"low": 0.1, "high": 0.5, "log": True, "step": 0.1}}}, "has no step"),
         ({"space": {"gan.pixel_weight": {"low": 0.1, "high": 0.5, "step": 1.0}}}, "larger than high - low"),
         ({"space": {}}, "at least 1 item"),
+        ({"space": {"gan.pixel_weight": 3}}, "gan.pixel_weight=3: give"),
+        ({"space": {"gan.pixel_weight": {"low": 3}}}, "gan.pixel_weight: high: missing"),
+        ({"space": {"gan.pixel_weight": {"low": "a", "high": 1}}}, "gan.pixel_weight: low='a'"),
+        ({"space": {"crop_px": {"low": 1, "high": 2, "stp": 1}}}, "crop_px: stp: .* did you mean step"),
+        ({"space": {"crop_px": {"choice": 3}}}, "crop_px: choice=3"),
         ({"metrics": ["psnr_y", "psnr_y"]}, "listed twice"),
         ({"metrics": ["psnr_y"], "modes": ["min"]}, "psnr_y is better when larger; use max"),
         ({"metrics": ["lpips"], "modes": ["max"]}, "lpips is better when smaller; use min"),
@@ -216,6 +238,7 @@ def test_a_base_value_outside_the_space_is_no_point() -> None:
         ({"metrics": ["psnr_y", "ssim_y"], "scheduler": "asha"}, "one metric"),
         ({"constraints": ["psnr_y > 24"]}, "write METRIC >= NUMBER"),
         ({"constraints": ["psnr_y >= ."]}, "write METRIC >= NUMBER"),
+        ({"constraints": ["psnr_y >= 1e999"]}, "write METRIC >= NUMBER"),
         ({"search": "optuna"}, "search"),
     ],
 )

@@ -1,11 +1,13 @@
 """Configuration schema of a sweep."""
 
+from collections.abc import Mapping
 from typing import Literal
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
+from pipeline.errors import UserError
 from pipeline.metrics.names import METRICS
-from pipeline.section import Section
+from pipeline.section import Section, validated
 from pipeline.tuning.constraint import Constraint
 
 Number = int | float
@@ -106,6 +108,16 @@ class TuneConfig(Section):
         3, ge=2, description="asha: 1/N of the trials survive each rung; the next rung is N times as long."
     )
 
+    @field_validator("space", mode="before")
+    @classmethod
+    def _spans(cls, space: object) -> object:
+        """Validates each field's values as what they are meant to be: the errors of a union concern all its members."""
+        return (
+            {name: _span(name, value) for name, value in space.items()}
+            if isinstance(space, Mapping)
+            else space
+        )
+
     @model_validator(mode="after")
     def _fits(self) -> "TuneConfig":
         if len(set(self.metrics)) < len(self.metrics):
@@ -124,6 +136,18 @@ class TuneConfig(Section):
         if self.scheduler == "asha" and len(self.metrics) > 1:
             raise ValueError("scheduler=asha: stops trials by one metric; use scheduler=none with several")
         return self
+
+
+def _span(name: str, value: object) -> Range | Choice:
+    """Raises ValueError with the searched field."""
+    if isinstance(value, Range | Choice):
+        return value
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name}={value!r}: give {{low: A, high: B}} or {{choice: [A, B]}}")
+    try:
+        return validated(Choice, value) if "choice" in value else validated(Range, value)
+    except UserError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 _LARGER = {"max": "larger", "min": "smaller"}

@@ -1,5 +1,6 @@
 """A condition on a validation metric, such as `psnr_y >= 24.5`."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ class Constraint:
         match = _FORM.match(text)
         try:
             assert match
+            assert math.isfinite(float(match[3]))
             return Constraint(match[1], match[2] == ">=", float(match[3]))
         except (AssertionError, ValueError):
             raise ValueError(f"constraints: {text!r}: write METRIC >= NUMBER or METRIC <= NUMBER") from None

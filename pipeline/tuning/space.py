@@ -83,6 +83,8 @@ def check_space(settings: TuneConfig, base: TrainConfig) -> list[TrainConfig]:
         UserError: one line that names the field.
     """
     for name, span in settings.space.items():
+        if isinstance(span, Range) and _field_type(name) is bool:
+            raise UserError(f"tune.space: {name}: true or false, not a range; use choice: [true, false]")
         if isinstance(span, Range) and _field_type(name) is int:
             wrong = {"low": span.low, "high": span.high, "step": span.step}
             for part, number in wrong.items():
@@ -102,7 +104,9 @@ def check_space(settings: TuneConfig, base: TrainConfig) -> list[TrainConfig]:
     effective = [_effective_fields(trial) for trial in trials]
     for name, span in spans:
         if not any(key == name or key.startswith(f"{name}.") for fields in effective for key in fields):
-            raise UserError(f"tune.space: {name} has no effect on what is trained here; remove it")
+            raise UserError(
+                f"tune.space: {name} has no effect on what is trained here, or is the same for all trials; remove it"
+            )
         if isinstance(span, Choice) and len({json.dumps(each, sort_keys=True) for each in span.choice}) < len(
             span.choice
         ):
@@ -252,7 +256,7 @@ def _value_at(config: TrainConfig, name: str) -> Any:
 def _effective_fields(config: TrainConfig) -> dict[str, Any]:
     """The fields that decide what is learned, by dotted name, without those that this configuration does not use."""
     fields = learning_fields(config)
-    unused: list[str] = []
+    unused = ["use_gpu"]  # trials request the devices of the sweep's configuration
     for stage in ("psnr", "gan"):
         if not fields[stage]["steps"]:
             unused += [f"{stage}.{name}" for name in fields[stage] if name != "steps"]
@@ -264,7 +268,10 @@ def _effective_fields(config: TrainConfig) -> dict[str, Any]:
     if not (config.gan.steps and config.gan.perceptual_weight):
         unused.append("perceptual")
     if not (config.gan.steps and config.gan.adversarial_weight):
-        unused += ["model.discriminator", "model.discriminator_num_feat"]
+        unused += ["model.discriminator", "model.discriminator_num_feat", "init.discriminator"]
+        unused += ["gan.discriminator_learning_rate", "gan.loss"]
+    if not config.gan.pixel_weight:
+        unused.append("gan.pixel_loss")
     if config.init.generator or config.init.discriminator:
         fields["init"] = config.init.model_dump(
             mode="json", include={"generator", "discriminator", "partial"}
