@@ -10,7 +10,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -109,7 +109,11 @@ class Storage:
     def read_bytes(self, name: str) -> bytes:
         """Content of the file `name`. Raises FileNotFoundError."""
         if not self.remote:
-            return Path(self.path(name)).read_bytes()  # also names that are not UTF-8
+            path = self.path(name)
+            try:
+                return Path(path).read_bytes()  # also names that are not UTF-8
+            except NotADirectoryError:  # below a file: missing, as in an object store
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from None
         filesystem, base = self.filesystem()
         with filesystem.open_input_file(join(base, name)) as file:
             return file.read()
@@ -165,7 +169,8 @@ class Storage:
             if target.is_dir():
                 shutil.rmtree(target, ignore_errors=True)
             else:
-                target.unlink(missing_ok=True)
+                with suppress(NotADirectoryError):
+                    target.unlink(missing_ok=True)
             return
         filesystem, base = self.filesystem()
         info = filesystem.get_file_info(join(base, name))

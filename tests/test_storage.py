@@ -27,6 +27,15 @@ def test_a_folder_that_cannot_be_made_is_refused_with_its_field(tmp_path: Path, 
     assert "\n" not in str(caught.value)
 
 
+def test_a_path_below_a_file_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    storage = Storage(str(tmp_path / "file"))
+    assert not storage.exists("below")
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes("below")
+    storage.remove("below")
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_without_permission_is_refused_with_its_field(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)

@@ -363,6 +363,11 @@ def test_invalid_input_is_refused_before_ray_starts(
     assert not (folder / "runs" / "invalid").exists()
 
 
+def test_a_sweep_named_like_a_file_is_refused_before_ray_starts(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"mlflow\.db: not writable"):
+        run(folder, **{"tune.name": "mlflow.db"})
+
+
 @pytest.mark.parametrize("prepared", [False, True])
 def test_a_sweep_without_a_held_out_set_is_refused_before_ray_starts(folder: Path, prepared: bool) -> None:
     changes = {"tune.name": "unmeasured", "data.root": str(folder / f"without-held-out-{prepared}")}

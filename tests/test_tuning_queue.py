@@ -379,6 +379,8 @@ def test_trials_may_be_added_and_foreign_files_are_ignored(folder: Path) -> None
     (root / "notes.txt").write_text("mine")
     (root / "trials" / "notes").mkdir()
     (root / "outcomes" / "notes.json").write_text("{}")
+    for name in ("trials", "stage1", "outcomes"):
+        (root / name / ".DS_Store").write_bytes(b"\0")
     (root / "trials" / "trial-partial").mkdir()
     (root / "trials" / "trial-partial" / "trial.json").write_text('{"number": 7')
     # Of another sweep, and a copy of a trial's folder.

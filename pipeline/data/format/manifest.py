@@ -141,7 +141,7 @@ def load_manifest(root: str) -> Manifest:
     storage = Storage(root)
     try:
         content = storage.read_bytes(NAME)
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         state = "ingest was interrupted; run it again" if storage.exists(".ingest") else "no data set"
         raise UserError(
             f"data.root={root}: {NAME} is missing ({state}): python jobs/prepare_data.py --data.root {root}"
