@@ -44,8 +44,8 @@ def to_optuna(settings: TuneConfig, values: Mapping[str, Any]) -> dict[str, Any]
 
 def grid(settings: TuneConfig) -> list[Values] | None:
     """Every combination of values; None if a range has no step, or there are too many."""
-    axes = [_axis(name, span) for name, span in settings.space.items()]
-    if any(axis is None for axis in axes) or math.prod(len(axis or ()) for axis in axes) > MAX_GRID:
+    axes = [axis(name, span) for name, span in settings.space.items()]
+    if any(each is None for each in axes) or math.prod(len(each or ()) for each in axes) > MAX_GRID:
         return None
     return [dict(zip(settings.space, combination, strict=True)) for combination in itertools.product(*axes)]  # type: ignore[arg-type]
 
@@ -200,8 +200,8 @@ def _member(name: str, span: Range | Choice, value: Any) -> list[Any]:
     return [value] if is_number and _distribution(name, span)._contains(value) else []
 
 
-def _axis(name: str, span: Range | Choice) -> list[Any] | None:
-    """All values of a field, in order; None if there are infinitely many."""
+def axis(name: str, span: Range | Choice) -> list[Any] | None:
+    """All values of a field, in order; None if there are infinitely or too many."""
     if isinstance(span, Choice):
         return list(span.choice)
     is_int = _field_type(name) is int

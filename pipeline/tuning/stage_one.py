@@ -14,8 +14,8 @@ from pipeline.training import checkpoint as checkpoints
 from pipeline.training.checkpoint import CheckpointName
 from pipeline.training.config import TrainConfig
 from pipeline.training.identity import PACKAGES, installed_version, learning_fields
-from pipeline.tuning.config import Choice, Range, TuneConfig
-from pipeline.tuning.space import digest
+from pipeline.tuning.config import TuneConfig
+from pipeline.tuning.space import axis, digest
 
 FOLDER = "stage1"
 # Fields that stage 1 does not depend on: dotted names, or the sections that contain them.
@@ -30,12 +30,8 @@ _STAGE_TWO = (
 
 def is_shared(settings: TuneConfig, base: TrainConfig) -> bool:
     """Whether several trials can have the same stage 1: its searched fields have a finite number of values."""
-
-    def has_few_values(span: Range | Choice) -> bool:
-        return isinstance(span, Choice) or span.step is not None
-
-    spans = [span for name, span in settings.space.items() if not _is_of_stage_two(name)]
-    return base.psnr.steps > 0 and all(map(has_few_values, spans))
+    searched = [(name, span) for name, span in settings.space.items() if not _is_of_stage_two(name)]
+    return base.psnr.steps > 0 and all(axis(name, span) is not None for name, span in searched)
 
 
 def stage_one_of(trial: TrainConfig, base: TrainConfig, manifest_sha256: str) -> TrainConfig | None:
