@@ -20,6 +20,7 @@ from pipeline.run_folder import MLFLOW_RUN, RESULT, TRIAL_PLAN, TrackingDescript
 from pipeline.storage import Storage, only_writer
 from pipeline.tracking.candidate import send_unsent
 from pipeline.training import checkpoint as checkpoints
+from pipeline.training import faults
 from pipeline.training.run import run_training
 from pipeline.tuning import sweep_folder
 from pipeline.tuning.config import TuneConfig
@@ -187,6 +188,23 @@ def test_a_process_whose_gpu_is_unusable_ends(
     else:
         with pytest.raises(RuntimeError, match="illegal memory access"):
             train_job(job, queue.settings, None, print)
+
+
+@pytest.mark.parametrize(("kind", "retry"), [("died", True), ("error", False)])
+def test_a_trial_on_ray_train_that_loses_its_workers_too_often_is_not_at_fault(
+    folder: Path, kind: Any, retry: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = open_queue(folder, **{"tune.name": f"workers-{kind}", "tune.trials": 1, "workers": 2})
+    job = queue.next()
+    assert job is not None
+    faults.record(job.run, 3, kind, "a worker stopped")
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("11 faults since step 3 without a new checkpoint")
+
+    monkeypatch.setattr("pipeline.tuning.trial.run_training", fail)
+    outcome = train_job(job, queue.settings, None, print)
+    assert (outcome.status, outcome.retry) == ("failed", retry)
 
 
 def test_a_trial_that_another_process_trains_is_not_at_fault(

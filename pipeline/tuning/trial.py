@@ -16,6 +16,7 @@ from pipeline.errors import StorageFull, UserError, without_secrets
 from pipeline.run_folder import TrainingResult, TrialOutcome
 from pipeline.storage import Storage, only_writer
 from pipeline.tracking.spool import validations
+from pipeline.training import faults
 from pipeline.training.checkpoint import CorruptCheckpoint
 from pipeline.training.config import TrainConfig
 from pipeline.training.run import run_training
@@ -82,7 +83,7 @@ def train_job(
                 outcome,
                 status="failed",
                 reason=without_secrets(" ".join(text.split()))[:500],
-                retry=isinstance(error, OSError | StorageFull),
+                retry=isinstance(error, OSError | StorageFull) or _has_lost_workers(job.run, error),
             )
     if outcome.status != "finished":
         step, metrics = latest(job.config, validations(job.run))
@@ -116,6 +117,12 @@ def _train(
     finally:
         if job.config.use_gpu and not _is_gpu_unusable(job.config):
             torch.cuda.empty_cache()  # the process trains further trials
+
+
+def _has_lost_workers(run: Storage, error: Exception) -> bool:
+    """Whether a run on Ray Train ended because its processes or nodes were lost, not because of what it trains."""
+    recorded = faults.load(run)
+    return isinstance(error, RuntimeError) and bool(recorded) and recorded[-1].kind == "died"
 
 
 def _is_gpu_unusable(config: TrainConfig) -> bool:
