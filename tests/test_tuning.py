@@ -30,7 +30,7 @@ from pipeline.model import RRDBNet, VGGFeatures
 from pipeline.run_folder import IDENTITY, OUTCOME, SWEEP, RunIdentity, TrialOutcome, TrialPlan
 from pipeline.storage import Storage, only_writer
 from pipeline.tracking.config import TrackingConfig
-from pipeline.tracking.run import open_parent
+from pipeline.tracking.run import open_parent, require_tracking
 from pipeline.tracking.spool import published_step
 from pipeline.training import faults
 from pipeline.training.stopping import request_stop, stop_requested
@@ -40,7 +40,7 @@ from pipeline.tuning.figure import as_png, tradeoff_figure
 from pipeline.tuning.ranking import in_order, rank
 from pipeline.tuning.ray_tune import JobSearch, Listener, fitting
 from pipeline.tuning.result import SweepResult
-from pipeline.tuning.sweep import check_trials, conclude, run_sweep, slots_of
+from pipeline.tuning.sweep import check_trials, conclude, run_sweep, slots_of, trial_base
 from pipeline.tuning.sweep_folder import outcomes
 
 
@@ -299,6 +299,14 @@ def test_the_best_trial_is_kept_before_the_figures_are_drawn(
         conclude(queue, config, parent)
     assert queue.sweep.exists("best.yaml")
     assert MlflowClient(uri).get_run(parent.run_id).data.tags["esrgan.best_trial"] == job.name
+
+
+def test_a_trial_starts_although_the_tracking_server_has_become_unreachable(folder: Path) -> None:
+    config, _ = configurations(folder, **{"tracking.uri": "http://127.0.0.1:1"})
+    with pytest.raises(UserError, match="start the server"):
+        require_tracking(config.tracking, config.storage)
+    base = trial_base(config)
+    require_tracking(base.tracking, base.storage)
 
 
 def test_changed_weights_of_a_searched_field_are_refused(folder: Path, tmp_path: Path) -> None:

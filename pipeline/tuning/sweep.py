@@ -138,10 +138,14 @@ def _run(queue: TrialQueue, parent: TrackedRun) -> None:
 
 
 def trial_base(config: TrainConfig) -> TrainConfig:
-    """`config` with absolute paths; a trial registers no model, and trains in its own process if it has one worker."""
+    """`config` with absolute paths; a trial registers no model, and trains in its own process if it has one worker.
+
+    The tracking server is required when the sweep starts; if it is unreachable later, trials train and send later.
+    """
     absolute = with_absolute_paths(config)
     uri = resolve_uri(absolute.tracking, absolute.storage)
-    tracking = absolute.tracking.model_copy(update={"uri": uri, "register_model": False})
+    changes = {"uri": uri, "register_model": False, "if_unreachable": "spool"}
+    tracking = absolute.tracking.model_copy(update=changes)
     workers = 0 if absolute.worker_range[1] <= 1 else absolute.workers
     return absolute.model_copy(update={"tracking": tracking, "workers": workers})
 
