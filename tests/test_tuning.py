@@ -30,7 +30,7 @@ from pipeline.model import RRDBNet, VGGFeatures
 from pipeline.run_folder import IDENTITY, OUTCOME, SWEEP, RunIdentity, TrialOutcome, TrialPlan
 from pipeline.storage import Storage, only_writer
 from pipeline.tracking.config import TrackingConfig
-from pipeline.tracking.run import open_parent, require_tracking
+from pipeline.tracking.run import open_parent, open_run, require_tracking
 from pipeline.tracking.spool import published_step
 from pipeline.training import faults
 from pipeline.training.stopping import request_stop, stop_requested
@@ -38,7 +38,7 @@ from pipeline.tuning import sweep_folder
 from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.figure import as_png, tradeoff_figure
 from pipeline.tuning.ranking import in_order, rank
-from pipeline.tuning.ray_tune import JobSearch, Listener, fitting
+from pipeline.tuning.ray_tune import LOST, JobSearch, Listener, fitting
 from pipeline.tuning.result import SweepResult
 from pipeline.tuning.sweep import check_trials, conclude, run_sweep, slots_of, trial_base
 from pipeline.tuning.sweep_folder import outcomes
@@ -299,6 +299,32 @@ def test_the_best_trial_is_kept_before_the_figures_are_drawn(
         conclude(queue, config, parent)
     assert queue.sweep.exists("best.yaml")
     assert MlflowClient(uri).get_run(parent.run_id).data.tags["esrgan.best_trial"] == job.name
+
+
+def test_a_trial_that_lost_its_process_has_its_status_and_reason_in_mlflow(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"tune.name": "lost", "tune.trials": 2, "psnr.steps": 0, "gan.allow_random_start": True}
+    queue = open_queue(folder, **changes)
+    config, _ = configurations(folder, **changes)
+    uri = f"sqlite:///{folder}/runs/mlflow.db"
+    tracking = TrackingConfig(uri=uri, experiment="lost")
+    parent = open_parent(tracking, config.storage, name="lost", key="k", parameters={})
+    for _ in range(2):  # without progress: not restarted again
+        job = queue.next()
+        assert job is not None
+        child = open_run(tracking, job.run, run_name=job.name, parameters={}, tags={}, config_text="")
+        assert child is not None
+        queue.lost(job.name, LOST)
+    other = queue.next()
+    assert other is not None
+    outcome = TrialOutcome(other.name, "id", other.plan.values, "finished", 6, {"psnr_y": 20.0}, number=1)
+    queue.ended(other.name, outcome)
+    monkeypatch.setattr("pipeline.tuning.sweep.sweep_files", lambda *arguments: {})
+    result = conclude(queue, config, parent)
+    assert [(trial.status, trial.reason) for trial in result.trials] == [("finished", ""), ("failed", LOST)]
+    run = MlflowClient(uri).get_run(child.run_id)
+    assert (run.info.status, run.data.tags["esrgan.failure"]) == ("FAILED", LOST)
 
 
 def test_a_trial_starts_although_the_tracking_server_has_become_unreachable(folder: Path) -> None:

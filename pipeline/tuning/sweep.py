@@ -257,7 +257,11 @@ def conclude(queue: TrialQueue, config: TrainConfig, parent: TrackedRun) -> Swee
     for trial in queue.outcomes.values():
         run = sweep / f"trials/{trial.run_name}"
         send_unsent(run, parent.uri)
-        trials.append(replace(trial, run_id=trial.run_id or sweep_folder.tracking_run_id(run)))
+        run_id = trial.run_id or sweep_folder.tracking_run_id(run)
+        if trial.status == "failed" and run_id:  # a process that was killed has not set its status
+            ended = TrackedRun(parent.uri, run_id, parent.experiment_id, run.uri)
+            finish_run(ended, "FAILED", reason=trial.reason)
+        trials.append(replace(trial, run_id=run_id))
     finished = [trial for trial in trials if trial.status == "finished"]
     if not finished and not queue.stopping:
         reasons = [f"{trial.run_name}: {trial.reason}" for trial in trials if trial.reason]
