@@ -1,5 +1,6 @@
 """What a sweep leaves: best.yaml, the report, and what MLflow shows of it."""
 
+import base64
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,13 +20,19 @@ from pipeline.training.run import run_training
 from pipeline.tuning.best_config import best_config, best_yaml
 from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.ranking import rank
-from pipeline.tuning.report import summary
+from pipeline.tuning.report import marks, summary
 from pipeline.tuning.takeaway import importances, sweep_files
 
 
 def outcome(number: int, status: str = "finished", **metrics: float) -> TrialOutcome:
     values = {"gan.pixel_weight": number / 10, "psnr.learning_rate": 1e-4}
     return TrialOutcome(f"trial-{number}", f"id{number}", values, status, 12, metrics, number=number)
+
+
+def decoded_figures(page: str) -> list[str]:
+    """The SVG files in a report."""
+    encoded = page.split("data:image/svg+xml;base64,")[1:]
+    return [base64.b64decode(text.partition('"')[0]).decode() for text in encoded]
 
 
 @pytest.mark.slow
@@ -46,7 +53,9 @@ def test_the_files_of_a_sweep(tmp_path: Path) -> None:
     page = files["report.html"].decode()
     for name in queue.outcomes:
         assert name in page
-    assert "tune.points[0]" in page
+    # In the table, below its crop of each image and as their alternative text; in the Pareto figure.
+    assert page.count("tune.points[0]") == 5
+    assert "tune.points[0]" in decoded_figures(page)[0]
     assert "(knee)" in page
     assert page.count("data:image/svg+xml") == 3
     # Two images: input, bicubic, two trials, original.
@@ -121,6 +130,16 @@ def test_best_yaml_keeps_searched_lengths_and_skipped_stages(field: str, tmp_pat
     assert loaded.gan.steps == (30 if field == "gan.steps" else 0)
     if field == "psnr.schedule":
         assert loaded.psnr.schedule.milestones == (5,)
+
+
+def test_the_table_marks_the_first_point_and_what_a_constraint_excludes() -> None:
+    space = {"gan.pixel_weight": {"low": 0.0, "high": 1.0}}
+    settings = TuneConfig.model_validate({"space": space, "constraints": ["psnr_y >= 20.5"]})
+    trials = [outcome(1, psnr_y=20.0), outcome(2, psnr_y=21.0), outcome(3, psnr_y=20.9), outcome(4, "failed")]
+    ranking = rank(settings, trials)
+    assert [marks(trial, settings, ranking, "trial-1") for trial in trials] == [
+        ["tune.points[0]", "constraint not met"], ["best"], [], []
+    ]  # fmt: skip
 
 
 def test_the_summary_names_the_best_and_what_is_not_known() -> None:

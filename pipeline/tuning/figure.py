@@ -50,8 +50,10 @@ def tradeoff_figure(trials: Sequence[TrialOutcome], settings: TuneConfig, rankin
     return figure
 
 
-def pareto_figure(trials: Sequence[TrialOutcome], settings: TuneConfig, ranking: Ranking) -> Figure:
-    """The first two metrics against each other: the front is connected, its knee and the first point are named."""
+def pareto_figure(
+    trials: Sequence[TrialOutcome], settings: TuneConfig, ranking: Ranking, first_point: str
+) -> Figure:
+    """The first two metrics against each other: the front is connected, its trials and `first_point` are named."""
     first, second = settings.metrics[:2]
     figure = Figure(figsize=(7.2, 4.8), layout="constrained")
     axes = figure.add_subplot()
@@ -65,8 +67,14 @@ def pareto_figure(trials: Sequence[TrialOutcome], settings: TuneConfig, ranking:
     front = [each for each in ranking.candidates if each.trial.run_name in ranking.front]
     points = sorted((each.means[first], each.means[second], each.trial.run_name) for each in front)
     axes.plot([x for x, _, _ in points], [y for _, y, _ in points], color=RED, linewidth=1, zorder=1)
+    points += [
+        (each.metrics[first], each.metrics[second], first_point)
+        for each in trials
+        if each.run_name == first_point and first_point not in ranking.front
+    ]
     for number, (x, y, name) in enumerate(points):
-        text = f"{name} (knee)" if name == ranking.best else name
+        text = name + (" (knee)" if name == ranking.best else "")
+        text += ", tune.points[0]" if name == first_point else ""
         # Towards the middle, so that no name crosses the frame.
         is_right, is_above = x > sum(axes.get_xlim()) / 2, number % 2 == 0
         axes.annotate(text, (x, y), xytext=(-6 if is_right else 6, 9 if is_above else -15),

@@ -36,6 +36,7 @@ def render_report(
     ranking: Ranking,
     figures: Sequence[tuple[str, str, bytes]],
     crops: Sequence[Crops],
+    first_point: str = "",
 ) -> bytes:
     """The page.
 
@@ -45,6 +46,7 @@ def render_report(
         ranking: their comparison.
         figures: title, explanation and SVG of each figure.
         crops: what the best trials make of the validation images.
+        first_point: run name of the trial of the first of tune.points.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pipeline.tuning", "."), autoescape=True, undefined=jinja2.StrictUndefined,
@@ -57,7 +59,7 @@ def render_report(
         rows.append(
             {
                 "name": trial.run_name,
-                "marks": marks(trial, ranking, len(settings.metrics)),
+                "marks": marks(trial, settings, ranking, first_point),
                 "status": trial.status,
                 "values": [shown(trial.values.get(name)) for name in fields],
                 "metrics": [_metric(trial, name) for name in settings.metrics],
@@ -118,18 +120,19 @@ def summary(settings: TuneConfig, trials: Sequence[TrialOutcome], ranking: Ranki
     return lines
 
 
-def marks(trial: TrialOutcome, ranking: Ranking, metrics: int) -> list[str]:
-    """best (without a tie), tied, or knee and front."""
-    name = trial.run_name
-    if metrics > 1:
-        return [
-            mark
-            for mark, applies in (("knee", name == ranking.best), ("front", name in ranking.front))
-            if applies
-        ]
-    if len(ranking.tied) > 1:
-        return ["tied"] if name in ranking.tied else []
-    return ["best"] if name == ranking.best else []
+def marks(trial: TrialOutcome, settings: TuneConfig, ranking: Ranking, first_point: str) -> list[str]:
+    """What a trial is: best (without a tie) or tied, or knee and front; the first point; excluded by a constraint."""
+    name, one = trial.run_name, len(settings.metrics) == 1
+    is_excluded = trial.status == "finished" and not trial.repeats and ranking.of(name) is None
+    applies = {
+        "best": one and name == ranking.best and len(ranking.tied) <= 1,
+        "tied": one and name in ranking.tied and len(ranking.tied) > 1,
+        "knee": not one and name == ranking.best,
+        "front": not one and name in ranking.front,
+        "tune.points[0]": name == first_point,
+        "constraint not met": bool(settings.constraints) and is_excluded,
+    }
+    return [mark for mark, does in applies.items() if does]
 
 
 def _title(metric: str) -> str:

@@ -44,12 +44,12 @@ def sweep_files(queue: TrialQueue, ranking: Ranking, trials: Sequence[TrialOutco
         trials: the ended trials, in the ranking's order.
     """
     settings = queue.settings
-    drawn = _means(trials, ranking)
+    drawn, first_point = _means(trials, ranking), _first_point(queue)
     tradeoff = tradeoff_figure(drawn, settings, ranking)
     figures = []
     if len(settings.metrics) > 1:
-        text = "Red: the Pareto front; no other trial is better in both metrics. Gray: the other trials."
-        figures.append(("Pareto front", text, as_svg(pareto_figure(drawn, settings, ranking))))
+        text = "Red: the Pareto front; no other trial is better in every metric. Gray: the other trials."
+        figures.append(("Pareto front", text, as_svg(pareto_figure(drawn, settings, ranking, first_point))))
     best = "the best trial" if len(settings.metrics) == 1 else "the knee of the Pareto front"
     text = f"A star: {best}; hollow: stopped early, before its last step."
     figures.append(("Fields and metrics", text, as_svg(tradeoff)))
@@ -61,7 +61,7 @@ def sweep_files(queue: TrialQueue, ranking: Ranking, trials: Sequence[TrialOutco
         figures.append(("Importance of the fields", text, as_svg(importance_figure(shares))))
     return {
         "tradeoff.png": as_png(tradeoff),
-        "report.html": render_report(settings, trials, ranking, figures, crops(queue, ranking)),
+        "report.html": render_report(settings, trials, ranking, figures, crops(queue, ranking), first_point),
         "study.db": queue.database(),
     }
 
@@ -115,13 +115,18 @@ def crops(queue: TrialQueue, ranking: Ranking) -> list[Crops]:
 def _shown_trials(queue: TrialQueue, ranking: Ranking) -> dict[str, TrialOutcome]:
     """The trials to be shown, by label: the best ones and the first of tune.points."""
     labels = {name: name for name in ranking.names()[:SHOWN_TRIALS]}
-    first: Sequence[Mapping[str, object]] = points(queue.settings, queue.base)[:1]
-    for trial in queue.outcomes.values():
-        if trial.values in first and trial.status == "finished":
-            labels[trial.run_name] = f"{trial.run_name}, tune.points[0]"
+    if first_point := _first_point(queue):
+        labels[first_point] = f"{first_point}, tune.points[0]"
     if ranking.best:
         labels[ranking.best] += " (knee)" if len(queue.settings.metrics) > 1 else " (best)"
     return {label: queue.outcomes[name] for name, label in labels.items()}
+
+
+def _first_point(queue: TrialQueue) -> str:
+    """Run name of the finished trial of the first of tune.points; empty without one."""
+    first: Sequence[Mapping[str, object]] = points(queue.settings, queue.base)[:1]
+    finished = [trial for trial in queue.outcomes.values() if trial.status == "finished"]
+    return next((trial.run_name for trial in finished if trial.values in first), "")
 
 
 def _generator(queue: TrialQueue, trial: TrialOutcome) -> RRDBNet | None:
