@@ -98,6 +98,14 @@ def test_best_yaml_is_a_full_length_configuration_with_the_best_values(tmp_path:
     assert best.gan.schedule == TrainConfig().gan.schedule
 
 
+@pytest.mark.parametrize("name", ["tune_demo.yaml", "tune_x4.yaml"])
+def test_the_model_trained_from_best_yaml_is_registered(name: str) -> None:
+    file = Path(__file__).parent.parent / "configs" / name
+    config, _ = load_config([], description="", default_file=file, environment={})
+    best = TrialOutcome("trial-1", None, config.tune.points[0], "finished", 12, {"psnr_y": 25.0})
+    assert best_config(config.alone(), config.tune, best).tracking.register_model
+
+
 def test_best_yaml_of_a_sweep_with_the_longest_name(tmp_path: Path) -> None:
     config, settings = configurations(tmp_path, **{"tune.name": "n" * 100})
     best = TrialOutcome("trial-1", None, {"gan.adversarial_weight": 0.01}, "finished", 12, {"psnr_y": 25.0})
