@@ -176,6 +176,13 @@ def test_a_trial_on_ray_train_ends_with_the_same_values_after_a_kill(
     assert faults.load(run)
     assert (trial.status, trial.step, trial.metrics) == ("finished", 66, undisturbed.metrics)
     assert "tune.max_concurrent=2: 1 at a time" in capfd.readouterr().out
+    log = run.read_bytes("log.txt").decode()  # what the driver, its controller and its workers print
+    for text in (
+        "[gan] step 66/66",
+        "resuming at step",
+        "; starting" if kind == "TrainController" else "; resuming",
+    ):
+        assert text in log
 
 
 def test_as_many_trials_run_at_a_time_as_fit_into_the_nodes(folder: Path) -> None:

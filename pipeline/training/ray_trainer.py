@@ -4,6 +4,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,7 @@ from pipeline.training import checkpoint as checkpoints
 from pipeline.training import faults
 from pipeline.training.checks import prepare_worker
 from pipeline.training.config import TrainConfig
+from pipeline.training.console import printing_to_log
 from pipeline.training.distributed import gathered
 from pipeline.training.loop import train
 from pipeline.training.ray_compat import (
@@ -110,6 +112,7 @@ def _trainer(
             "config": config.model_dump(mode="json"),
             "run": run.uri,
             "sets": _SETS.dump_python(list(sets)),
+            "is_trial": bool(callbacks),
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=high if low == high else (low, high),
@@ -133,7 +136,12 @@ def _trainer(
             failure_config=ray.train.FailureConfig(
                 max_failures=-1, controller_failure_limit=config.faults.max_restarts
             ),
-            callbacks=[_FaultLog(run.uri), PlacementGroupCleanup(), PreemptionNotice(), *callbacks],
+            callbacks=[
+                _FaultLog(run.uri, bool(callbacks)),
+                PlacementGroupCleanup(),
+                PreemptionNotice(),
+                *callbacks,
+            ],
             # At INFO, Ray logs every report of every worker.
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
@@ -165,6 +173,12 @@ def _worker_loop(loop_config: Mapping[str, Any]) -> None:
         if context.get_world_rank() == 0
         else "",
     )
+    with _output(run, loop_config["is_trial"]):
+        _train(config, run, worker, loop_config["sets"])
+
+
+def _train(config: TrainConfig, run: Storage, worker: Worker, files: Any) -> None:
+    """Opens the worker's files and enters the loop."""
     try:
         feed = with_transport(
             Feed(
@@ -182,10 +196,15 @@ def _worker_loop(loop_config: Mapping[str, Any]) -> None:
         )
         # Ray logs every report at INFO, from a logger that ignores `logging_config`.
         logging.getLogger(reports.__file__).setLevel(logging.WARNING)
-        sets = open_sets(config, _SETS.validate_python(loop_config["sets"]))
+        sets = open_sets(config, _SETS.validate_python(files))
         train(config, worker, run, feed, sets)
     except UserError as error:
         _refuse(run.uri, str(error), isinstance(error, StorageFull))
+
+
+def _output(run: Storage, is_trial: bool) -> AbstractContextManager[None]:
+    """Where a process prints: a trial's log file on a file system. An object store has one only of the trial itself."""
+    return printing_to_log(run) if is_trial and not run.remote else nullcontext()
 
 
 def _refuse(run: str, reason: str, storage_full: bool = False) -> None:
@@ -206,8 +225,8 @@ def _await_resize(config: TrainConfig, run: Storage) -> None:
 class _FaultLog(UserCallback):
     """Logs and records the reason a worker group failed; runs in Ray Train's controller."""
 
-    def __init__(self, run: str) -> None:
-        self._run = run
+    def __init__(self, run: str, is_trial: bool) -> None:
+        self._run, self._is_trial = run, is_trial
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """One or more workers failed."""
@@ -221,9 +240,11 @@ class _FaultLog(UserCallback):
         # Without the rank: an error that all ranks have is the same error, whichever is reported first.
         text = str(_cause(error)) if kind == "diverged" else f"a worker stopped: {_last_line(error)}"
         fault = _record(run, kind, text)
-        print(
-            f"worker {rank} stopped: {_last_line(error)}; resuming at step {max(fault.step, 0)}", flush=True
-        )
+        with _output(run, self._is_trial):
+            print(
+                f"worker {rank} stopped: {_last_line(error)}; resuming at step {max(fault.step, 0)}",
+                flush=True,
+            )
 
 
 # Root-cause order: when one worker dies, the others fail in collectives.

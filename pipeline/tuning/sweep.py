@@ -87,8 +87,8 @@ def run_sweep(
     refusal = f"tune.name={settings.name}: another process runs this sweep ({sweep.uri}); wait for it or stop it first"
     with only_writer(sweep, refusal):
         needed = base if base.worker_range[1] else base.model_copy(update={"workers": 1})
-        # A trial in the process of Ray Tune writes a log file; Ray would only print its own messages.
-        ray_cluster.connect(needed, log_to_driver=base.worker_range[1] > 0)
+        # Trials write log files (of workers on an object store, see ray_trainer): Ray would print its own messages.
+        ray_cluster.connect(needed, log_to_driver=base.worker_range[1] > 0 and sweep.remote)
         if prepared is None:
             prepare(base.data)
         manifest = load_manifest(base.data.root)

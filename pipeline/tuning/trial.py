@@ -1,13 +1,9 @@
 """One job of a sweep, in the process that Ray Tune starts for it: a trial, or the stage 1 that several trials share."""
 
-import io
-import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +15,7 @@ from pipeline.tracking.spool import validations
 from pipeline.training import faults
 from pipeline.training.checkpoint import CorruptCheckpoint
 from pipeline.training.config import TrainConfig
+from pipeline.training.console import printing_to_log
 from pipeline.training.run import run_training
 from pipeline.training.stopping import Stopped
 from pipeline.tuning.config import TuneConfig
@@ -26,7 +23,6 @@ from pipeline.tuning.job import Job
 from pipeline.tuning.rungs import compared_from
 from pipeline.tuning.stage_one import adopt
 
-LOG = "log.txt"
 # A process of an earlier submission may need so long to notice that its driver is gone.
 LOCK_S = 60.0
 
@@ -64,7 +60,7 @@ def train_job(
         number=job.plan.number,
         repeats=job.plan.repeats,
     )
-    with _console(job.run):
+    with printing_to_log(job.run):
         try:
             _await_lock(job.run)
             if job.stage_one:
@@ -169,26 +165,3 @@ def _await_lock(run: Storage) -> None:
                 text = f"{run.uri}: another process has been training this trial for {LOCK_S:.0f} s"
                 raise TimeoutError(text) from None
         time.sleep(0.5)
-
-
-@contextmanager
-def _console(run: Storage) -> Iterator[None]:
-    """Writes what this process prints to the run's log file. In an object store, the file appears at the end."""
-    if run.remote:
-        buffer = io.StringIO()
-        try:
-            with redirect_stdout(buffer), redirect_stderr(buffer):
-                yield
-        finally:
-            run.write_bytes(LOG, buffer.getvalue().encode())
-        return
-    path = Path(run.path(LOG))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a", encoding="utf-8", buffering=1)
-    except OSError as error:  # a full disk: the training reports it
-        print(f"{path}: not written ({error})", file=sys.stderr, flush=True)
-        yield
-        return
-    with file, redirect_stdout(file), redirect_stderr(file):
-        yield
