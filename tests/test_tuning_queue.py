@@ -27,6 +27,7 @@ from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.ranking import rank
 from pipeline.tuning.space import trial_name
 from pipeline.tuning.status import status_lines
+from pipeline.tuning.takeaway import crops
 from pipeline.tuning.trial import train_job
 from pipeline.tuning.trial_queue import TrialQueue
 
@@ -252,7 +253,7 @@ def test_the_value_of_a_trial_is_that_of_its_validations(
 
 
 @pytest.mark.slow
-def test_a_trial_is_compared_by_a_metric_on_another_set(folder: Path) -> None:
+def test_a_trial_is_compared_and_shown_on_another_set(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = {"validation.sets": {"own": str(folder / "photos")}, "tune.metrics": ["own/psnr_y"]}
     queue = open_queue(folder, **{"tune.name": "other-set", "tune.trials": 1, **changes})
     run_all(queue)
@@ -260,6 +261,8 @@ def test_a_trial_is_compared_by_a_metric_on_another_set(folder: Path) -> None:
     assert outcome.metrics["own/psnr_y"] != outcome.metrics["psnr_y"]
     ranking = rank(queue.settings, [outcome])
     assert ranking.candidates[0].means == {"own/psnr_y": outcome.metrics["own/psnr_y"]}
+    monkeypatch.setattr("pipeline.training.validation_sets.read_held_out", lambda manifest: [])
+    assert [each.image for each in crops(queue, ranking)] == [f"image{index}.png" for index in range(3)]
 
 
 @pytest.mark.slow

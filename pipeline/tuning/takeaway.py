@@ -7,13 +7,13 @@ import numpy as np
 import optuna
 import torch
 
-from pipeline.data import HeldOutPhoto, load_manifest, read_held_out
 from pipeline.imaging import bicubic_upscale, upscale
 from pipeline.model import RRDBNet
 from pipeline.run_folder import TrialOutcome
 from pipeline.storage import Storage
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training.validation import CROP_PX, most_detailed
+from pipeline.training.validation_sets import ValidationImage, find_sets, open_sets
 from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.figure import (
     as_png,
@@ -108,8 +108,9 @@ def crops(queue: TrialQueue, ranking: Ranking) -> list[Crops]:
             generators[label] = generator
     if not generators:
         return []
-    photos = read_held_out(load_manifest(queue.base.data.root))[:SHOWN_IMAGES]
-    return [_crop(photo, generators, queue.base.data.scale) for photo in photos]
+    # The held-out images, or those of the first of validation.sets.
+    sets = open_sets(queue.base, ()) or open_sets(queue.base, find_sets(queue.base))
+    return [_crop(image, generators, queue.base.data.scale) for image in sets[0].images[:SHOWN_IMAGES]]
 
 
 def _shown_trials(queue: TrialQueue, ranking: Ranking) -> dict[str, TrialOutcome]:
@@ -148,9 +149,9 @@ def _generator(queue: TrialQueue, trial: TrialOutcome) -> RRDBNet | None:
     return generator.eval()
 
 
-def _crop(photo: HeldOutPhoto, generators: Mapping[str, RRDBNet], scale: int) -> Crops:
-    y, x = most_detailed(photo.lr)
-    lr = np.ascontiguousarray(photo.lr[y : y + CROP_PX, x : x + CROP_PX])
+def _crop(image: ValidationImage, generators: Mapping[str, RRDBNet], scale: int) -> Crops:
+    y, x = most_detailed(image.lr)
+    lr = np.ascontiguousarray(image.lr[y : y + CROP_PX, x : x + CROP_PX])
     versions = [
         ("input", lr.repeat(scale, axis=0).repeat(scale, axis=1)),
         ("bicubic", bicubic_upscale(lr, scale)),
@@ -158,6 +159,6 @@ def _crop(photo: HeldOutPhoto, generators: Mapping[str, RRDBNet], scale: int) ->
             (label, upscale(generator, lr, device=torch.device("cpu")))
             for label, generator in generators.items()
         ),
-        ("original", photo.hr[scale * y : scale * (y + CROP_PX), scale * x : scale * (x + CROP_PX)]),
+        ("original", image.hr[scale * y : scale * (y + CROP_PX), scale * x : scale * (x + CROP_PX)]),
     ]
-    return Crops(photo.name, tuple(versions))
+    return Crops(image.name, tuple(versions))
