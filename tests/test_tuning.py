@@ -27,7 +27,15 @@ from tuning_helpers import configurations, open_queue, run_all, sweep_fields
 from pipeline.data import prepare
 from pipeline.errors import UserError
 from pipeline.model import RRDBNet, VGGFeatures
-from pipeline.run_folder import IDENTITY, OUTCOME, SWEEP, RunIdentity, TrialOutcome, TrialPlan
+from pipeline.run_folder import (
+    IDENTITY,
+    OUTCOME,
+    SWEEP,
+    RunIdentity,
+    SweepIdentity,
+    TrialOutcome,
+    TrialPlan,
+)
 from pipeline.storage import Storage, only_writer
 from pipeline.tracking.config import TrackingConfig
 from pipeline.tracking.run import open_parent, open_run, require_tracking
@@ -479,6 +487,18 @@ def test_a_changed_sweep_is_refused_with_both_values(folder: Path, tmp_path: Pat
     ]:
         with pytest.raises(UserError, match=f"tune.name=sweep is in use .*{message}"):
             claim(**changes)
+
+
+def test_a_sweep_of_an_earlier_version_has_the_defaults_of_fields_added_since(
+    folder: Path, tmp_path: Path
+) -> None:
+    sweep = Storage(str(tmp_path / "sweep"))
+    config, settings = configurations(folder)
+    new = sweep_folder.identity_of(config, settings, "a" * 64)
+    fields = json.loads(json.dumps(new.fields))
+    del fields["gan"]["ms_ssim_weight"], fields["validation"]["weights_folder"]
+    SWEEP.write(sweep, SweepIdentity(fields, new.manifest_sha256))
+    sweep_folder.check(sweep, settings, new)
 
 
 def test_one_process_runs_a_sweep_and_folders_of_runs_and_sweeps_are_not_mixed(

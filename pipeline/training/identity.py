@@ -51,13 +51,17 @@ def learning_fields(config: TrainConfig) -> dict[str, Any]:
     return fields
 
 
+def default_fields() -> dict[str, Any]:
+    """Defaults of the learning fields, by dotted name: a run of an earlier version has them for fields added since."""
+    fields = learning_fields(TrainConfig())
+    del fields["perceptual"]["layers"]  # its keys are values, not fields
+    return flat_fields(fields)
+
+
 def diff(old: RunIdentity, new: RunIdentity) -> list[str]:
     """What differs, as `name was A, now B`, sorted by name; the key and MLflow's run id are not compared."""
-    # A field that was added since has its default in an old run. The keys of perceptual.layers are values, not fields.
-    defaults = learning_fields(TrainConfig())
-    del defaults["perceptual"]["layers"]
     before, now = (
-        flat_fields(defaults)
+        default_fields()
         | flat_fields(each.fields)
         | each.versions
         | {f"init.{network}": f"sha256 {weights.sha256[:12]}" for network, weights in each.initial.items()}

@@ -22,7 +22,8 @@ from pipeline.run_folder import (
 from pipeline.section import flat_fields
 from pipeline.storage import Storage
 from pipeline.training.config import TrainConfig
-from pipeline.training.identity import learning_fields
+from pipeline.training.identity import default_fields, learning_fields
+from pipeline.training.validation_config import ValidationConfig
 from pipeline.training.validation_sets import SetFiles
 from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.space import trial_name
@@ -147,7 +148,8 @@ def _comparable(identity: SweepIdentity) -> dict[str, Any]:
     """Dotted names; the space stays one value, whose keys are dotted names themselves."""
     whole = {name: value for name, value in identity.fields.items() if name.startswith("tune.")}
     rest = {name: value for name, value in identity.fields.items() if name not in whole}
-    return whole | flat_fields(rest) | {"data set (its manifest)": identity.manifest_sha256[:12]}
+    defaults = default_fields() | flat_fields({"validation": ValidationConfig().model_dump(mode="json")})
+    return defaults | whole | flat_fields(rest) | {"data set (its manifest)": identity.manifest_sha256[:12]}
 
 
 def _text(value: Any) -> str:
