@@ -21,8 +21,6 @@ from pipeline.tracking.uri import DATABASES
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-logger = logging.getLogger(__name__)
-
 # MLflow reads its timeouts from the environment at every request, and from nowhere else.
 _TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 _RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
