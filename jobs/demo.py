@@ -25,7 +25,7 @@ START_TIMEOUT_S = 120
 
 
 def main(argv: list[str]) -> int:
-    """Runs all steps; stops all processes that it has started, also on Ctrl-C and SIGTERM."""
+    """Runs all commands; stops all processes that it has started, also on Ctrl-C and SIGTERM."""
     command.announce("demo: loading libraries and the configuration")
     from pipeline.config import load_config
 
@@ -55,14 +55,14 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with private_ray(environment) as (address, dashboard):
         environment["RAY_ADDRESS"] = address
-        _print_step("images to patches")
+        _print_title("images to patches")
         _call([sys.executable, "jobs/prepare_data.py", "--config", str(CONFIG)], environment)
-        _print_step("training: ray job submit -- python jobs/train_gan.py")
+        _print_title("training: ray job submit -- python jobs/train_gan.py")
         submit = ["ray", "job", "submit", "--address", dashboard, "--", "python", "jobs/train_gan.py"]
         _call(submit, {**environment, "RAY_ADDRESS": dashboard})
     environment.pop("RAY_ADDRESS")
 
-    _print_step("evaluation on the held-out images")
+    _print_title("evaluation on the held-out images")
     stage_one = run / "checkpoints" / f"psnr-{config.psnr.steps:08d}"
     model = trained_model(run, config.tracking.model_name)
     evaluate = [sys.executable, "jobs/evaluate.py"]
@@ -206,18 +206,18 @@ def _require_free_cpus(workers: int) -> None:
         raise UserError(f"the demo trains on {workers} CPUs, and this machine has {cpus}")
 
 
-def _print_step(title: str) -> None:
+def _print_title(title: str) -> None:
     print(f"\n== {title}", flush=True)
 
 
 def _call(arguments: list[str], environment: dict[str, str]) -> None:
-    """Runs one step to its end. Exits with its code if it fails; if interrupted, ends it with all its children."""
-    step = psutil.Popen(arguments, cwd=ROOT, env=environment)
+    """Runs a command to its end. Exits with its code if it fails; if interrupted, ends it with all its children."""
+    process = psutil.Popen(arguments, cwd=ROOT, env=environment)
     try:
-        code = step.wait()
+        code = process.wait()
     except BaseException:
         with suppress(psutil.NoSuchProcess):
-            _end([*step.children(recursive=True), step])
+            _end([*process.children(recursive=True), process])
         raise
     if code:
         sys.exit(code)

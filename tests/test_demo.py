@@ -1,4 +1,4 @@
-"""The demo leaves no processes behind when it is stopped during a step."""
+"""The demo leaves no processes behind when it is stopped during a command."""
 
 import os
 import signal
@@ -36,7 +36,7 @@ demo.private_ray, demo.ROOT, demo._require_free_cpus = private_ray, folder, lamb
 demo.command.run(demo.main)
 """
 
-STEP = """
+COMMAND = """
 import os, signal, subprocess, sys
 child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
 with open("pids", "w") as fifo:
@@ -49,21 +49,21 @@ signal.pause()
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_demo_leaves_no_processes(tmp_path: Path, number: int, code: int) -> None:
     (tmp_path / "jobs").mkdir()
-    (tmp_path / "jobs" / "prepare_data.py").write_text(STEP)
+    (tmp_path / "jobs" / "prepare_data.py").write_text(COMMAND)
     os.mkfifo(tmp_path / "pids")
     arguments = [sys.executable, "-c", DEMO, str(JOBS), str(tmp_path), "--out", str(tmp_path / "out")]
     log = tmp_path / "log"
     with log.open("w") as output, subprocess.Popen(arguments, stdout=output, stderr=output) as demo:
-        # Opening a FIFO waits for its writer: the step is running.
-        step_and_child = [psutil.Process(int(pid)) for pid in (tmp_path / "pids").read_text().split()]
+        # Opening a FIFO waits for its writer: the command is running.
+        command_and_child = [psutil.Process(int(pid)) for pid in (tmp_path / "pids").read_text().split()]
         demo.send_signal(number)
         demo.wait(timeout=300)
-    running = [process for process in step_and_child if is_running(process)]
+    running = [process for process in command_and_child if is_running(process)]
     for process in running:
         process.kill()
     assert demo.returncode == code, log.read_text()
     assert (tmp_path / "ray-stopped").exists()
-    assert len(step_and_child) == 2
+    assert len(command_and_child) == 2
     assert not running
 
 
