@@ -45,7 +45,7 @@ from pipeline.training.stopping import request_stop, stop_requested
 from pipeline.tuning import sweep_folder
 from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.figure import as_png, tradeoff_figure
-from pipeline.tuning.ranking import in_order, rank
+from pipeline.tuning.ranking import compare_trials, in_order
 from pipeline.tuning.ray_tune import LOST, JobSearch, Listener, fitting
 from pipeline.tuning.result import SweepResult
 from pipeline.tuning.sweep import check_trials, conclude, run_sweep, slots_of, trial_base
@@ -531,7 +531,7 @@ def test_trials_are_listed_from_the_best(
     )
     failed = TrialOutcome("trial-d", None, {}, "failed", 3, {}, "out of paper")
     settings = TuneConfig.model_validate({"metrics": [metric]})
-    ended = in_order([failed, *trials, repetition], rank(settings, trials))
+    ended = in_order([failed, *trials, repetition], compare_trials(settings, trials))
     result = SweepResult(
         "run", ended, trials[0], [], ["trial-a", "trial-b"], {metric: 0.1}, {"trial-a": {metric: 20.25}}, "tradeoff.png"
     )  # fmt: skip
@@ -561,7 +561,7 @@ def test_the_figure_has_a_panel_for_each_field_and_metric() -> None:
     ]
     space = {"gan.rate": {"low": 0.001, "high": 1.0, "log": True}, "gan.kind": {"choice": [None, [1], "b"]}}
     settings = TuneConfig.model_validate({"space": space, "metrics": ["psnr_y", "ssim_y"]})
-    figure = tradeoff_figure(trials, settings, rank(settings, trials))
+    figure = tradeoff_figure(trials, settings, compare_trials(settings, trials))
     assert len(figure.axes) == 4
     with Image.open(io.BytesIO(as_png(figure))) as image:
         assert image.width == pytest.approx(2 * 3.2 * 110, abs=2)

@@ -24,7 +24,7 @@ from pipeline.training import faults
 from pipeline.training.run import run_training
 from pipeline.tuning import sweep_folder
 from pipeline.tuning.config import TuneConfig
-from pipeline.tuning.ranking import rank
+from pipeline.tuning.ranking import compare_trials
 from pipeline.tuning.space import trial_name
 from pipeline.tuning.status import status_lines
 from pipeline.tuning.takeaway import crops
@@ -259,7 +259,7 @@ def test_a_trial_is_compared_and_shown_on_another_set(folder: Path, monkeypatch:
     run_all(queue)
     (outcome,) = queue.outcomes.values()
     assert outcome.metrics["own/psnr_y"] != outcome.metrics["psnr_y"]
-    ranking = rank(queue.settings, [outcome])
+    ranking = compare_trials(queue.settings, [outcome])
     assert ranking.candidates[0].means == {"own/psnr_y": outcome.metrics["own/psnr_y"]}
     monkeypatch.setattr("pipeline.training.validation_sets.read_held_out", lambda manifest: [])
     assert [each.image for each in crops(queue, ranking)] == [f"image{index}.png" for index in range(3)]

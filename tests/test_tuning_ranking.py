@@ -8,7 +8,7 @@ from pipeline.errors import UserError
 from pipeline.run_folder import TrialOutcome
 from pipeline.training.config import TrainConfig
 from pipeline.tuning.config import TuneConfig
-from pipeline.tuning.ranking import in_order, rank
+from pipeline.tuning.ranking import compare_trials, in_order
 from pipeline.tuning.rungs import is_weak, require_rungs, rungs
 
 
@@ -26,8 +26,8 @@ def test_the_best_trial_by_the_direction_of_its_metric() -> None:
         trial(2, psnr_y=21.0, lpips=0.2),
         trial(3, psnr_y=22.0, lpips=0.4),
     ]
-    assert rank(settings(), trials).best == "trial-3"
-    assert rank(settings(metrics=["lpips"]), trials).best == "trial-2"
+    assert compare_trials(settings(), trials).best == "trial-3"
+    assert compare_trials(settings(metrics=["lpips"]), trials).best == "trial-2"
 
 
 def test_stopped_failed_and_unmeasured_trials_are_never_the_best() -> None:
@@ -38,9 +38,9 @@ def test_stopped_failed_and_unmeasured_trials_are_never_the_best() -> None:
         trial(4, psnr_y=float("nan")),
         trial(5),
     ]
-    ranking = rank(settings(), trials)
+    ranking = compare_trials(settings(), trials)
     assert [each.trial.number for each in ranking.candidates] == [1]
-    assert rank(settings(), trials[1:]).best == ""
+    assert compare_trials(settings(), trials[1:]).best == ""
 
 
 def test_constraints_exclude_trials() -> None:
@@ -50,9 +50,9 @@ def test_constraints_exclude_trials() -> None:
         trial(3, psnr_y=25.0, lpips=0.3),
     ]
     lowest = settings(metrics=["lpips"], constraints=["psnr_y >= 24.5"])
-    assert rank(lowest, trials).best == "trial-2"
-    assert rank(settings(metrics=["lpips"], constraints=["psnr_y >= 26"]), trials).best == ""
-    assert rank(settings(constraints=["lpips <= 2.5e-1"]), trials).best == "trial-2"
+    assert compare_trials(lowest, trials).best == "trial-2"
+    assert compare_trials(settings(metrics=["lpips"], constraints=["psnr_y >= 26"]), trials).best == ""
+    assert compare_trials(settings(constraints=["lpips <= 2.5e-1"]), trials).best == "trial-2"
 
 
 def test_the_pareto_front_and_its_knee() -> None:
@@ -62,7 +62,7 @@ def test_the_pareto_front_and_its_knee() -> None:
         trial(3, psnr_y=24.0, lpips=0.20),
         trial(4, psnr_y=25.0, lpips=0.30),  # worse than trial 2 in both
     ]
-    ranking = rank(settings(metrics=["psnr_y", "lpips"]), trials)
+    ranking = compare_trials(settings(metrics=["psnr_y", "lpips"]), trials)
     assert ranking.front == ("trial-1", "trial-2", "trial-3")
     assert ranking.best == "trial-2"
 
@@ -80,19 +80,19 @@ def test_differences_within_the_noise_between_seeds_are_a_tie() -> None:
         trial(2, psnr_y=20.05), repetition(12, "trial-2", 7, psnr_y=20.45),
         trial(3, psnr_y=18.00),
     ]  # fmt: skip
-    ranking = rank(settings(), trials)
+    ranking = compare_trials(settings(), trials)
     assert ranking.best == "trial-1"
     assert ranking.noise == {"psnr_y": pytest.approx(0.1, abs=1e-9)}
     assert ranking.tied == ("trial-1", "trial-2")
     third = ranking.of("trial-3")
     assert third is not None
     assert third.means["psnr_y"] == pytest.approx(18.25)
-    assert rank(settings(), [each for each in trials if not each.repeats]).tied == ()
+    assert compare_trials(settings(), [each for each in trials if not each.repeats]).tied == ()
 
 
 def test_a_single_repeated_trial_is_compared_by_its_mean() -> None:
     trials = [trial(1, psnr_y=21.0), repetition(11, "trial-1", 7, psnr_y=19.0), trial(2, psnr_y=20.5)]
-    ranking = rank(settings(), trials)
+    ranking = compare_trials(settings(), trials)
     assert ranking.best == "trial-2"
     assert [each.means["psnr_y"] for each in ranking.candidates] == [20.5, 20.0]
 
@@ -104,7 +104,7 @@ def test_constraints_are_checked_on_what_was_measured() -> None:
         trial(2, psnr_y=24.2), repetition(12, "trial-2", 7, psnr_y=26.2),
         trial(3, psnr_y=23.5),
     ]  # fmt: skip
-    ranking = rank(settings(constraints=["psnr_y >= 24"]), trials)
+    ranking = compare_trials(settings(constraints=["psnr_y >= 24"]), trials)
     assert [each.trial.run_name for each in ranking.candidates] == ["trial-2", "trial-1"]
 
 
@@ -114,7 +114,7 @@ def test_trials_are_ordered_from_the_best_with_their_repetitions_and_excluded_on
         trial(3, psnr_y=23.0),  # violates the constraint
         trial(4, psnr_y=24.0), trial(5, psnr_y=25.5), repetition(6, "trial-5", 7, psnr_y=24.9), trial(7, psnr_y=25.3),
     ]  # fmt: skip
-    ranking = rank(settings(constraints=["psnr_y >= 24"]), trials)
+    ranking = compare_trials(settings(constraints=["psnr_y >= 24"]), trials)
     assert [each.number for each in in_order(trials, ranking)] == [7, 5, 6, 4, 3, 2, 1]
     assert ranking.repeated_means() == {"trial-5": {"psnr_y": pytest.approx(25.2)}}
 
@@ -124,7 +124,7 @@ def test_a_lead_larger_than_the_noise_is_no_tie() -> None:
         trial(1, psnr_y=20.00), repetition(11, "trial-1", 7, psnr_y=20.51),
         trial(2, psnr_y=21.00), repetition(12, "trial-2", 7, psnr_y=21.50),
     ]  # fmt: skip
-    assert rank(settings(), trials).tied == ("trial-2",)
+    assert compare_trials(settings(), trials).tied == ("trial-2",)
 
 
 def test_rungs_multiply_and_end_before_the_last_step() -> None:

@@ -19,7 +19,7 @@ from pipeline.training.config import TrainConfig
 from pipeline.training.run import run_training
 from pipeline.tuning.best_config import best_config, best_yaml
 from pipeline.tuning.config import TuneConfig
-from pipeline.tuning.ranking import rank
+from pipeline.tuning.ranking import compare_trials
 from pipeline.tuning.report import marks, summary
 from pipeline.tuning.takeaway import importances, sweep_files
 
@@ -48,7 +48,7 @@ def test_the_files_of_a_sweep(tmp_path: Path) -> None:
     queue = open_queue(folder, **changes)
     run_all(queue)
     trials = list(queue.outcomes.values())
-    files = sweep_files(queue, rank(queue.settings, trials), trials)
+    files = sweep_files(queue, compare_trials(queue.settings, trials), trials)
     assert set(files) == {"tradeoff.png", "report.html", "study.db"}
     page = files["report.html"].decode()
     for name in queue.outcomes:
@@ -144,7 +144,7 @@ def test_the_table_marks_the_first_point_and_what_a_constraint_excludes() -> Non
     space = {"gan.pixel_weight": {"low": 0.0, "high": 1.0}}
     settings = TuneConfig.model_validate({"space": space, "constraints": ["psnr_y >= 20.5"]})
     trials = [outcome(1, psnr_y=20.0), outcome(2, psnr_y=21.0), outcome(3, psnr_y=20.9), outcome(4, "failed")]
-    ranking = rank(settings, trials)
+    ranking = compare_trials(settings, trials)
     assert [marks(trial, settings, ranking, "trial-1") for trial in trials] == [
         ["tune.points[0]", "constraint not met"], ["best"], [], []
     ]  # fmt: skip
@@ -153,12 +153,12 @@ def test_the_table_marks_the_first_point_and_what_a_constraint_excludes() -> Non
 def test_the_summary_names_the_best_and_what_is_not_known() -> None:
     settings = TuneConfig.model_validate({"space": {"gan.pixel_weight": {"low": 0.0, "high": 1.0}}})
     trials = [outcome(1, psnr_y=20.0), outcome(2, psnr_y=21.0), outcome(3, "failed")]
-    text = " ".join(summary(settings, trials, rank(settings, trials)))
+    text = " ".join(summary(settings, trials, compare_trials(settings, trials)))
     assert "3 trials: 2 finished, 1 failed." in text
     assert "The best trial is trial-2: PSNR (Y) 21.000 dB" in text
     assert "not measured" in text
     assert "No trial can be called the best" in " ".join(
-        summary(settings, trials[2:], rank(settings, trials[2:]))
+        summary(settings, trials[2:], compare_trials(settings, trials[2:]))
     )
 
 

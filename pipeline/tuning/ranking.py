@@ -60,16 +60,16 @@ class Ranking:
 
 def in_order(trials: Sequence[TrialOutcome], ranking: Ranking) -> list[TrialOutcome]:
     """The trials from the best: candidates, each followed by its repetitions, then the other ones by their status."""
-    place = {each.trial.run_name: number for number, each in enumerate(ranking.candidates)}
+    position = {each.trial.run_name: number for number, each in enumerate(ranking.candidates)}
 
     def key(trial: TrialOutcome) -> tuple[int, int, int]:
-        other = len(place) + ("finished", "stopped", "failed").index(trial.status)
-        return place.get(trial.repeats or trial.run_name, other), bool(trial.repeats), trial.number
+        other = len(position) + ("finished", "stopped", "failed").index(trial.status)
+        return position.get(trial.repeats or trial.run_name, other), bool(trial.repeats), trial.number
 
     return sorted(trials, key=key)
 
 
-def rank(settings: TuneConfig, trials: Sequence[TrialOutcome]) -> Ranking:
+def compare_trials(settings: TuneConfig, trials: Sequence[TrialOutcome]) -> Ranking:
     """Compares the finished trials. Trials that were stopped early or failed take no part.
 
     A constraint is checked on the mean of what was measured with a trial's seeds, without a correction.

@@ -66,12 +66,12 @@ def is_weak(
     rung = reached[-1]
     sign = 1.0 if maximize else -1.0
     values = [sign * history[step] for history in others if (step := _at(history, rung)) is not None]
-    mine = sign * own[latest]
-    if not math.isfinite(mine):
+    value = sign * own[latest]
+    if not math.isfinite(value):
         return True
-    ranked: Sequence[float] = sorted([*filter(math.isfinite, values), mine], reverse=True)
-    kept = max(1, len(ranked) // settings.reduction_factor)
-    return mine < ranked[kept - 1]
+    sorted_values: Sequence[float] = sorted([*filter(math.isfinite, values), value], reverse=True)
+    kept = max(1, len(sorted_values) // settings.reduction_factor)
+    return value < sorted_values[kept - 1]
 
 
 def _at(history: History, rung: int) -> int | None:

@@ -38,7 +38,7 @@ from pipeline.tuning import stage_one, sweep_folder
 from pipeline.tuning.best_config import best_yaml
 from pipeline.tuning.config import TuneConfig, metric_name
 from pipeline.tuning.constraint import Constraint
-from pipeline.tuning.ranking import in_order, rank
+from pipeline.tuning.ranking import compare_trials, in_order
 from pipeline.tuning.ray_tune import fitting, run_jobs
 from pipeline.tuning.result import SweepResult
 from pipeline.tuning.rungs import require_rungs
@@ -267,7 +267,7 @@ def conclude(queue: TrialQueue, config: TrainConfig, parent: TrackedRun) -> Swee
         reasons = [f"{trial.run_name}: {trial.reason}" for trial in trials if trial.reason]
         shown = "; ".join(reasons)[:400] or "see the log"
         raise UserError(f"tune.name={settings.name}: no trial finished ({shown})")
-    ranking = rank(settings, trials)
+    ranking = compare_trials(settings, trials)
     trials = in_order(trials, ranking)
     best = next((trial for trial in trials if trial.run_name == ranking.best), None)
 

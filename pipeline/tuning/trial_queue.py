@@ -17,7 +17,7 @@ from pipeline.tuning import stage_one, sweep_folder
 from pipeline.tuning.config import TuneConfig, mode_of
 from pipeline.tuning.job import Job
 from pipeline.tuning.proposals import Validations, as_database, number_of_trials, propose, study
-from pipeline.tuning.ranking import rank
+from pipeline.tuning.ranking import compare_trials
 from pipeline.tuning.rungs import compared_from, is_weak
 from pipeline.tuning.space import Values, trial_config, trial_name
 
@@ -231,7 +231,7 @@ class TrialQueue:
             self._repeat()
 
     def _repeat(self) -> None:
-        ranking = rank(self.settings, [each for each in self.outcomes.values() if not each.repeats])
+        ranking = compare_trials(self.settings, [each for each in self.outcomes.values() if not each.repeats])
         top = ranking.names()[: self.settings.repeat_top]
         for offset in range(1, self.settings.repeats + 1):
             for name in top:

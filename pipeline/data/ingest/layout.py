@@ -87,7 +87,7 @@ class _Location:
         # `HR_sub` next to `HR` contains other images, not another version.
         alone = first is not None and len(words[first]) == roles[first][1] + 1
         self.version = (
-            next((rank for rank, form in enumerate(_VERSIONS) if form.fullmatch(words[first][-1])), None)
+            next((order for order, form in enumerate(_VERSIONS) if form.fullmatch(words[first][-1])), None)
             if alone and first is not None and self.role == "hr"
             else None
         )
