@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     out = Path(options.out).resolve()
     config, _ = load_config([], description="", default_file=CONFIG, environment={})
     run = out / "runs" / config.run_name
-    store = f"sqlite:///{out}/runs/mlflow.db"
+    tracking_uri = f"sqlite:///{out}/runs/mlflow.db"
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
     evaluate += ["--model", "bicubic", given, f"stage 1={stage_one}", f"stage 2={model}"]
     evaluate += ["--hr", str(out / "data" / "photos" / "held_out"), "--out", str(out / "evaluation")]
     evaluate += ["--metrics", *config.validation.metrics]
-    _call([*evaluate, "--tracking.uri", store], environment)
+    _call([*evaluate, "--tracking.uri", tracking_uri], environment)
 
     print(
         f"{config.init.generator} came with the project (models/); stages 1 and 2 were trained now, from it."
@@ -81,9 +81,9 @@ def main(argv: list[str]) -> int:
     print(f"  figure      {out}/evaluation/comparison.png")
     print(f"  report      {out}/evaluation/report.html")
     print(f"  run         {run}")
-    print(f"  model       {model} in {store}")
-    print(f"  MLflow      {programs}/mlflow ui --backend-store-uri {store}")
-    print(f"  try it      {programs}/python jobs/upscale.py --model {model} --tracking.uri {store} "
+    print(f"  model       {model} in {tracking_uri}")
+    print(f"  MLflow      {programs}/mlflow ui --backend-store-uri {tracking_uri}")
+    print(f"  try it      {programs}/python jobs/upscale.py --model {model} --tracking.uri {tracking_uri} "
           "--input YOUR_IMAGES --output DIR")  # fmt: skip
     return 0
 

@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
         first_fields=("storage", "tracking.uri", "tracking.model_name"),
     )
     name = config.tracking.model_name
-    uri = None  # the store of the last run
+    uri = None  # that of the last run
     if options.config or "storage" in options.given or config.tracking.uri is not None:
         uri = resolve_uri(config.tracking, absolute(config.storage))
     previous = promote(name, options.model_version, uri)

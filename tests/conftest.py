@@ -14,7 +14,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-# Runs write the default tracking store there; a folder of this session, so that the user's own is neither read nor set.
+# Runs write the default tracking URI there; a folder of this session, so that the user's own is neither read nor set.
 os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="er-config-")
 atexit.register(shutil.rmtree, os.environ["XDG_CONFIG_HOME"], ignore_errors=True)
 

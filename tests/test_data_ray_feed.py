@@ -114,7 +114,7 @@ def test_training_may_pause_longer_than_ray_data_waits_for_progress(
 ) -> None:
     """Validation consumes no batches; by default Ray Data ends the run after half an hour of it."""
     monkeypatch.setattr(ray.data.DataContext.get_current(), "execution_no_progress_timeout_s", 1.0)
-    monkeypatch.setattr(ray_feed, "STORE_BYTES", 2**20)
+    monkeypatch.setattr(ray_feed, "OBJECT_STORE_MEMORY", 2**20)
     feed = RayFeed(write_patches(tmp_path, 13, rows=5), **FIELDS)
     with closing(feed.batches(0, 30_000)) as batches:
         next(batches)

@@ -195,10 +195,10 @@ def test_an_unreachable_store_is_not_corruption(tmp_path: Path, monkeypatch: pyt
         patches = PatchReader(manifest)
         patches.crop(0, 0, 0, 16)
     with pytest.raises(
-        StoreUnreachable, match=r"set/patches-00000\.parquet: the object store does not answer"
+        StoreUnreachable, match=r"set/patches-00000\.parquet: the object store is unreachable"
     ):
         patches.crop(1, 0, 0, 16)
-    with pytest.raises(UserError, match=r"does not answer.*verify again"):
+    with pytest.raises(UserError, match=r"is unreachable.*verify again"):
         verify(manifest, progress=False)
 
 

@@ -16,7 +16,7 @@ from pipeline.tracking.config import TrackingConfig
 from pipeline.tracking.model_card import ModelCard
 from pipeline.tracking.registry import register_generator
 from pipeline.tracking.run import TrackedRun, open_run
-from pipeline.tracking.uri import remember_uri
+from pipeline.tracking.uri import write_last_uri
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "jobs"))
 import promote
@@ -56,10 +56,10 @@ def test_promote_uses_the_database_next_to_the_runs(tracked: TrackedRun, capsys)
     assert "champion of esrgan-x4: version 1" in capsys.readouterr().out
 
 
-def test_promote_uses_the_store_of_the_last_run(tracked: TrackedRun, capsys, monkeypatch) -> None:
+def test_promote_uses_the_tracking_uri_of_the_last_run(tracked: TrackedRun, capsys, monkeypatch) -> None:
     for name in ("ESRGAN_TRACKING__URI", "MLFLOW_TRACKING_URI", "ESRGAN_STORAGE"):
         monkeypatch.delenv(name, raising=False)
-    remember_uri(tracked.uri)
+    write_last_uri(tracked.uri)
     promote.main(["--model-version", "1"])
     assert "champion of esrgan-x4: version 1" in capsys.readouterr().out
 
@@ -100,7 +100,7 @@ def test_send_metrics_sends_once(tracked: TrackedRun, tmp_path: Path, capsys, mo
     assert second.startswith("nothing to send")
 
 
-def test_a_run_without_a_server_is_sent_to_the_store_of_the_last_run(
+def test_a_run_without_a_server_is_sent_to_that_of_the_last_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("ESRGAN_TRACKING__URI", "MLFLOW_TRACKING_URI"):
@@ -119,7 +119,7 @@ def test_a_run_without_a_server_is_sent_to_the_store_of_the_last_run(
     run.write_bytes("checkpoints/psnr-00000020/manifest.json", b"{}")
     with pytest.raises(UserError, match="no tracking server is configured"):
         send_metrics.main(["--run", run.uri])
-    remember_uri(uri)
+    write_last_uri(uri)
     send_metrics.main(["--run", run.uri, "--json", str(out)])
     sent = json.loads(out.read_text())
     assert sent["sent"] == 2

@@ -17,7 +17,7 @@ from pipeline.tracking.uri import absolute_uri, resolve_uri
 
 @pytest.fixture
 def moved(tmp_path: Path) -> Path:
-    """The new place of a store with a registered generator; the old one is gone."""
+    """The new place of a database with a registered generator; the old one is gone."""
     old, new = tmp_path / "old", tmp_path / "new"
     uri = new_database(old)
     tracked = open_small(TrackingConfig(uri=uri), Storage(str(old / "run")), "a")
@@ -30,7 +30,7 @@ def moved(tmp_path: Path) -> Path:
     return new
 
 
-def test_a_moved_store_is_read_and_written_at_its_new_place(
+def test_a_moved_database_is_read_and_written_at_its_new_place(
     moved: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     uri = f"sqlite:///{moved}/mlflow.db"
@@ -47,7 +47,7 @@ def test_a_moved_store_is_read_and_written_at_its_new_place(
     assert capsys.readouterr().out == ""
 
 
-def test_a_copied_store_uses_its_own_files(moved: Path) -> None:
+def test_a_copied_database_uses_its_own_files(moved: Path) -> None:
     shutil.copytree(moved, moved.parent / "copy")
     pull_generator("models:/esrgan-x4@champion", f"sqlite:///{moved}/mlflow.db")
     path = pull_generator("models:/esrgan-x4@champion", f"sqlite:///{moved.parent}/copy/mlflow.db")

@@ -23,7 +23,7 @@ from pipeline.training.checks import with_absolute_paths
 from pipeline.training.config import TrainConfig
 from pipeline.training.distributed import unwrap
 from pipeline.training.identity import check_resume, identity_of
-from pipeline.training.initial import Initial, load_initial, origins, resolve, resolve_for_run, store
+from pipeline.training.initial import Initial, load_initial, origins, resolve, resolve_for_run, save_copies
 from pipeline.training.state import begin_gan, new_state
 
 CPU = torch.device("cpu")
@@ -61,7 +61,7 @@ def begun(folder: Path, **changes: Any) -> TrainConfig:
     """A run's folder after its start: identity and copies."""
     config, initial = resolved(folder, **changes)
     IDENTITY.write(run_of(folder), identity_of(config, "0" * 64, origins(initial)))
-    store(run_of(folder), initial)
+    save_copies(run_of(folder), initial)
     return config
 
 
@@ -356,7 +356,7 @@ def test_a_sweep_reads_the_weights_once(tmp_path: Path) -> None:
     sweep = Storage(str(tmp_path / "runs" / "sweep"))
     base, initial = resolve(config, sweep, {}, begun=False)
     SWEEP.write(sweep, SweepIdentity({}, initial=origins(initial)))
-    store(sweep, initial)
+    save_copies(sweep, initial)
     Path(source).unlink()
     trial, given = resolve_for_run(base, sweep / "trials" / "one", None, sweep)
     assert trial.model.num_block == 2

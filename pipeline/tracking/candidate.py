@@ -156,7 +156,7 @@ def upload_pending(run: Storage, tracking_uri: str | None, model_name: str | Non
         UserError: not a run's folder, the server is unreachable, or none is known; or a name that cannot be registered.
     """
     description = require_description(run)
-    uri = known_uri(tracking_uri) if tracking_uri else _store_of(run, description.uri)
+    uri = known_uri(tracking_uri) if tracking_uri else _tracking_uri_of(run, description.uri)
     require_package("mlflow", f"tracking.uri={uri}", "run this where it is")
     from mlflow.exceptions import MlflowException
 
@@ -184,7 +184,7 @@ def upload_pending(run: Storage, tracking_uri: str | None, model_name: str | Non
     return UploadResult(sender.tracked.run_id, description.status, sent, registered)
 
 
-def _store_of(run: Storage, uri: str) -> str:
+def _tracking_uri_of(run: Storage, uri: str) -> str:
     """The tracking URI of a run that was trained with `uri`. Raises UserError: none is known.
 
     Without a server, or with a masked one, it is that of `known_uri`; for a database that is gone, because the storage

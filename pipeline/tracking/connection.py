@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from pipeline.errors import UserError, require_package, without_secrets
-from pipeline.tracking.relocation import follow_moved_store
+from pipeline.tracking.relocation import follow_moved_database
 from pipeline.tracking.uri import DATABASES
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ _before: dict[str, str | None] = {}
 
 
 class TrackingUnreachable(Exception):
-    """The tracking server does not answer; the message has the URI without secrets, and the cause."""
+    """The tracking server is unreachable; the message has the URI without secrets, and the cause."""
 
 
 @contextmanager
@@ -81,7 +81,7 @@ def connect(uri: str) -> MlflowClient:
         with bounded_requests(**CONNECT_LIMITS), _migration_lock(uri):
             client = MlflowClient(tracking_uri=uri, registry_uri=uri)
             client.search_experiments(max_results=1)
-            follow_moved_store(uri)
+            follow_moved_database(uri)
         return client
     except ModuleNotFoundError as error:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Follows a SQLite store whose folder was moved: MLflow records absolute paths of artifacts in the database."""
+"""Follows a SQLite database whose folder was moved: MLflow records absolute paths of artifacts in it."""
 
 import sqlite3
 from contextlib import closing
@@ -17,10 +17,10 @@ _ADDRESSES = (
 )
 
 
-def follow_moved_store(uri: str) -> None:
+def follow_moved_database(uri: str) -> None:
     """Rewrites the addresses of artifacts that were next to the database at an earlier place; prints both places.
 
-    The earlier folder is kept if there is none next to the database. Other stores than SQLite files are left unchanged.
+    The earlier folder is kept if there is none next to the database. Other databases than SQLite are left unchanged.
 
     Raises:
         UserError: the database cannot be written; names both places.

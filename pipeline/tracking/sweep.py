@@ -26,7 +26,7 @@ def log_sweep(
     files: Mapping[str, bytes],
     best: tuple[str, str | None] | None,
 ) -> bool:
-    """Logs a sweep's result to its parent run; a server that does not answer is a warning.
+    """Logs a sweep's result to its parent run; an unreachable server is a warning.
 
     Args:
         metrics: number of a trial, as the step, and its metrics.

@@ -85,7 +85,7 @@ def _require_plain(path: str, field: str) -> None:
     special = next((sign for sign in "?#%" if sign in path), None)
     if special:
         raise UserError(
-            f"{field}: contains {special!r}, which the address of a SQLite store cannot hold; choose another folder, "
+            f"{field}: contains {special!r}, which a SQLite database's address cannot hold; choose another folder, "
             "or set tracking.uri"
         )
 
@@ -97,7 +97,7 @@ def known_uri(uri: str | None) -> str:
         UserError: none of them, or not a tracking URI.
     """
     known = uri or os.environ.get("ESRGAN_TRACKING__URI") or os.environ.get("MLFLOW_TRACKING_URI")
-    file = store_file()
+    file = last_uri_file()
     if not known and file.is_file():
         known = file.read_text(encoding="utf-8").strip()
         try:
@@ -112,15 +112,15 @@ def known_uri(uri: str | None) -> str:
     return absolute_uri(known)
 
 
-def store_file() -> Path:
+def last_uri_file() -> Path:
     """The file with the tracking URI of the last training run, below XDG_CONFIG_HOME or ~/.config."""
     folder = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
     return Path(folder).expanduser() / "esrgan-ray" / "tracking_uri"
 
 
-def remember_uri(uri: str) -> Path | None:
-    """Writes `store_file`, so that other commands find the store; None if it cannot be written or holds a password."""
-    file = store_file()
+def write_last_uri(uri: str) -> Path | None:
+    """Writes `last_uri_file`, the default of other commands; None if it cannot be written or has a password."""
+    file = last_uri_file()
     if without_secrets(uri) != uri:
         return None
     try:

@@ -110,7 +110,7 @@ def origins(initial: Mapping[str, Initial]) -> dict[str, InitialWeights]:
     return {network: weights.origin for network, weights in initial.items()}
 
 
-def store(folder: Storage, initial: Mapping[str, Initial]) -> None:
+def save_copies(folder: Storage, initial: Mapping[str, Initial]) -> None:
     """Writes copies of the weights to the run's or sweep's folder. Raises OSError."""
     for network, weights in initial.items():
         if weights.tensors is not None and not weights.stored:

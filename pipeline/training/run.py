@@ -23,7 +23,7 @@ from pipeline.training.conclude import conclude, send_later
 from pipeline.training.config import TrainConfig
 from pipeline.training.faults import Diverged
 from pipeline.training.identity import check_resume, claim, diff, identity_of, set_tracking_run
-from pipeline.training.initial import origins, resolve_for_run, store
+from pipeline.training.initial import origins, resolve_for_run, save_copies
 from pipeline.training.loop import train
 from pipeline.training.selection import select_key, with_selection
 from pipeline.training.state import Stage, new_state
@@ -123,7 +123,7 @@ def run_training(
         if accept_changes:
             _require_loadable(config, run)
         identity = claim(run, old, new, changes)
-        store(run, initial)
+        save_copies(run, initial)
         if parent_run_id is None:
             print(summary(config, manifest), flush=True)
         if was_prepared:

@@ -29,7 +29,7 @@ from pipeline.training.checks import (
     with_absolute_paths,
 )
 from pipeline.training.config import TrainConfig
-from pipeline.training.initial import Initial, origins, require_fit, resolve, store
+from pipeline.training.initial import Initial, origins, require_fit, resolve, save_copies
 from pipeline.training.run import require_fitting_data, summary
 from pipeline.training.selection import with_selection
 from pipeline.training.stopping import saving_on_sigterm
@@ -93,7 +93,7 @@ def run_sweep(
             prepare(base.data)
         manifest = load_manifest(base.data.root)
         sweep_folder.claim(sweep, settings, replace(identity, manifest_sha256=manifest.sha256))
-        store(sweep, initial)
+        save_copies(sweep, initial)
         slots = slots_of(base, settings, ray.nodes())
         queue = TrialQueue(settings, base, sweep, manifest.sha256, slots, retry_failed)
         # The last line describes the processes of one run.

@@ -91,7 +91,7 @@ def fetch(
 
     Raises:
         UserError: ATTEMPTS consecutive draws were corrupt.
-        StoreUnreachable: an object store does not answer.
+        StoreUnreachable: the object store is unreachable.
     """
     count, side, scale = last - first, samples.crop_px, samples.scale
     hr = empty_images((count, side, side, 3), pinned)

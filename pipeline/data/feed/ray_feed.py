@@ -30,7 +30,7 @@ BLOCK_BYTES = 16 * 2**20
 BLOCKS_PER_TASK = 4
 MAX_TASKS = 1500
 # Without a limit Ray Data prefetches hundreds of steps; with a lower one, only one of its two tasks can run.
-STORE_BYTES = 384 * 2**20
+OBJECT_STORE_MEMORY = 384 * 2**20
 # Ray Data's executor uses about one core per worker while it is throttled.
 CORES_FOR_RAY = 4.0
 
@@ -55,7 +55,7 @@ class RayFeed(Feed):
         context = dataset.context
         context.execution_options.preserve_order = True
         context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
-            object_store_memory=STORE_BYTES
+            object_store_memory=OBJECT_STORE_MEMORY
         )
         context.enable_progress_bars = False
         # Validation consumes no batches; disable the no-progress timeout.

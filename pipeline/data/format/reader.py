@@ -39,7 +39,7 @@ class CorruptPatch(Exception):
 
 
 class StoreUnreachable(OSError):
-    """An object store that does not answer; whether the patch is corrupt is unknown."""
+    """An object store is unreachable; whether the patch is corrupt is unknown."""
 
 
 class PatchReader:
@@ -70,7 +70,7 @@ class PatchReader:
 
         Raises:
             CorruptPatch: what was read is not what was written.
-            StoreUnreachable: an object store does not answer.
+            StoreUnreachable: the object store is unreachable.
         """
         scale = self.manifest.scale
         hr, lr = self._rows(patch, y, y + crop_px)
@@ -146,7 +146,7 @@ class PatchReader:
             wait_s = next(waits, None)
             path = self._storage.path(self.manifest.shards[number].name)
             if wait_s is None:
-                raise StoreUnreachable(f"{path}: the object store does not answer ({reason})")
+                raise StoreUnreachable(f"{path}: the object store is unreachable ({reason})")
             logger.warning("%s: retrying in %g s (%s)", path, wait_s, reason)
             self._file.cache_clear()  # the next attempt opens it again
             time.sleep(wait_s)

@@ -24,7 +24,7 @@ def verify(manifest: Manifest, progress: bool = True) -> list[str]:
     any other shard, every patch is read and verified, and the corrupt ones are listed with the image they come from.
 
     Raises:
-        UserError: an object store does not answer, so its content cannot be verified.
+        UserError: the object store is unreachable, so its content cannot be verified.
     """
     storage = Storage(manifest.root)
     shards = [*manifest.shards, *manifest.held_out]
@@ -83,7 +83,9 @@ def _corrupt_rows(manifest: Manifest, number: int) -> list[str]:
         except CorruptPatch as error:
             corrupt.append(error)
         except StoreUnreachable as error:
-            raise UserError(f"data.root={manifest.root}: {error}; verify again once it does") from None
+            raise UserError(
+                f"data.root={manifest.root}: {error}; verify again once it is reachable"
+            ) from None
     reader.close()
     if len(corrupt) == manifest.shards[number].rows > 1 and len({error.reason for error in corrupt}) == 1:
         return [f"{corrupt[0].shard}, all {len(corrupt)} rows: {corrupt[0].reason}"]

@@ -17,7 +17,7 @@ from pipeline.data.config import DataConfig
 from pipeline.data.ingest.cutting import CUT_SCHEMA, CutImage, ImageJob, Rejection, cut_image
 from pipeline.errors import UserError
 
-STORE_BYTES = 512 * 2**20
+OBJECT_STORE_MEMORY = 512 * 2**20
 # More tasks cost more than the parallelism gains.
 MAX_TASKS = 10_000
 # What a task returns to the driver: the image's facts or the reason for its rejection, and some of its patches.
@@ -105,7 +105,7 @@ def cut_on_ray(jobs: Sequence[ImageJob], config: DataConfig, paired: bool) -> It
         blocks = indices.map_batches(cut, batch_format="pyarrow", batch_size=1, zero_copy_batch=True)
         options = blocks.context.execution_options
         options.preserve_order = True
-        options.resource_limits = options.resource_limits.copy(object_store_memory=STORE_BYTES)
+        options.resource_limits = options.resource_limits.copy(object_store_memory=OBJECT_STORE_MEMORY)
         tables = blocks.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
         rows = (table.slice(row, 1) for table in tables for row in range(table.num_rows))
         for _, of_image in groupby(rows, key=lambda row: row["index"][0].as_py()):
