@@ -85,7 +85,7 @@ def disturbed(folder: Path, kills: int, seed: int) -> list[Recovery]:
                     if not recoveries[-1].resumed:
                         continue  # The last lines of the group that was killed.
                     recoveries[-1].next_step = time.time()
-                    # A later checkpoint lies between two kills, so that the run gets on.
+                    # A later checkpoint is between two kills, so that the run makes progress.
                     due = recoveries[-1].resumed_from + EVERY_STEPS + chance.randint(1, 12)
                 if step >= due and len(recoveries) < kills:
                     recoveries.append(Recovery(step, kill_a_worker(run.pid, chance)))

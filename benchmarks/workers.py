@@ -7,7 +7,7 @@ stay. Ways, in turns:
 
     one      one process
     two      two processes joined by gloo
-    apart    two processes that know nothing of each other: what sharing caches and memory costs by itself
+    apart    two independent processes: what sharing caches and memory costs by itself
     torchrun two processes that torchrun starts
     ray      two workers of Ray Train
 

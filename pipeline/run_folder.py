@@ -234,7 +234,7 @@ class TrialOutcome:
     seconds: float = 0.0
     """Wall-clock time of its last attempt."""
     retry: bool = False
-    """Whether the reason lies outside the trial (a lost process, a full disk): the next submission resumes it."""
+    """Whether the reason is outside the trial (a lost process, a full disk): the next submission resumes it."""
 
 
 IDENTITY: JsonFile[RunIdentity] = JsonFile(

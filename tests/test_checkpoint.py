@@ -184,7 +184,7 @@ def test_the_best_stay_in_order_and_of_equal_ones_the_earlier() -> None:
     assert [best.step for best in state.best] == [2, 4, 3]
 
 
-def test_training_may_go_on_while_a_checkpoint_is_written(run: Storage) -> None:
+def test_training_continues_while_a_checkpoint_is_written(run: Storage) -> None:
     state = trained_state()
     expected = state.ema.conv_last.weight.clone()
     with CheckpointWriter(run, keep=2, metadata=SIZES) as writer:

@@ -230,14 +230,14 @@ def interval(**changes: float) -> dict[str, float]:
 def test_a_warning_is_logged_once_and_again_after_it_cleared(bad: dict[str, float], words: str) -> None:
     advisor, warnings = Advisor(), []
     for index in range(3 * INTERVALS):
-        warnings += advisor.look(interval(**{"loss_pixel": 0.1 + 0.01 * index, **bad}))
+        warnings += advisor.update(interval(**{"loss_pixel": 0.1 + 0.01 * index, **bad}))
     assert len(warnings) == 1
     assert words in warnings[0]
     for index in range(INTERVALS):
-        assert advisor.look(interval(loss_pixel=0.1 + 0.01 * index)) == []
+        assert advisor.update(interval(loss_pixel=0.1 + 0.01 * index)) == []
     again = [
         text
         for index in range(INTERVALS)
-        for text in advisor.look(interval(**{"loss_pixel": 0.1 + 0.01 * index, **bad}))
+        for text in advisor.update(interval(**{"loss_pixel": 0.1 + 0.01 * index, **bad}))
     ]
     assert len(again) == 1

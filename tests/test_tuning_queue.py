@@ -424,7 +424,7 @@ def test_the_tracked_run_of_a_trial_is_known_if_it_was_opened_after_training(tmp
     assert sweep_folder.tracking_run_id(run) == "abc"
 
 
-def test_an_invalid_plan_of_an_earlier_version_fails_and_the_sweep_goes_on(folder: Path) -> None:
+def test_an_invalid_plan_of_an_earlier_version_fails_and_the_sweep_continues(folder: Path) -> None:
     changes = {"tune.name": "invalid", "tune.trials": 2, "tune.space": {"crop_px": {"low": 32, "high": 64}}}
     first = open_queue(folder, **changes)
     values = {"crop_px": 33.5}

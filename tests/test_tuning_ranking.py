@@ -119,7 +119,7 @@ def test_trials_are_ordered_from_the_best_with_their_repetitions_and_excluded_on
     assert ranking.repeated_means() == {"trial-5": {"psnr_y": pytest.approx(25.2)}}
 
 
-def test_a_lead_larger_than_the_noise_is_no_tie() -> None:
+def test_a_difference_larger_than_the_noise_is_not_a_tie() -> None:
     trials = [
         trial(1, psnr_y=20.00), repetition(11, "trial-1", 7, psnr_y=20.51),
         trial(2, psnr_y=21.00), repetition(12, "trial-2", 7, psnr_y=21.50),

@@ -212,7 +212,7 @@ def test_points_and_grids_that_do_not_fit_are_refused(changes: dict[str, Any], m
         check_space(sweep(WEIGHTS, **changes), BASE)
 
 
-def test_a_base_value_outside_the_space_is_no_point() -> None:
+def test_a_base_value_outside_the_space_is_not_a_point() -> None:
     settings = sweep({"gan.pixel_weight": {"low": 0.5, "high": 1.0}}, points=[{}])
     with pytest.raises(UserError, match=r"outside tune\.space"):
         points(settings, BASE)

@@ -26,7 +26,7 @@ class Box:
         return image[top : top + self.height // shrink, left : left + self.width // shrink]
 
     def fitted(self, shape: tuple[int, ...], multiple: int) -> "Box":
-        """The box moved and cut to lie inside `shape` (H, W, ...), with corners on multiples of `multiple`."""
+        """The box moved and cut to fit inside `shape` (H, W, ...), with corners on multiples of `multiple`."""
         height, width = (
             max(min(size, limit) // multiple * multiple, multiple)
             for size, limit in zip((self.height, self.width), shape[:2], strict=True)

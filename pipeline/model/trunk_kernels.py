@@ -2,7 +2,7 @@
 
 cuDNN reaches a tenth to a third of an H100's peak on the dense block's convolutions, because few output channels are
 computed from inputs that must be concatenated first. Here the block's input and the outputs of its first four
-convolutions lie next to each other in one NHWC buffer, of which every convolution reads a prefix and writes the next
+convolutions are adjacent in one NHWC buffer, of which every convolution reads a prefix and writes the next
 channels. The backward pass has the same form: with a buffer of gradients [d5 | d4 | d3 | d2 | d1] of the convolutions'
 outputs, each gradient is a convolution of a prefix of that buffer.
 

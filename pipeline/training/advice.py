@@ -17,7 +17,7 @@ class Advisor:
         self._recent: deque[Mapping[str, float]] = deque(maxlen=INTERVALS)
         self._active: set[str] = set()
 
-    def look(self, values: Mapping[str, float]) -> list[str]:
+    def update(self, values: Mapping[str, float]) -> list[str]:
         """New warnings after an interval; `values` are those of `Meter.finish`."""
         self._recent.append(values)
         if len(self._recent) < INTERVALS or set(self._recent[0]) != set(values):

@@ -284,7 +284,7 @@ def _set_timeouts(config: TrainConfig) -> None:
     """Ray Train reads these from the driver's environment."""
     low, high = config.worker_range
     start_s = config.faults.worker_start_timeout_s
-    # A group may be planned on nodes that Ray does not know to be lost; an elastic one is then planned again, smaller.
+    # A group may be planned on nodes whose loss Ray has not noticed; an elastic one is then planned again, smaller.
     start_s = start_s if low == high else min(start_s, ELASTIC_START_S)
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(start_s)
     # While a rank waits for another one in Ray Train's own barrier (in `report`), no collective times out.

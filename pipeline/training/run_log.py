@@ -59,7 +59,7 @@ class RunLog:
         if not self.worker.is_main:
             return
         print(progress_line(self.config, state.stage, state.step, values), flush=True)
-        for warning in self._advisor.look(values):
+        for warning in self._advisor.update(values):
             self.event(state.step, f"warning: {warning}")
         skipped = values["skipped_steps"] - self._skipped_steps
         if skipped:

@@ -2,7 +2,7 @@
 
 A step launches thousands of short kernels, which takes the host longer than the GPU needs to run them. The graph of a
 whole step (both networks, their optimizers and the EMA weights) is captured once in each stage and then launched as a
-whole. What changes from step to step, the batch and the learning rate, lies in fixed tensors that are filled before.
+whole. What changes from step to step, the batch and the learning rate, is in fixed tensors that are filled before.
 """
 
 from collections import deque

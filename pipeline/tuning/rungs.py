@@ -38,7 +38,7 @@ def require_rungs(settings: TuneConfig, config: TrainConfig) -> None:
     if not any(step >= settings.grace_steps for step in validated):
         stage = "gan" if config.gan.steps else "psnr"
         raise UserError(
-            f"tune.grace_steps={settings.grace_steps}: no validation of the {stage} stage lies between this step and "
+            f"tune.grace_steps={settings.grace_steps}: no validation of the {stage} stage is between this step and "
             f"its end ({last - start} steps); lower it or validate_every_steps={config.validate_every_steps}"
         )
 

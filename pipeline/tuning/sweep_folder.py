@@ -129,7 +129,7 @@ def keep_outcome(sweep: Storage, outcome: TrialOutcome) -> None:
     OUTCOME.at(name=outcome.run_name).write(sweep, outcome)
 
 
-def forget_outcome(sweep: Storage, name: str) -> None:
+def remove_outcome(sweep: Storage, name: str) -> None:
     """Removes an outcome: the trial resumes."""
     OUTCOME.at(name=name).remove(sweep)
 

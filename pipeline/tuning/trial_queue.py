@@ -54,7 +54,7 @@ class TrialQueue:
         self.outcomes: dict[str, TrialOutcome] = {}
         for outcome in sweep_folder.outcomes(sweep):
             if outcome.status == "failed" and (outcome.retry or retry_failed):
-                sweep_folder.forget_outcome(sweep, outcome.run_name)
+                sweep_folder.remove_outcome(sweep, outcome.run_name)
             elif outcome.run_name in self.plans:
                 self.outcomes[outcome.run_name] = outcome
         self.resumed = len(self.plans) - len(self.outcomes)

@@ -191,12 +191,12 @@ def _names_in(uri: str, flag: str, unreadable: list[Rejected]) -> tuple[Storage,
 
 def _lr_folders(folders: Folders, hr: str, flags: tuple[str, str]) -> list[str]:
     """The LR folders of the HR images. Raises UserError where several belong to one HR folder."""
-    rivals = folders.rivals()
-    if rivals:
+    ambiguous = folders.ambiguous_lr_folders()
+    if ambiguous:
         raise UserError(
-            f"{_named(flags[0], hr)}: {' and '.join(rivals)} both hold LR files of "
+            f"{_named(flags[0], hr)}: {' and '.join(ambiguous)} both hold LR files of "
             f"{', '.join(hr_folders(folders.hr))}; choose: {_named(flags[0], hr)}/{hr_folders(folders.hr)[0]} "
-            f"{_named(flags[1], hr)}/{rivals[0]}"
+            f"{_named(flags[1], hr)}/{ambiguous[0]}"
         )
     return folders.lr_folders_of(folders.hr)
 

@@ -45,7 +45,7 @@ class Folders:
         groups = {_Location(name).group for name in hr}
         return sorted(folder for folder, names in self.lr.items() if _Location(names[0]).group in groups)
 
-    def rivals(self) -> list[str]:
+    def ambiguous_lr_folders(self) -> list[str]:
         """LR folders that belong to the same HR folder; empty where the choice is clear."""
         by_group = defaultdict(list)
         for folder, names in self.lr.items():

@@ -9,7 +9,7 @@ from pipeline.data.config import DataConfig
 from pipeline.data.format.manifest import NAME, Manifest, load_manifest
 from pipeline.data.ingest.cutting import CutImage, ImageJob, Rejection, check_geometry, cut_image
 from pipeline.data.ingest.plan import Plan, download_folder, is_div2k, make_plan, needed_bytes
-from pipeline.data.ingest.writer import NOTES, DataSetWriter
+from pipeline.data.ingest.writer import PROGRESS_FOLDER, DataSetWriter
 from pipeline.errors import UserError
 from pipeline.progress import progress_bar
 from pipeline.storage import LOCK, Storage, only_writer
@@ -115,7 +115,7 @@ def _existing(config: DataConfig, strict: bool, progress: bool) -> PrepareResult
     if config.source != "div2k" or not is_div2k(manifest):
         _require_same_images(manifest, make_plan(config, progress).jobs)
     _require_few_rejected(manifest, config, strict)
-    for name in (NOTES, LOCK):  # if an ingest was killed just after writing the manifest
+    for name in (PROGRESS_FOLDER, LOCK):  # if an ingest was killed just after writing the manifest
         if storage.exists(name):
             storage.remove(name)
     print(f"{storage.path(NAME)}: complete, nothing to do", flush=True)

@@ -24,8 +24,8 @@ from pipeline.data.ingest.cutting import CutImage, ImageJob, Rejection, cut
 from pipeline.errors import UserError
 from pipeline.storage import Storage
 
-NOTES = ".ingest"
-_PROGRESS = f"{NOTES}/progress.json"
+PROGRESS_FOLDER = ".ingest"
+_PROGRESS = f"{PROGRESS_FOLDER}/progress.json"
 _MIB = 1 << 20
 # Partial files of ingest; everything else in the folder is left untouched.
 _PARTIAL = re.compile(
@@ -105,7 +105,7 @@ class DataSetWriter:
                 self._writer.abandon()
 
     def finish(self, licenses: dict[str, str | None], libraries: dict[str, str]) -> None:
-        """Writes the manifest, then removes the notes. Raises UserError: a set is empty."""
+        """Writes the manifest, then removes the progress. Raises UserError: a set is empty."""
         done = self._done
         if not any(entry["set"] == "train" for entry in done.sources):
             first = f"; the first: {_named(done.rejected[0])}" if done.rejected else ""
@@ -139,7 +139,7 @@ class DataSetWriter:
             "libraries": libraries,
         }
         self._storage.write_bytes(manifests.NAME, manifests.encode(content))
-        self._storage.remove(NOTES)
+        self._storage.remove(PROGRESS_FOLDER)
 
     def _add(self, job: ImageJob, image: CutImage | Rejection) -> None:
         name = "held_out" if job.held_out else "train"
