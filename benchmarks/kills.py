@@ -70,7 +70,7 @@ def kill_a_worker(driver: int, chance: random.Random) -> float:
 
 
 def disturbed(folder: Path, kills: int, seed: int) -> list[Recovery]:
-    """Runs with kills, each a random number of steps after the group had gone on and saved a checkpoint."""
+    """Runs with kills, each a random number of steps after the group had resumed and saved a checkpoint."""
     chance = random.Random(seed)
     recoveries: list[Recovery] = []
     due = chance.randint(1, 2 * EVERY_STEPS)

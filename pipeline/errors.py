@@ -17,7 +17,7 @@ def without_secrets(text: str) -> str:
 class UserError(Exception):
     """Bad input: one clear line (the file or field, its value, what to do) and exit code 2.
 
-    The message never holds the password of an address. Anything else that is raised is a fault of ours, or of the
+    The message never holds the password of an address. Anything else that is raised is a fault of the code, or of the
     machine, and keeps its traceback.
     """
 

@@ -17,7 +17,7 @@ _LEAST_CORRELATION = 0.5
 def pair_fault(hr: Image, lr: Image, scale: int) -> str:
     """Why `lr` is not the reduced `hr`; empty if it is, or if that is not clear.
 
-    Noise, blur and compression are no fault, nor is a shift of less than a pixel, which other resampling methods cause.
+    Noise, blur, compression and a shift of less than a pixel, which other resampling methods cause, are not faults.
 
     Args:
         hr: uint8 RGB (H * scale, W * scale, 3).

@@ -83,7 +83,7 @@ def archive_fault(file: BinaryIO) -> str:
 
 
 def unwrapped(loaded: object) -> dict[str, Tensor]:
-    """The state dict in the content of a file: one of WRAPPERS, or the content itself; entries that are no tensors are
+    """The state dict in the content of a file: one of WRAPPERS, or the content itself; entries other than tensors are
     dropped, and without any the result is empty.
     """
     for _ in range(2):

@@ -135,7 +135,7 @@ class Listener(tune.Callback):
         """
         Args:
             queue: the sweep's jobs.
-            poll_s: seconds between two looks at the clock and for a request to stop.
+            poll_s: seconds between two checks of the time limit and of requests to stop.
         """
         self._queue, self._poll_s = queue, poll_s
         self._began = self._polled = self._printed = time.monotonic()

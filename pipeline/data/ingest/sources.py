@@ -163,7 +163,7 @@ def one_file(path: Path) -> PhotoFile:
 
 
 def _skip_reason(photo: PhotoFile) -> str | None:
-    """Why a file is not an image; None if it may be one, empty if it does not count (hidden, and by name no image)."""
+    """Why a file is not an image; None if it may be one, empty if it does not count (hidden, of another extension)."""
     suffix = PurePosixPath(photo.name).suffix.lower()
     if PurePosixPath(photo.name).name.startswith("."):
         return "hidden" if photo.known_extension else ""
