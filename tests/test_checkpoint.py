@@ -97,7 +97,7 @@ def test_the_generator_file_is_a_model_by_itself(run: Storage) -> None:
 @pytest.mark.parametrize(
     "file", ["generator.safetensors", "training.safetensors", "state.json", "manifest.json"]
 )
-def test_a_flipped_bit_anywhere_makes_the_older_checkpoint_count(
+def test_after_a_flipped_bit_anywhere_the_older_checkpoint_is_the_newest(
     run: Storage, file: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     state = trained_state()
@@ -115,7 +115,7 @@ def test_a_flipped_bit_anywhere_makes_the_older_checkpoint_count(
         assert str(newer) in caplog.text
 
 
-def test_a_checkpoint_without_a_manifest_is_not_there(run: Storage) -> None:
+def test_a_checkpoint_without_a_manifest_is_not_listed(run: Storage) -> None:
     name = written(run, trained_state(), 1)
     run.remove(f"{name.folder}/manifest.json")
     assert checkpoints.newest(run) is None
@@ -147,7 +147,7 @@ def test_non_finite_weights_are_never_written(run: Storage) -> None:
     assert checkpoints.listed(run) == []
 
 
-def test_old_checkpoints_go_and_the_kept_ones_stay(run: Storage) -> None:
+def test_old_checkpoints_are_removed_except_those_to_keep(run: Storage) -> None:
     state = trained_state()
     order = []
     with CheckpointWriter(run, keep=2, metadata=SIZES) as writer:

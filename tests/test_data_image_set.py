@@ -55,7 +55,7 @@ def test_div2k_names_match(tmp_path: Path) -> None:
     assert pair_names(hr, lr) == [("0801.png", "0801x4.png"), ("0802.png", "0802x4.png")]
 
 
-def test_the_exact_name_wins_over_the_shortened_one(tmp_path: Path) -> None:
+def test_the_exact_name_takes_precedence_over_the_shortened_one(tmp_path: Path) -> None:
     hr = tree(tmp_path / "a", "view.png", "view_x4.png")
     lr = tree(tmp_path / "b", "view.png", "view_x4.png")
     assert pair_names(hr, lr) == [("view.png", "view.png"), ("view_x4.png", "view_x4.png")]

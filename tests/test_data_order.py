@@ -81,7 +81,7 @@ def test_a_late_step_of_a_large_data_set_costs_no_more_than_the_first() -> None:
     assert rows(draws) == rows(samples.of_step(1_400_000))
 
 
-def test_channel_orders_are_permutations_that_seed_step_and_place_decide() -> None:
+def test_channel_orders_are_permutations_by_seed_step_and_position() -> None:
     whole = channel_orders(7, 6, 11, 0, 6)
     parts = [channel_orders(7, 6, 11, *rank_share(6, rank, 4)) for rank in range(4)]
     assert np.array_equal(np.concatenate(parts), whole)

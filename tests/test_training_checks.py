@@ -97,7 +97,7 @@ def test_a_node_without_the_perceptual_weights_is_found_before_stage_1(tmp_path:
 
 
 @pytest.mark.parametrize("changes", [{"gan.steps": 0}, {"gan.perceptual_weight": 0}])
-def test_weights_that_are_not_used_need_not_be_there(tmp_path: Path, changes: dict[str, object]) -> None:
+def test_weights_that_are_not_used_may_be_missing(tmp_path: Path, changes: dict[str, object]) -> None:
     config = load(tmp_path, **{"perceptual.weights": "/no/weights.pth", **changes})
     check_before_start(config, Storage(config.storage) / "tiny")
 

@@ -173,7 +173,7 @@ def test_an_error_that_repeats_ends_the_run_with_its_message(ray_cluster: str, f
         train(folder, run_name="broken", **{"data.root": str(data)})
 
 
-def test_divergence_is_one_line_after_a_second_try(ray_cluster: str, folder: Path) -> None:
+def test_divergence_is_one_line_after_a_second_attempt(ray_cluster: str, folder: Path) -> None:
     name = "diverged"
     with pytest.raises(UserError, match=r"non-finite gradients.*lower psnr\.learning_rate"):
         train(folder, run_name=name, **{"psnr.learning_rate": 1e38, "faults.max_skipped_steps": 1})

@@ -59,7 +59,7 @@ def curve(run: Storage) -> list[tuple[int, dict[str, float]]]:
     return points
 
 
-def test_both_stages_run_and_leave_what_they_promise(folder: Path, undisturbed: TrainingResult) -> None:
+def test_both_stages_run_and_write_their_files(folder: Path, undisturbed: TrainingResult) -> None:
     run = Storage(str(folder / "runs" / "tiny"))
     assert (undisturbed.stage, undisturbed.step) == ("gan", 12)
     assert json.loads(run.read_bytes("result.json"))["generator_sha256"] == undisturbed.generator_sha256
@@ -261,7 +261,7 @@ def test_keep_best_checkpoints_keeps_the_n_best(folder: Path, undisturbed: Train
     assert {name.step for name in checkpoints.listed(run)} == {*bests, 12}
 
 
-def test_a_change_may_be_accepted_and_is_then_the_rule(
+def test_an_accepted_change_becomes_the_runs_identity(
     folder: Path, undisturbed: TrainingResult, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = unfinished(folder, "longer")

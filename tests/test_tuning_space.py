@@ -123,7 +123,7 @@ def test_invalid_values_inside_a_range_are_drawn_again(search: str) -> None:
     assert sorted(drawn) == [64, 96, 128]
 
 
-def test_a_grid_leaves_out_invalid_combinations() -> None:
+def test_a_grid_excludes_invalid_combinations() -> None:
     settings = sweep({"crop_px": {"low": 64, "high": 128, "step": 8}}, search="grid", trials=9)
     assert [plan.values["crop_px"] for plan in proposals(settings, 9)] == [64, 96, 128]
 
