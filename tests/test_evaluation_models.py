@@ -21,7 +21,9 @@ def write_checkpoint(run: Path, name: str, seed: int) -> Path:
     weights = write_generator(folder / "generator.safetensors", seed)
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     (folder / "manifest.json").write_text(
-        json.dumps({"format": 1, "files": {weights.name: {"sha256": digest}}})
+        json.dumps(
+            {"format": 1, "files": {weights.name: {"bytes": weights.stat().st_size, "sha256": digest}}}
+        )
     )
     return folder
 
@@ -60,7 +62,7 @@ def test_non_finite_weights_are_an_error_in_every_command(tmp_path: Path, source
         save_generator(generator, path)
     digest = hashlib.sha256((folder / "generator.safetensors").read_bytes()).hexdigest()
     (folder / "manifest.json").write_text(
-        json.dumps({"files": {"generator.safetensors": {"sha256": digest}}})
+        json.dumps({"format": 1, "files": {"generator.safetensors": {"bytes": 0, "sha256": digest}}})
     )
     image, out = write_image(tmp_path / "a.png"), tmp_path / "out"
     model = ("--model", tmp_path / source)

@@ -1,12 +1,12 @@
 """Reads the weights of a model source: a weight file, a checkpoint's or run's folder, or a model in models/."""
 
 import hashlib
-import json
 from pathlib import Path
 
 import pyarrow
 
 from pipeline.errors import UserError
+from pipeline.run_folder import CHECKPOINT_MANIFEST
 from pipeline.storage import Storage, is_remote
 from pipeline.training import checkpoint
 
@@ -67,8 +67,8 @@ def _from_checkpoint(folder: Storage, file: str) -> bytes:
     """A file of a checkpoint, verified against the manifest."""
     try:
         content = folder.read_bytes(file)
-        expected = json.loads(folder.read_bytes("manifest.json"))["files"][file]["sha256"]
-    except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException):
+        expected = CHECKPOINT_MANIFEST.parse(folder.read_bytes("manifest.json")).files[file].sha256
+    except (OSError, ValueError, KeyError, pyarrow.ArrowException):
         raise UserError(
             f"{folder.uri}: not a finished checkpoint (its manifest.json is missing or corrupt); "
             f"to use it anyway, give the path of its {file}"
