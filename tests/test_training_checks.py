@@ -19,6 +19,7 @@ from pipeline.storage import Storage
 from pipeline.training.checks import check_before_start, prepare_worker
 from pipeline.training.config import TrainConfig
 from pipeline.training.loop import train
+from pipeline.training.run import run_training
 from pipeline.training.validation_sets import ValidationSet
 from pipeline.training.worker import Worker
 
@@ -113,6 +114,15 @@ def test_a_model_that_cannot_be_registered_is_found_before_the_start(
         check_before_start(load(tmp_path), run)
     for field, value in (("tracking.register_model", False), ("tracking.uri", "none")):
         check_before_start(load(tmp_path, **{field: value}), run)
+
+
+@pytest.mark.parametrize("changes", [{}, {"init.generator": "compact-x4"}])
+def test_a_scale_that_the_generator_lacks_is_refused_before_the_start(
+    tmp_path: Path, changes: dict[str, object]
+) -> None:
+    sizes = {"data.scale": 3, "data.patch_px": 96, "crop_px": 96}
+    with pytest.raises(UserError, match=r"data\.scale=3: RRDBNet exists for scale 4, 2 and 1"):
+        run_training(load(tmp_path, **sizes, **changes))
 
 
 def test_every_layer_of_vgg19_survives_the_smallest_crop() -> None:

@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipeline.data.format.local_copy import local_copy
 from pipeline.errors import StorageFull, UserError, is_installed, require_package
 from pipeline.metrics import require
@@ -18,6 +20,7 @@ from pipeline.training.config import TrainConfig
 from pipeline.training.init_config import NETWORKS
 from pipeline.training.model_source import shipped_model
 from pipeline.training.selection import measured_metrics, metric_key
+from pipeline.training.state import build_discriminator, build_generator
 from pipeline.training.validation_config import HELD_OUT
 
 NCCL_HEARTBEAT_S = 60
@@ -87,8 +90,6 @@ def in_copied_folder() -> bool:
 
 def check_before_start(config: TrainConfig, run: Storage) -> None:
     """Checks everything that needs neither Ray nor the data. Raises UserError."""
-    if config.data.scale == 3:
-        raise UserError("data.scale=3: the generator supports scale 2 and 4; use one of these")
     if config.use_gpu and config.workers == 0:
         require_gpu("use_gpu=true", "set use_gpu=false")
     if config.worker_range[1] > 0:
@@ -120,7 +121,7 @@ def _require_space(config: TrainConfig, run: Storage) -> None:
     """Raises UserError if the checkpoints to be kept do not fit on the disk."""
     free = run.free_bytes()
     # Two more: stage 1's, and one that is being written.
-    needed = checkpoint_bytes(config) * (config.keep_checkpoints + config.keep_best_checkpoints + 2)
+    needed = _checkpoint_bytes(config) * (config.keep_checkpoints + config.keep_best_checkpoints + 2)
     if free is not None and free < needed:
         raise StorageFull(
             f"storage={config.storage}: {free / 2**20:.0f} MiB free, and checkpoints take about "
@@ -128,18 +129,13 @@ def _require_space(config: TrainConfig, run: Storage) -> None:
         )
 
 
-def checkpoint_bytes(config: TrainConfig) -> int:
-    """Approximate size of a checkpoint, in bytes."""
-    size = config.model
-    feat, grow = size.num_feat, size.num_grow_ch
-    dense = sum((feat + index * grow) * (grow if index < 4 else feat) * 9 for index in range(5))
-    generator = size.num_block * 3 * dense + 5 * feat * feat * 9
-    discriminator = 0
-    if config.gan.steps:
-        base = config.model.discriminator_num_feat
-        discriminator = 160 * 9 * base * base + 8 * base * 100 * (config.crop_px // 32) ** 2
+def _checkpoint_bytes(config: TrainConfig) -> int:
+    """Size of a checkpoint's weights and moments. Raises UserError: no generator has this scale."""
+    with torch.device("meta"):
+        networks = [build_generator(config), *([build_discriminator(config)] if config.gan.steps else [])]
+    generator, *discriminator = (sum(map(torch.numel, network.parameters())) for network in networks)
     # Weights, EMA weights and Adam's two moments; the discriminator has no EMA weights.
-    return 4 * (4 * generator + 3 * discriminator)
+    return 4 * (4 * generator + 3 * sum(discriminator))
 
 
 def prepare_worker(use_gpu: bool, several: bool, root: str, local_cache: str | None) -> str:

@@ -179,11 +179,14 @@ def new_state(config: TrainConfig, stage: Stage, device: torch.device) -> TrainS
 
 
 def build_generator(config: TrainConfig) -> RRDBNet:
-    """The configured generator, with weights from torch's global random state."""
+    """The configured generator, with weights from torch's global random state. Raises UserError: no such scale."""
     size = config.model
-    return RRDBNet(
-        size.num_feat, size.num_block, size.num_grow_ch, size.residual_scale, scale=config.data.scale
-    )
+    try:
+        return RRDBNet(
+            size.num_feat, size.num_block, size.num_grow_ch, size.residual_scale, scale=config.data.scale
+        )
+    except ValueError as error:
+        raise UserError(f"data.{error}; choose another scale") from None
 
 
 def build_discriminator(config: TrainConfig) -> nn.Module:
