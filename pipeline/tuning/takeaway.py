@@ -12,6 +12,7 @@ from pipeline.model import RRDBNet
 from pipeline.run_folder import TrialOutcome
 from pipeline.storage import Storage
 from pipeline.training import checkpoint as checkpoints
+from pipeline.training.state import build_generator
 from pipeline.training.validation import CROP_PX, most_detailed
 from pipeline.training.validation_sets import ValidationImage, find_sets, open_sets
 from pipeline.tuning.config import TuneConfig
@@ -141,10 +142,7 @@ def _generator(queue: TrialQueue, trial: TrialOutcome) -> RRDBNet | None:
         weights = checkpoints.read(run, name).ema
     except checkpoints.CorruptCheckpoint:
         return None
-    size = config.model
-    generator = RRDBNet(
-        size.num_feat, size.num_block, size.num_grow_ch, size.residual_scale, scale=config.data.scale
-    )
+    generator = build_generator(config)
     generator.load_state_dict(weights)
     return generator.eval()
 
