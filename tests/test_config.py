@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from pipeline.config import FIRST_FIELDS, Config, fields_page, load_config
 from pipeline.errors import UserError
-from pipeline.model import UNetDiscriminator, VGGStyleDiscriminator
+from pipeline.model import RRDBNet, UNetDiscriminator, VGGStyleDiscriminator
 from pipeline.section import with_fields
 from pipeline.training.config import TrainConfig
 from pipeline.training.distributed import unwrap
@@ -100,7 +100,12 @@ def test_workers_in_the_environment_are_a_number_or_a_range(text: str, range_: t
     [
         (["--gan.steps", "-1"], {}, "gan.steps='-1'"),
         (["--gan.stepz", "1"], {}, "did you mean --gan.steps?"),
-        (["--crop_px", "30"], {}, "crop_px=30 is not a multiple of data.scale=4; use 28"),
+        (["--crop_px", "30"], {}, "crop_px=30 is not a multiple of 4, which data.scale=4 needs; use 28"),
+        (
+            ["--data.scale", "2", "--crop_px", "18", "--gan.steps", "0"],
+            {},
+            "crop_px=18 is not a multiple of 4, which data.scale=2 needs; use 16",
+        ),
         (["--crop_px", "72"], {}, "crop_px=72 is not a multiple of 32"),
         (
             ["--crop_px", "20", "--model.discriminator", "unet"],
@@ -305,6 +310,22 @@ def test_stage_2_accepts_the_sizes_that_the_configuration_accepts(
         network = new_state(config, "gan", torch.device("cpu")).discriminator
         assert network is not None
         assert unwrap(network)(images).isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+@pytest.mark.parametrize("crop_px", [16, 18, 20, 22])
+def test_stage_1_accepts_the_crops_that_the_configuration_accepts(scale: int, crop_px: int) -> None:
+    sizes = {"num_feat": 4, "num_grow_ch": 2, "num_block": 1}
+    generator = RRDBNet(**sizes, scale=scale)
+    try:
+        TrainConfig.model_validate(
+            {"data": {"scale": scale}, "crop_px": crop_px, "gan": {"steps": 0}, "model": sizes}
+        )
+    except ValueError:
+        assert crop_px % 4
+    else:
+        images = torch.zeros(1, 3, crop_px // scale, crop_px // scale)
+        assert generator(images).shape == (1, 3, crop_px, crop_px)
 
 
 def test_changed_fields_are_validated_again() -> None:

@@ -9,6 +9,7 @@ from pipeline.data.config import DataConfig
 from pipeline.model import DISCRIMINATORS, LAYERS, LITE0_LAYERS
 from pipeline.model.config import ModelConfig
 from pipeline.model.losses import PixelKind
+from pipeline.model.rrdbnet import UNSHUFFLE
 from pipeline.section import Section
 from pipeline.tracking.config import TrackingConfig
 from pipeline.training.init_config import InitConfig
@@ -232,11 +233,11 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "TrainConfig":
-        scale = self.data.scale
-        if self.crop_px % scale:
+        multiple = self.data.scale * UNSHUFFLE.get(self.data.scale, 1)
+        if self.crop_px % multiple:
             raise ValueError(
-                f"crop_px={self.crop_px} is not a multiple of data.scale={scale}; "
-                f"use {self.crop_px - self.crop_px % scale}"
+                f"crop_px={self.crop_px} is not a multiple of {multiple}, which data.scale={self.data.scale} needs; "
+                f"use {self.crop_px - self.crop_px % multiple}"
             )
         if self.crop_px > self.data.patch_px:
             raise ValueError(
