@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 from tiny import fields, flags
+from tiny_patches import write_patches
 
 from pipeline.config import load_config
 from pipeline.data import HeldOutPhoto
@@ -123,6 +124,22 @@ def test_a_scale_that_the_generator_lacks_is_refused_before_the_start(
     sizes = {"data.scale": 3, "data.patch_px": 96, "crop_px": 96}
     with pytest.raises(UserError, match=r"data\.scale=3: RRDBNet exists for scale 4, 2 and 1"):
         run_training(load(tmp_path, **sizes, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"crop_px": 64}, r"crop_px=64: the patches in .* have 32 pixels"),
+        ({"data.scale": 2}, r"data\.scale=2: .* was made for scale 4"),
+    ],
+)
+def test_an_existing_data_set_that_does_not_fit_is_refused_before_ray_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], message: str
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # nothing listens there
+    write_patches(tmp_path / "data", 3, side=32)
+    with pytest.raises(UserError, match=message):
+        run_training(load(tmp_path, workers=1, **changes))
 
 
 def test_every_layer_of_vgg19_survives_the_smallest_crop() -> None:

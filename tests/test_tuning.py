@@ -21,6 +21,7 @@ from PIL import Image
 from ray.tune.search import Searcher
 from test_training_ray import hurt_at
 from tiny import write_sets
+from tiny_patches import write_patches
 from tracking_helpers import wait_until
 from tuning_helpers import configurations, open_queue, run_all, sweep_fields
 
@@ -415,6 +416,16 @@ def test_invalid_input_is_refused_before_ray_starts(
 def test_a_sweep_named_like_a_file_is_refused_before_ray_starts(folder: Path) -> None:
     with pytest.raises(UserError, match=r"mlflow\.db: not writable"):
         run(folder, **{"tune.name": "mlflow.db"})
+
+
+def test_an_existing_data_set_that_does_not_fit_the_trials_is_refused_before_ray_starts(
+    folder: Path, tmp_path: Path
+) -> None:
+    changes = {"tune.name": "unfit", "data.root": write_patches(tmp_path, 3, side=48)}
+    space = {"crop_px": {"choice": [32, 64]}, "batch_size": {"choice": [4]}}
+    with pytest.raises(UserError, match=r"crop_px=64: the patches in .* have 48 pixels"):
+        run(folder, **changes, **{"tune.space": space})
+    assert not (folder / "runs" / "unfit").exists()
 
 
 @pytest.mark.parametrize("prepared", [False, True])

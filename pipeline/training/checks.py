@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from pipeline.data import Manifest
 from pipeline.data.format.local_copy import local_copy
 from pipeline.errors import StorageFull, UserError, is_installed, require_package
 from pipeline.metrics import require
@@ -101,6 +102,19 @@ def check_before_start(config: TrainConfig, run: Storage) -> None:
     perceptual_features(config)
     run.require_writable("storage")
     _require_space(config, run)
+
+
+def require_fitting_data(config: TrainConfig, manifest: Manifest) -> None:
+    """Raises UserError if a data set was prepared for another scale or smaller crops."""
+    if manifest.scale != config.data.scale:
+        raise UserError(
+            f"data.scale={config.data.scale}: {config.data.root} was made for scale {manifest.scale}"
+        )
+    if manifest.patch_px < config.crop_px:
+        raise UserError(
+            f"crop_px={config.crop_px}: the patches in {config.data.root} have {manifest.patch_px} pixels; "
+            "lower crop_px or prepare larger patches"
+        )
 
 
 def perceptual_features(config: TrainConfig) -> VGGFeatures | Lite0Features | None:

@@ -18,7 +18,7 @@ from pipeline.tracking.sender import Sender
 from pipeline.tracking.spool import published_step
 from pipeline.tracking.upload import initial_tags
 from pipeline.training import checkpoint as checkpoints
-from pipeline.training.checks import check_before_start, with_absolute_paths
+from pipeline.training.checks import check_before_start, require_fitting_data, with_absolute_paths
 from pipeline.training.conclude import conclude, send_later
 from pipeline.training.config import TrainConfig
 from pipeline.training.faults import Diverged
@@ -104,12 +104,16 @@ def run_training(
     sets = find_sets(config)
     if manifest is None:
         check_source(config.data, prepare_command)
+    else:
+        require_fitting_data(config, manifest)
     require_tracking(config.tracking, config.storage)
 
     refusal = (
         f"run_name={config.run_name}: another process is training {run.uri}; wait for it or stop it first"
     )
     with only_writer(run, refusal):
+        if accept_changes:
+            _require_loadable(config, run)
         if config.worker_range[1] > 0:
             from pipeline.training import ray_cluster
 
@@ -119,9 +123,6 @@ def run_training(
             prepare(config.data, on_ray=config.worker_range[1] > 0)
             manifest = load_manifest(config.data.root)
             new, changes = require_resumable(manifest)
-        require_fitting_data(config, manifest)
-        if accept_changes:
-            _require_loadable(config, run)
         identity = claim(run, old, new, changes)
         save_copies(run, initial)
         if parent_run_id is None:
@@ -267,16 +268,3 @@ def _require_loadable(config: TrainConfig, run: Storage) -> None:
         stage: Stage = "gan" if newest.name.stage == "gan" else "psnr"
         state = new_state(config, stage, torch.device("cpu"))
         state.load(newest.ema, newest.tensors, newest.scalars)
-
-
-def require_fitting_data(config: TrainConfig, manifest: Manifest) -> None:
-    """Raises UserError if the data set's patches have another scale, or are smaller than the crops."""
-    if manifest.scale != config.data.scale:
-        raise UserError(
-            f"data.scale={config.data.scale}: {config.data.root} was made for scale {manifest.scale}"
-        )
-    if manifest.patch_px < config.crop_px:
-        raise UserError(
-            f"crop_px={config.crop_px}: the patches in {config.data.root} have {manifest.patch_px} pixels; "
-            "lower crop_px or prepare larger patches"
-        )

@@ -25,12 +25,13 @@ from pipeline.training import ray_cluster
 from pipeline.training.checks import (
     check_before_start,
     perceptual_features,
+    require_fitting_data,
     require_metric,
     with_absolute_paths,
 )
 from pipeline.training.config import TrainConfig
 from pipeline.training.initial import Initial, origins, require_fit, resolve, save_copies
-from pipeline.training.run import require_fitting_data, summary
+from pipeline.training.run import summary
 from pipeline.training.selection import with_selection
 from pipeline.training.stopping import saving_on_sigterm
 from pipeline.training.validation_sets import find_sets
@@ -169,6 +170,7 @@ def check_trials(
         raise UserError(
             "tune.repeats: the trials are repeated with other seeds, so seed cannot be in tune.space"
         )
+    manifest = load_manifest(base.data.root) if has_manifest(base.data.root) else None
     for trial in trials:
         require_rungs(settings, trial)
         if manifest is not None:
