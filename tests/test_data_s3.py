@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from pyarrow import fs
-from s3 import s3_bucket
+from s3 import s3_bucket, start_server
 from tiny import write_photos
 from tiny_patches import write_patches
 
@@ -189,11 +189,13 @@ def without_client_retries(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_unreachable_store_is_not_corruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader, "RETRY_AFTER_S", (0.0, 0.0))
     without_client_retries(monkeypatch)
-    with s3_bucket(monkeypatch) as address:
+    server = start_server()
+    with s3_bucket(monkeypatch, server) as address:
         upload(Path(write_patches(tmp_path, 5)), f"{address}/set")
         manifest = load_manifest(f"{address}/set")
         patches = PatchReader(manifest)
         patches.crop(0, 0, 0, 16)
+    server.stop()
     with pytest.raises(
         StoreUnreachable, match=r"set/patches-00000\.parquet: the object store is unreachable"
     ):
