@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import numpy as np
 import pytest
 import torch
@@ -30,10 +31,15 @@ DATA = "0123456789abcdef" * 4
 
 @functools.cache
 def _migrated_database() -> bytes:
-    """An MLflow database with its tables and nothing else, created once per process."""
-    with tempfile.TemporaryDirectory() as folder:
-        connect(f"sqlite:///{folder}/mlflow.db")
-        return (Path(folder) / "mlflow.db").read_bytes()
+    """An MLflow database with its tables and nothing else. Creating it takes seconds: pytest's cache keeps it."""
+    folder = Path(__file__).parent.parent / ".pytest_cache"
+    kept = folder / f"mlflow-{mlflow.__version__}.db"
+    if not kept.exists():
+        folder.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            connect(f"sqlite:///{temporary}/mlflow.db")
+            (Path(temporary) / "mlflow.db").replace(kept)
+    return kept.read_bytes()
 
 
 def new_database(folder: Path, name: str = "mlflow.db") -> str:
