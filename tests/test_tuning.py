@@ -452,14 +452,6 @@ def test_a_constraint_on_the_held_out_set_needs_one(folder: Path) -> None:
         run_sweep(config, settings)
 
 
-def test_crops_that_are_larger_than_the_prepared_patches_are_refused_before_ray_starts(folder: Path) -> None:
-    open_queue(folder, **{"tune.name": "prepared"})  # patches of 64 px
-    changes = {"data.patch_px": 128, "tune.space": {"crop_px": {"choice": [32, 96]}}}
-    with pytest.raises(UserError, match=r"crop_px=96: the patches in .* have 64 pixels"):
-        run(folder, **{"tune.name": "invalid", **changes})
-    assert not (folder / "runs" / "invalid").exists()
-
-
 @pytest.mark.parametrize(
     ("name", "remedy"),
     [

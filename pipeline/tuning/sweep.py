@@ -170,7 +170,6 @@ def check_trials(
         raise UserError(
             "tune.repeats: the trials are repeated with other seeds, so seed cannot be in tune.space"
         )
-    manifest = load_manifest(base.data.root) if has_manifest(base.data.root) else None
     for trial in trials:
         require_rungs(settings, trial)
         if manifest is not None:
