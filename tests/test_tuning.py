@@ -320,7 +320,7 @@ def test_the_best_trial_is_kept_before_the_figures_are_drawn(
 def test_a_trial_that_lost_its_process_has_its_status_and_reason_in_mlflow(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes = {"tune.name": "lost", "tune.trials": 2, "psnr.steps": 0, "gan.allow_random_start": True}
+    changes = {"tune.name": "lost", "tune.trials": 3, "psnr.steps": 0, "gan.allow_random_start": True}
     queue = open_queue(folder, **changes)
     config, _ = configurations(folder, **changes)
     uri = f"sqlite:///{folder}/runs/mlflow.db"
@@ -336,11 +336,20 @@ def test_a_trial_that_lost_its_process_has_its_status_and_reason_in_mlflow(
     assert other is not None
     outcome = TrialOutcome(other.name, "id", other.plan.values, "finished", 6, {"psnr_y": 20.0}, number=1)
     queue.ended(other.name, outcome)
+    weak = queue.next()
+    assert weak is not None
+    stopped = open_run(tracking, weak.run, run_name=weak.name, parameters={}, tags={}, config_text="")
+    assert stopped is not None
+    early = TrialOutcome(weak.name, None, weak.plan.values, "stopped", 3, {"psnr_y": 19.0}, "early", number=2)
+    queue.ended(weak.name, early)
     monkeypatch.setattr("pipeline.tuning.sweep.sweep_files", lambda *arguments: {})
     result = conclude(queue, config, parent)
-    assert [(trial.status, trial.reason) for trial in result.trials] == [("finished", ""), ("failed", LOST)]
-    run = MlflowClient(uri).get_run(child.run_id)
+    reasons = [(trial.status, trial.reason) for trial in result.trials]
+    assert reasons == [("finished", ""), ("stopped", "early"), ("failed", LOST)]
+    run, ended = (MlflowClient(uri).get_run(each.run_id) for each in (child, stopped))
     assert (run.info.status, run.data.tags["esrgan.failure"]) == ("FAILED", LOST)
+    assert ended.info.status == "KILLED"
+    assert "esrgan.failure" not in ended.data.tags
 
 
 def test_a_trial_starts_although_the_tracking_server_has_become_unreachable(folder: Path) -> None:

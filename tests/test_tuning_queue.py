@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+import threading
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +23,7 @@ from pipeline.tracking.candidate import send_unsent
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training import faults
 from pipeline.training.run import run_training
+from pipeline.training.stopping import request_stop
 from pipeline.tuning import sweep_folder
 from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.ranking import compare_trials
@@ -317,6 +319,22 @@ def test_weak_trials_are_stopped_and_the_rungs_survive_a_resume(folder: Path) ->
     again = open_queue(folder, **{"tune.name": "rungs-again", **changes})
     run_all(again)
     assert values_of(again) == values_of(undisturbed)
+
+    # The driver is killed before the report of a validation at a rung, and the trial's process trains a little longer.
+    killed = open_queue(folder, **{"tune.name": "rungs-killed", **changes})
+    for _ in ("stage 1", "trial"):
+        job = killed.next()
+        assert job is not None
+        run_job(killed, job)
+    weak = killed.next()
+    assert weak is not None
+    arguments = (weak, killed.settings, None, lambda metrics: request_stop(weak.run))
+    thread = threading.Thread(target=train_job, args=arguments)
+    thread.start()
+    thread.join()
+    resumed = open_queue(folder, **{"tune.name": "rungs-killed", **changes})
+    run_all(resumed)
+    assert values_of(resumed) == values_of(undisturbed)
 
 
 @pytest.mark.slow

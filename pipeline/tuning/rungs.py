@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pipeline.errors import UserError
 from pipeline.training.config import TrainConfig
 from pipeline.training.schedule import due
-from pipeline.tuning.config import TuneConfig
+from pipeline.tuning.config import TuneConfig, mode_of
 
 History = Mapping[int, float]
 """Value of the metric by step of the compared stage."""
@@ -41,6 +41,32 @@ def require_rungs(settings: TuneConfig, config: TrainConfig) -> None:
             f"tune.grace_steps={settings.grace_steps}: no validation of the {stage} stage is between this step and "
             f"its end ({last - start} steps); lower it or validate_every_steps={config.validate_every_steps}"
         )
+
+
+def reason_to_stop(
+    settings: TuneConfig,
+    steps: int,
+    own: Mapping[int, Mapping[str, float]],
+    others: Iterable[Mapping[int, Mapping[str, float]]],
+) -> str:
+    """Why a trial is stopped after its latest validation; empty: it is not.
+
+    Args:
+        settings: the sweep's.
+        steps: number of steps of the compared stage.
+        own: metrics of this trial by step of the compared stage.
+        others: those of all other trials, ended or running.
+    """
+    metric = settings.metrics[0]
+
+    def values(history: Mapping[int, Mapping[str, float]]) -> History:
+        return {step: metrics[metric] for step, metrics in history.items() if metric in metrics}
+
+    measured, maximize = values(own), mode_of(metric) == "max"
+    if settings.scheduler == "none" or not is_weak(settings, steps, measured, map(values, others), maximize):
+        return ""
+    step = max(measured)
+    return f"stopped early: {metric} {measured[step]:.4f} at step {step} of {steps}"
 
 
 def is_weak(

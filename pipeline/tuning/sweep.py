@@ -259,9 +259,12 @@ def conclude(queue: TrialQueue, config: TrainConfig, parent: TrackedRun) -> Swee
         run = sweep / f"trials/{trial.run_name}"
         send_unsent(run, parent.uri)
         run_id = trial.run_id or sweep_folder.tracking_run_id(run)
-        if trial.status == "failed" and run_id:  # a process that was killed has not set its status
-            ended = TrackedRun(parent.uri, run_id, parent.experiment_id, run.uri)
-            finish_run(ended, "FAILED", reason=trial.reason)
+        if trial.status != "finished" and run_id:  # a process that was killed has not set its status
+            ended, failed = (
+                TrackedRun(parent.uri, run_id, parent.experiment_id, run.uri),
+                trial.status == "failed",
+            )
+            finish_run(ended, "FAILED" if failed else "KILLED", reason=trial.reason if failed else "")
         trials.append(replace(trial, run_id=run_id))
     finished = [trial for trial in trials if trial.status == "finished"]
     if not finished and not queue.stopping:

@@ -14,11 +14,11 @@ from pipeline.training import checkpoint as checkpoints
 from pipeline.training.config import TrainConfig
 from pipeline.training.stopping import end_stop_request, request_stop
 from pipeline.tuning import stage_one, sweep_folder
-from pipeline.tuning.config import TuneConfig, mode_of
+from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.job import Job
 from pipeline.tuning.proposals import Validations, as_database, number_of_trials, propose, study
 from pipeline.tuning.ranking import compare_trials
-from pipeline.tuning.rungs import compared_from, is_weak
+from pipeline.tuning.rungs import compared_from, reason_to_stop
 from pipeline.tuning.space import Values, trial_config, trial_name
 
 logger = logging.getLogger(__name__)
@@ -112,6 +112,10 @@ class TrialQueue:
         except UserError as error:  # a plan of an earlier version
             self._cannot_start(name, str(error))
             return None
+        latest = compared_from(job.config) + max(self.histories.get(name, {}), default=0)
+        if published_step(job.run) >= latest and self._is_stopped(job):  # not reported before the driver died
+            self._waiting.remove(name)
+            return None
         stage = stage_one.stage_one_of(job.config, self.base, self._manifest_sha256)
         if stage is None or not self.is_shared or checkpoints.listed(job.run):
             return job
@@ -140,16 +144,23 @@ class TrialQueue:
         start = compared_from(job.config)
         if job.kind != "trial" or step <= start:
             return
-        history = self.histories.setdefault(name, {})
-        history[step - start] = metrics
-        if self.settings.scheduler == "asha" and not job.plan.repeats and self._is_weak(name, job):
-            metric = self.settings.metrics[0]
-            reason = (
-                f"stopped early: {metric} {metrics[metric]:.4f} at step {step - start} of {job.steps - start}"
-            )
-            stopped = replace(_empty(name, job.plan), status="stopped", step=step)
-            self._keep(replace(stopped, metrics=metrics, reason=reason))
+        self.histories.setdefault(name, {})[step - start] = metrics
+        if self._is_stopped(job):
             request_stop(job.run)
+
+    def _is_stopped(self, job: Job) -> bool:
+        """Whether a trial ends here: it is among the weak ones at the rung of its latest validation."""
+        own, start = self.histories.get(job.name, {}), compared_from(job.config)
+        others = [
+            each for name, each in self.histories.items() if name != job.name and not self.plans[name].repeats
+        ]
+        reason = "" if job.plan.repeats else reason_to_stop(self.settings, job.steps - start, own, others)
+        if reason:
+            stopped = replace(
+                _empty(job.name, job.plan), status="stopped", step=start + max(own), reason=reason
+            )
+            self._keep(replace(stopped, metrics=own[max(own)]))
+        return bool(reason)
 
     def ended(self, name: str, outcome: TrialOutcome) -> None:
         """A job's process has ended."""
@@ -266,16 +277,6 @@ class TrialQueue:
             return {}
         measured = validations(self.sweep / f"trials/{name}")
         return {step - start: metrics for step, metrics in measured.items() if step > start}
-
-    def _is_weak(self, name: str, job: Job) -> bool:
-        metric = self.settings.metrics[0]
-
-        def curve(of: str) -> dict[int, float]:
-            return {step: values[metric] for step, values in self.histories[of].items() if metric in values}
-
-        others = [curve(other) for other in self.histories if other != name and not self.plans[other].repeats]
-        steps = job.steps - compared_from(job.config)
-        return is_weak(self.settings, steps, curve(name), others, mode_of(metric) == "max")
 
     def _keep(self, outcome: TrialOutcome) -> None:
         sweep_folder.keep_outcome(self.sweep, outcome)
