@@ -76,7 +76,8 @@ def pareto_figure(
         text = name + (" (knee)" if name == ranking.best else "")
         text += ", tune.points[0]" if name == first_point else ""
         # Towards the middle, so that no name crosses the frame.
-        is_right, is_above = x > sum(axes.get_xlim()) / 2, number % 2 == 0
+        is_right = x > sum(axes.get_xlim()) / 2
+        is_above = number % 2 == 0 or name not in ranking.front
         axes.annotate(text, (x, y), xytext=(-6 if is_right else 6, 9 if is_above else -15),
                       textcoords="offset points", ha="right" if is_right else "left", fontsize=8,
                       fontweight="bold" if name == ranking.best else "normal")  # fmt: skip
