@@ -6,10 +6,12 @@ whole batch. Without a process group there is one worker, and nothing is communi
 
 import warnings
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -31,14 +33,27 @@ def global_means(*tensors: Tensor) -> tuple[Tensor, ...]:
     """
     if world_size() == 1:
         return tuple(tensor.mean() for tensor in tensors)
-    # Its backward pass is an all-reduce too: every worker's loss depends on every worker's input.
-    from torch.distributed.nn.functional import all_reduce
-
     sums = torch.stack([tensor.sum() for tensor in tensors])
     # Filled on the device: a tensor from Python numbers would make the host wait for it.
     counts = torch.stack([torch.full_like(sums[0], tensor.numel()) for tensor in tensors])
-    sums, totals = all_reduce(torch.stack([sums, counts]), group=None)
+    sums, totals = _Sum.apply(torch.stack([sums, counts]))
     return (sums / totals.detach()).unbind()
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over workers. torch's own, `torch.distributed.nn.functional.all_reduce`, is deprecated since 2.14."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        # An all-reduce too: every worker's loss depends on every worker's values.
+        return _Sum.apply(gradient)
 
 
 def share_mean(global_batch: int) -> Callable[[Tensor], Tensor]:
