@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from evaluation_helpers import (
     job,
     synthetic_image,
@@ -170,6 +171,18 @@ def test_a_model_with_non_finite_output_is_an_error_without_results(tmp_path: Pa
     assert "bright.png" in text
     assert f"{weights} computes non-finite values" in text
     assert not (tmp_path / "out").exists()
+
+
+def test_a_gpu_with_too_little_memory_is_an_error_with_a_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(MetricSet, "measure", full)
+    image = write_image(tmp_path / "hr" / "a.png")
+    text = user_error("evaluate", "--model", "bicubic", "--hr", image.parent, "--out", tmp_path / "out")
+    assert text == f"{image}: the GPU has too little memory; lower --tile, or use --device cpu"
 
 
 @pytest.fixture

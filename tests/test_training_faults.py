@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import tiny
-from tiny import write_sets
+import torch
+from tiny import write_photos, write_sets
 
 from pipeline.errors import UserError
 from pipeline.run_folder import GROUP, Fault, Refusal, TrainingResult
@@ -110,6 +111,27 @@ def events(run: Storage) -> list[str]:
         for record in read_segment(run, step).records
         if isinstance(record, Event)
     ]
+
+
+@pytest.mark.slow
+def test_a_gpu_with_too_little_memory_names_the_fields_to_lower(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_photos(tmp_path / "photos", 1, 64, seed=1)
+    write_photos(tmp_path / "held_out", 1, 64, seed=2)
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of 8 GiB."
+        )
+
+    monkeypatch.setattr("pipeline.training.stepper.on_device", full)
+    with pytest.raises(UserError) as raised:
+        train(tmp_path, **{"tracking.uri": "none"})
+    assert str(raised.value) == (
+        "batch_size=4, crop_px=32: CUDA out of memory. Tried to allocate 2.00 GiB; lower one of them, or use "
+        "precision=bf16"
+    )
 
 
 @pytest.mark.slow

@@ -28,7 +28,9 @@ from pipeline.run_folder import REFUSAL, Refusal
 from pipeline.storage import Storage
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training import faults
+from pipeline.training.faults import Diverged, OutOfMemory
 from pipeline.training.ray_compat import CheckedTorchConfig, SavingTrainer
+from pipeline.training.ray_trainer import _kind
 from pipeline.training.run import TrainingResult, run_training
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -212,6 +214,11 @@ def test_a_refusal_ends_workers_that_wait_in_a_collective(
         trainer.fit()
     assert time.monotonic() - began < 300
     assert REFUSAL.read(run) == Refusal("data.root: no such folder on this node")
+
+
+def test_a_gpu_with_too_little_memory_is_retried_once_like_a_divergence() -> None:
+    errors = [OutOfMemory("batch_size=16"), Diverged("step 9"), RuntimeError("no kernel image")]
+    assert [_kind(error) for error in errors] == ["diverged", "diverged", "error"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")

@@ -12,7 +12,7 @@ from pipeline.errors import UserError
 from pipeline.imaging import DeepImage, bicubic_upscale, prepared, upscale
 from pipeline.imaging.tiling import Tile
 from pipeline.model import RRDBNet, decode_generator, set_precision
-from pipeline.model.device import emulates_bf16
+from pipeline.model.device import emulates_bf16, require_gpu
 from pipeline.model.trunk import use_kernels
 from pipeline.model.weights import SIZES
 from pipeline.tracking.lookup import pull_generator, version_uri
@@ -204,6 +204,8 @@ def choose_device(name: str, workers: int = 0) -> str:
         return name
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda"):
+        require_gpu(f"--device {name}", "use --device cpu")
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:

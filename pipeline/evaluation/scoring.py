@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image as PillowImage
 
 from pipeline.data.ingest.decoding import PhotoRejected
@@ -98,6 +99,10 @@ class Scorer:
             baseline, *metrics = [measure(sr[None], hr[None], lr[None])[0] for sr in (bicubic, *results)]
         except (FloatingPointError, UserError) as error:
             return Failure(pair.name, str(error), fatal=True)
+        except torch.OutOfMemoryError:
+            return Failure(
+                pair.name, "the GPU has too little memory; lower --tile, or use --device cpu", fatal=True
+            )
         box = self._box(pair.name, results, bicubic, hr)
         overview = PillowImage.fromarray(hr)
         overview.thumbnail((_OVERVIEW_PX, _OVERVIEW_PX))

@@ -19,6 +19,10 @@ class Diverged(Exception):
     """Gradients stay non-finite. Retried once from the newest checkpoint; then the run fails with this message."""
 
 
+class OutOfMemory(Exception):
+    """A GPU has too little memory. Treated as Diverged is: a retry helps only if another process used the memory."""
+
+
 class Refused(Exception):
     """Bad input that only a worker can see. Its message is in the run's folder; Ray Train ends all workers at once.
 

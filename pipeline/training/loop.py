@@ -18,7 +18,7 @@ from pipeline.training.checkpointer import Checkpointer
 from pipeline.training.checks import perceptual_features
 from pipeline.training.config import TrainConfig
 from pipeline.training.distributed import world_size
-from pipeline.training.faults import Diverged
+from pipeline.training.faults import Diverged, OutOfMemory
 from pipeline.training.initial import load_initial
 from pipeline.training.meter import Meter
 from pipeline.training.run_log import RunLog
@@ -49,7 +49,21 @@ def train(
         UserError: no usable checkpoint, missing or corrupt weights, too many corrupt patches, or a storage that cannot
             be written; the message names the field to change.
         Diverged: gradients stay non-finite.
+        OutOfMemory: the GPU has too little memory.
     """
+    try:
+        _train(config, worker, run, feed, sets)
+    except torch.OutOfMemoryError as error:
+        text = ". ".join(str(error).split(". ")[:2])  # details of the allocator follow
+        advice = "" if config.precision == "bf16" else ", or use precision=bf16"
+        raise OutOfMemory(
+            f"batch_size={config.batch_size}, crop_px={config.crop_px}: {text.rstrip('.')}; lower one of them{advice}"
+        ) from None
+
+
+def _train(
+    config: TrainConfig, worker: Worker, run: Storage, feed: Feed, sets: Sequence[ValidationSet]
+) -> None:
     set_precision(config.precision)
     set_deterministic(config.deterministic)
     state = _resume_or_begin(config, worker, run, sets)

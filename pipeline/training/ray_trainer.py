@@ -254,7 +254,7 @@ _ROOT_CAUSES: tuple[FaultKind, ...] = ("died", "diverged", "error")
 def _kind(error: Exception) -> FaultKind:
     if _is_death(error):
         return "died"
-    return "diverged" if isinstance(_cause(error), faults.Diverged) else "error"
+    return "diverged" if isinstance(_cause(error), faults.Diverged | faults.OutOfMemory) else "error"
 
 
 def _is_death(error: BaseException) -> bool:

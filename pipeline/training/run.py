@@ -21,7 +21,7 @@ from pipeline.training import checkpoint as checkpoints
 from pipeline.training.checks import check_before_start, require_fitting_data, with_absolute_paths
 from pipeline.training.conclude import conclude, send_later
 from pipeline.training.config import TrainConfig
-from pipeline.training.faults import Diverged
+from pipeline.training.faults import Diverged, OutOfMemory
 from pipeline.training.identity import check_resume, claim, diff, identity_of, set_tracking_run
 from pipeline.training.initial import origins, resolve_for_run, save_copies
 from pipeline.training.loop import train
@@ -244,7 +244,7 @@ def _train(
         worker = Worker(device=device, report=report, stopping=lambda: stop_requested(run))
         try:
             train(config, worker, run, feed, open_sets(config, sets))
-        except Diverged as error:
+        except (Diverged, OutOfMemory) as error:
             raise UserError(str(error)) from None
     else:
         from pipeline.training import ray_trainer
