@@ -33,7 +33,7 @@ SHARE = 0.02
 def measure(options: argparse.Namespace, folder: str) -> dict[str, Any]:
     """Pauses, writing times, and step times with and without a write."""
     device = torch.device(options.device)
-    config = make_config(23, options.batch, 128)
+    config = make_config(options.blocks, options.batch, 128)
     step, state, _ = our_step(config, "gan", device, "fp32")
 
     def timed_step() -> float:
@@ -98,6 +98,7 @@ def main() -> None:
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--blocks", type=int, default=23)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--storage", help="folder to write below; default: the system's temporary one")
     parser.add_argument("--out", type=Path)

@@ -5,12 +5,13 @@
 #
 # The machine needs torch, torchvision and the packages of tests/minimal.py; WHEELS=FOLDER installs missing ones from a
 # folder of wheels. Each part has a time limit and may fail without ending the visit. PARTS chooses some of:
-# environment step validation checkpoint upscale tests. DEVICE=cpu TINY=1 tries the script on a machine without a GPU.
+# environment step train validation checkpoint upscale tests. Where a single command may take less than 12 minutes, call
+# the script twice. DEVICE=cpu TINY=1 tries it on a machine without a GPU.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 out=${1:?usage: benchmarks/gpu.sh OUT}
 mkdir -p "$out" && out=$(cd "$out" && pwd)
-parts=${PARTS:-environment step validation checkpoint upscale tests}
+parts=${PARTS:-environment step train validation checkpoint upscale tests}
 device=${DEVICE:-cuda}
 tiny=${TINY:+--tiny}
 python=${PYTHON:-python3}
@@ -48,13 +49,14 @@ printf '# GPU visit of %s\n' "$(date -u +%FT%TZ)" >"$out/report.md"
 
 # The measurements first: the tests take longest, and a visit may end early.
 part environment 40 "$python" benchmarks/gpu_environment.py --device "$device"
-part step 210 "$python" benchmarks/gpu_step.py --device "$device" ${tiny:+"$tiny"} --out "$out"
-part validation 50 "$python" benchmarks/validation.py --device "$device" ${tiny:+--size 64 80}
-part checkpoint 50 "$python" benchmarks/checkpoint.py --device "$device" --batch 16
-part upscale 60 "$python" benchmarks/upscale.py --device "$device" ${tiny:+"$tiny"}
+part step 180 "$python" benchmarks/gpu_step.py --device "$device" ${tiny:+"$tiny"} --out "$out"
+part train 140 "$python" benchmarks/gpu_train.py --device "$device" ${tiny:+"$tiny"} --out "$out"
+part validation 40 "$python" benchmarks/validation.py --device "$device" ${tiny:+--size 64 80}
+part checkpoint 45 "$python" benchmarks/checkpoint.py --device "$device" --batch 16 ${tiny:+--batch 1 --blocks 1 --rounds 2}
+part upscale 60 "$python" benchmarks/upscale.py --device "$device" ${tiny:+"$tiny" --images 4 --rounds 1}
 mark=gpu
 [[ $device == cpu ]] && mark="not gpu and not slow"
-part tests 280 "$python" -m pytest tests/test_gpu_*.py tests/test_model_trunk_kernels.py tests/test_tracking_system.py \
+part tests 210 "$python" -m pytest tests/test_gpu_*.py tests/test_model_trunk_kernels.py tests/test_tracking_system.py \
   -m "$mark" -q -p no:cacheprovider --junitxml="$out/tests.xml"
 
 echo "== report: $out/report.md ($SECONDS s)"

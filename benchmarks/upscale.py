@@ -31,7 +31,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--precision", nargs="+", default=["tf32", "bf16", "fp16"])
+    parser.add_argument("--precision", nargs="+", default=["bf16", "fp16", "tf32"])
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tiny", action="store_true", help="A small network, small photos, fp32.")

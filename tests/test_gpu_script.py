@@ -12,12 +12,11 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.slow
 def test_the_report_holds_every_part(tmp_path: Path) -> None:
-    # Without pytest, safetensors and so on, the tests fail; the environment is still described.
     environment = {
         **os.environ,
         "PYTHON": sys.executable,
         "DEVICE": "cpu",
-        "PARTS": "environment step",
+        "PARTS": "environment step train upscale",
         "TINY": "1",
     }
     result = subprocess.run(
@@ -25,7 +24,24 @@ def test_the_report_holds_every_part(tmp_path: Path) -> None:
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     report = (tmp_path / "out" / "report.md").read_text()
-    assert "## environment" in report
+    assert [line for line in report.splitlines() if line.startswith("## ")] == [
+        "## environment", "## step", "## train", "## upscale"
+    ]  # fmt: skip
+    assert report.count(": exit code 0, ") == 4, report
     assert "matrix product" in report
-    assert "## step" in report
     assert "report:" in result.stdout
+    assert result.returncode == 0
+
+
+def test_a_failing_part_does_not_end_the_visit(tmp_path: Path) -> None:
+    failing = tmp_path / "python"
+    failing.write_text("#!/bin/sh\necho no torch here\nexit 3\n")
+    failing.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(failing), "DEVICE": "cpu", "TINY": "1"}
+    result = subprocess.run(
+        [str(ROOT / "benchmarks" / "gpu.sh"), str(tmp_path / "out")],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert report.count("exit code 3") == report.count("\n## ") == 7
+    assert result.returncode == 1
