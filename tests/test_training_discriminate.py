@@ -205,11 +205,11 @@ class Count(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("workers", "precision", "stage", "limit"),
     [
-        (1, "fp32", "psnr", 3550),
-        (1, "fp32", "gan", 3925),
-        (1, "bf16", "gan", 5370),
-        (8, "fp32", "gan", 4360),
-        (8, "bf16", "gan", 5810),
+        (1, "fp32", "psnr", 2850),
+        (1, "fp32", "gan", 3215),
+        (1, "bf16", "gan", 4675),
+        (8, "fp32", "gan", 3655),
+        (8, "bf16", "gan", 5120),
     ],
 )
 def test_a_step_dispatches_a_limited_number_of_operations(

@@ -224,8 +224,7 @@ def _update_ema(ema: nn.Module, network: nn.Module, decay: float, finite: Tensor
     parameters: list[Tensor] = list(unwrap(network).parameters())
     weight = finite.to(averages[0].dtype) * (1 - decay)
     if not weight.is_cuda:
-        for average, parameter in zip(averages, parameters, strict=True):
-            average.lerp_(parameter, weight)
+        torch._foreach_lerp_(averages, parameters, [weight] * len(averages))
         return
     # A few kernels for all tensors, instead of one for each.
     changes = torch._foreach_sub(parameters, averages)
