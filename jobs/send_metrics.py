@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
     """Uploads, and prints the number of segments and the registered version."""
     command.announce("sending a run to MLflow: loading libraries")
     from pipeline.storage import Storage
-    from pipeline.tracking.candidate import upload_pending
+    from pipeline.tracking.pending import upload_pending
 
     options = parser().parse_args(argv)
     command.require_writable_file(options.json, "--json")

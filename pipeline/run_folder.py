@@ -165,24 +165,26 @@ class CandidateDescription:
 
     model_name: str
     metric: str
-    """The metric that chose it; compared with the champion's."""
+    """The metric that chose it, such as psnr_y or Set14/lpips; compared with the champion's."""
     generator: TrainedGenerator
     earlier: list[TrainedGenerator]
     """Results of earlier stages: logged with their metrics, not registered."""
     evaluation_set: str
     """Digest of the images that the metrics were measured on."""
     config_text: str
+    """The whole configuration, as YAML."""
     data_sha256: str
-    data: str
+    """Digest of the data set's manifest."""
+    data: str = ""
     """The images that the manifest lists, in a few words."""
-    license: str
-    """Note on the license of the training images."""
-    images: list[str]
+    license: str = ""
+    """Note on the license of the training images, and so of the weights."""
+    images: list[str] = field(default_factory=list)
     """Titles of the model card's images, in the order of their files."""
-    example: bool
+    example: bool = False
     """Whether there is an input example."""
     initial: dict[str, str] = field(default_factory=dict)
-    """Origin of the initial weights, as in the model card."""
+    """Source and digest of the initial weights, as in the model card; empty: random."""
     bicubic: dict[str, float] = field(default_factory=dict)
     """Validation metrics of bicubic upscaling."""
 

@@ -8,16 +8,11 @@ from pathlib import Path
 
 import pytest
 from evaluation_helpers import job, user_error, write_generator
-from tracking_helpers import DATA, new_database, open_small, small_generator
+from tracking_helpers import new_database, open_small, register, small_generator
 
 from pipeline.storage import Storage
 from pipeline.tracking.config import TrackingConfig
-from pipeline.tracking.model_card import ModelCard, license_note
-from pipeline.tracking.registry import register_generator
-
-CARD = ModelCard(
-    "batch_size: 8\ncrop_px: 96\n", DATA, "24 images: a.png ... z.png", license_note({"train": "CC0-1.0"})
-)
+from pipeline.tracking.model_card import license_note
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +23,14 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     tracked = open_small(TrackingConfig(), Storage(str(folder)) / "run", "openmodeldb")
     weights = folder / "generator.safetensors"
     small_generator(weights, 0)
-    register_generator(
+    register(
         tracked,
-        TrackingConfig(),
         weights,
-        step=4000,
-        metrics={"psnr_y": 30.0},
-        evaluation_set=DATA,
-        card=CARD,
+        4000,
+        {"psnr_y": 30.0},
+        config_text="batch_size: 8\ncrop_px: 96\n",
+        data="24 images: a.png ... z.png",
+        license=license_note({"train": "CC0-1.0"}),
     )
     return server
 

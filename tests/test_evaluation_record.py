@@ -7,15 +7,13 @@ from typing import Any
 
 import pytest
 from evaluation_helpers import job, user_error, write_generator, write_image
-from tracking_helpers import new_database, open_small
+from tracking_helpers import new_database, open_small, register
 
 from pipeline.evaluation.models import open_model, split_label
 from pipeline.model import generator_sha256
 from pipeline.storage import Storage
 from pipeline.tracking.config import TrackingConfig
 from pipeline.tracking.lookup import version_uri
-from pipeline.tracking.model_card import ModelCard
-from pipeline.tracking.registry import register_generator
 
 
 @pytest.fixture
@@ -65,10 +63,7 @@ def test_a_runs_checkpoint_is_recorded(tmp_path: Path, weights: Path) -> None:
 
 def test_the_version_of_an_alias_is_recorded(tmp_path: Path, weights: Path) -> None:
     tracked = open_small(TrackingConfig(uri=new_database(tmp_path)), Storage(str(tmp_path / "run")), "a")
-    card = ModelCard("seed: 0\n", "digest")
-    register_generator(
-        tracked, TrackingConfig(), weights, step=1, metrics={"psnr_y": 30.0}, evaluation_set="x", card=card
-    )
+    register(tracked, weights, 1, {"psnr_y": 30.0})
     uri = "models:/esrgan-x4@champion"
     assert version_uri(uri, tracked.uri) == "models:/esrgan-x4/1"
     record = evaluated(tmp_path, "--model", uri, "--tracking.uri", tracked.uri)

@@ -53,7 +53,7 @@ def test_a_run_trains_and_keeps_what_mlflow_would_receive(trained: tuple[Path, s
 def test_the_metrics_can_be_sent_later(trained: tuple[Path, str], tmp_path: Path) -> None:
     from tracking_helpers import new_database
 
-    from pipeline.tracking.candidate import upload_pending
+    from pipeline.tracking.pending import upload_pending
 
     folder, _ = trained
     result = upload_pending(Storage(str(folder / "runs" / "tiny")), new_database(tmp_path))

@@ -21,12 +21,12 @@ from tracking_helpers import (
 )
 
 from pipeline.errors import UserError
-from pipeline.run_folder import RESULT, TrainingResult
+from pipeline.run_folder import RESULT, CandidateDescription, TrainingResult
 from pipeline.storage import Storage
-from pipeline.tracking.candidate import Candidate, register_candidate, trained_generator
+from pipeline.tracking.candidate import Candidate, trained_generator
 from pipeline.tracking.config import TrackingConfig
 from pipeline.tracking.lookup import pull_generator
-from pipeline.tracking.model_card import ModelCard
+from pipeline.tracking.registry import register_candidate
 from pipeline.tracking.run import finish_run, open_run
 from pipeline.tracking.spool import images_at
 
@@ -48,10 +48,17 @@ def candidate_of(run: Storage, folder: Path) -> Candidate:
         )
     run.write_bytes("checkpoints/gan-00000020/manifest.json", b"{}")
     noise = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
-    card = ModelCard(
-        "uri: http://me:geheim@host\n", DATA, license="CC0", images={"flower": noise[:8]}, example=noise
+    description = CandidateDescription(
+        model_name="candidate-x4",
+        metric="psnr_y",
+        generator=generators[1],
+        earlier=generators[:1],
+        evaluation_set=DATA,
+        config_text="uri: http://me:geheim@host\n",
+        data_sha256=DATA,
+        license="CC0",
     )
-    return Candidate("candidate-x4", generators[1], (generators[0],), DATA, card)
+    return Candidate(description, {"flower": noise[:8]}, noise)
 
 
 def test_a_candidate_is_read_back_as_it_was_without_secrets(tmp_path: Path) -> None:
@@ -61,12 +68,13 @@ def test_a_candidate_is_read_back_as_it_was_without_secrets(tmp_path: Path) -> N
     saved.save(run)
     loaded = Candidate.load(run)
     assert loaded is not None
-    assert (loaded.generator, loaded.earlier) == (saved.generator, saved.earlier)
-    assert np.array_equal(loaded.card.images["flower"], saved.card.images["flower"])
-    assert loaded.card.example is not None
-    assert saved.card.example is not None
-    assert np.array_equal(loaded.card.example, saved.card.example)
-    assert loaded.card.config_text == "uri: http://***@host\n"
+    assert loaded.description == replace(
+        saved.description, config_text="uri: http://***@host\n", images=["flower"], example=True
+    )
+    assert np.array_equal(loaded.images["flower"], saved.images["flower"])
+    assert loaded.example is not None
+    assert saved.example is not None
+    assert np.array_equal(loaded.example, saved.example)
     run.write_bytes("tracking/candidate/candidate.json", b"{")
     with pytest.raises(UserError, match=r"candidate\.json: corrupt \(.+\); start the training again"):
         Candidate.load(run)
@@ -90,7 +98,7 @@ def test_a_run_on_s3_registers_its_generator(tmp_path: Path, monkeypatch: pytest
         candidate = candidate_of(run, tmp_path)
         candidate.save(run)
         assert Candidate.load(run) is not None
-        registered = register_candidate(run, tracked, candidate)
+        registered = register_candidate(tracked, candidate)
         assert (registered.version, registered.champion) == (1, True)
     path = pull_generator("models:/candidate-x4@champion", config.uri)
     assert path.read_bytes() == (tmp_path / "20.safetensors").read_bytes()
@@ -111,11 +119,11 @@ def test_a_missing_or_corrupt_generator_is_not_registered(tmp_path: Path, conten
     run = Storage(str(tmp_path)) / "run"
     tracked = open_small(TrackingConfig(uri=new_database(tmp_path)), run, "corrupt")
     candidate = candidate_of(run, tmp_path)
-    run.remove(candidate.generator.file)
+    run.remove(candidate.description.generator.file)
     if content:
-        run.write_bytes(candidate.generator.file, content)
+        run.write_bytes(candidate.description.generator.file, content)
     with pytest.raises(UserError, match=r"cannot be registered, its file is (missing|corrupt)"):
-        register_candidate(run, tracked, candidate)
+        register_candidate(tracked, candidate)
     assert client_of(tracked).search_registered_models() == []
 
 

@@ -7,13 +7,12 @@ import mlflow
 import numpy as np
 import pytest
 from PIL import Image
-from tracking_helpers import DATA, new_database, open_small, small_generator
+from tracking_helpers import candidate, new_database, open_small, small_generator
 
 from pipeline.imaging import upscale
 from pipeline.storage import Storage
 from pipeline.tracking.config import TrackingConfig
 from pipeline.tracking.logged_model import log_model
-from pipeline.tracking.model_card import ModelCard
 from pipeline.tracking.run import TrackedRun
 
 
@@ -25,10 +24,10 @@ def tracked(tmp_path: Path) -> TrackedRun:
 def logged(tracked: TrackedRun, tmp_path: Path, metrics: dict[str, float]) -> tuple[str, str, str]:
     """The description for the registry, the card among the model's files, and the model's id."""
     client = mlflow.MlflowClient(tracked.uri, tracked.uri)
-    card = ModelCard("a: 1\n", DATA, data="12 photos", selected_by="psnr_y", bicubic={"psnr_y": 26.25})
-    result = log_model(
-        client, tracked, "esrgan-x4", tmp_path / "g.safetensors", 600, metrics, evaluation_set=DATA, card=card
-    )
+    weights = tmp_path / "g.safetensors"
+    described = candidate(tracked, weights, 600, metrics, data="12 photos", bicubic={"psnr_y": 26.25})
+    trained = described.description.generator
+    result = log_model(client, tracked, described, trained, weights.read_bytes())
     return (
         result.description,
         (Path(result.model.artifact_location) / "README.md").read_text(),

@@ -7,14 +7,12 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 from test_tracking_candidate import candidate_of
-from tracking_helpers import DATA, new_database, open_small, small_generator, write_segments
+from tracking_helpers import new_database, open_small, register, small_generator, write_segments
 
 from pipeline.errors import UserError
 from pipeline.storage import Storage
-from pipeline.tracking.candidate import upload_pending
 from pipeline.tracking.config import TrackingConfig
-from pipeline.tracking.model_card import ModelCard
-from pipeline.tracking.registry import register_generator
+from pipeline.tracking.pending import upload_pending
 from pipeline.tracking.run import TrackedRun, open_run
 from pipeline.tracking.uri import write_last_uri
 
@@ -32,10 +30,7 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> TrackedRun:
     tracked = open_small(TrackingConfig(), run, "commands")
     for seed in (1, 2):
         small_generator(storage / f"{seed}.safetensors", seed)
-        register_generator(
-            tracked, TrackingConfig(), storage / f"{seed}.safetensors", step=seed, metrics={"psnr_y": 31.0 - seed},
-            evaluation_set=DATA, card=ModelCard("", DATA),
-        )  # fmt: skip
+        register(tracked, storage / f"{seed}.safetensors", seed, {"psnr_y": 31.0 - seed})
     write_segments(run, 20)
     run.write_bytes("checkpoints/psnr-00000020/manifest.json", b"{}")
     return tracked

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tracking_helpers import DATA, free_port, new_database, open_small, small_generator, wait_until
+from tracking_helpers import free_port, new_database, open_small, register, small_generator, wait_until
 
 from pipeline.imaging import upscale
 from pipeline.model import RRDBNet, rrdbnet, save_generator, seeded
@@ -28,8 +28,6 @@ from pipeline.storage import Storage
 from pipeline.tracking.config import TrackingConfig
 from pipeline.tracking.logged_model import architecture
 from pipeline.tracking.lookup import pull_generator
-from pipeline.tracking.model_card import ModelCard
-from pipeline.tracking.registry import register_generator
 from pipeline.tracking.run import TrackedRun
 from pipeline.tracking.serving_model import Generator
 
@@ -65,10 +63,7 @@ def registered(tmp_path_factory: pytest.TempPathFactory) -> Registered:
     new_database(folder)
     tracked = open_small(TrackingConfig(), Storage(str(folder)) / "run", "served")
     generator = small_generator(folder / "generator.safetensors", 0)
-    register_generator(
-        tracked, TrackingConfig(), folder / "generator.safetensors", step=1, metrics={"psnr_y": 30.0},
-        evaluation_set=DATA, card=ModelCard("a: 1\n", DATA),
-    )  # fmt: skip
+    register(tracked, folder / "generator.safetensors", 1, {"psnr_y": 30.0})
     return Registered(tracked, generator)
 
 

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 from tracking_helpers import (
-    DATA,
     Server,
     champion_version,
     client_of,
     everything,
     free_port,
     open_small,
+    register,
     small_generator,
     wait_until,
     write_segments,
@@ -28,8 +28,6 @@ from tracking_helpers import (
 from pipeline.storage import Storage
 from pipeline.tracking.config import TrackingConfig
 from pipeline.tracking.lookup import pull_generator
-from pipeline.tracking.model_card import ModelCard
-from pipeline.tracking.registry import register_generator
 from pipeline.tracking.sender import Sender
 
 PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
@@ -132,10 +130,7 @@ def test_records_images_and_generators_are_stored_through_the_server(
     assert open_small(config, run, "run") == tracked
 
     small_generator(tmp_path / "g.safetensors", 0)
-    registered = register_generator(
-        tracked, config, tmp_path / "g.safetensors", step=30, metrics={"psnr_y": 30.0}, evaluation_set=DATA,
-        card=ModelCard("a: 1\n", DATA),
-    )  # fmt: skip
+    registered = register(tracked, tmp_path / "g.safetensors", 30, {"psnr_y": 30.0})
     assert (registered.version, registered.champion) == (1, True)
     assert champion_version("esrgan-x4", server.uri) == 1
     path = pull_generator("models:/esrgan-x4@champion", server.uri)

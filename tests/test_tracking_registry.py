@@ -4,14 +4,17 @@ import json
 import re
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import tracking_helpers
 from mlflow import MlflowClient
 from tracking_helpers import (
     DATA,
+    candidate,
     champion_version,
     client_of,
     curve,
@@ -29,12 +32,12 @@ from pipeline.tracking.config import TrackingConfig
 from pipeline.tracking.connection import CONNECT_LIMITS
 from pipeline.tracking.logged_model import input_example
 from pipeline.tracking.lookup import pull_generator
-from pipeline.tracking.model_card import ModelCard, license_note, measured
+from pipeline.tracking.model_card import license_note, measured
 from pipeline.tracking.registry import (
     UPLOAD_LIMITS,
     RegisteredVersion,
     promote,
-    register_generator,
+    register_candidate,
 )
 from pipeline.tracking.run import TrackedRun
 
@@ -66,11 +69,10 @@ def register(
     """Registers a generator; another seed is another generator."""
     path = folder / f"{seed}.safetensors"
     small_generator(path, seed)
-    metrics = {metric: value}
-    card = ModelCard("seed: 0\n", DATA, selected_by=metric)
-    return register_generator(
-        tracked, config, path, step=10 + seed, metrics=metrics, evaluation_set=images, card=card
-    )
+    return tracking_helpers.register(
+        tracked, path, 10 + seed, {metric: value}, model_name=config.model_name, metric=metric,
+        evaluation_set=images,
+    )  # fmt: skip
 
 
 def aliases(tracked: TrackedRun, config: TrackingConfig) -> dict[str, int]:
@@ -263,17 +265,10 @@ def test_a_removed_champion_alias_is_restored_only_by_hand(tracked, config, tmp_
 def test_earlier_results_are_logged_for_comparison_and_not_registered(tracked, config, tmp_path) -> None:
     path = tmp_path / "g.safetensors"
     small_generator(path, 300)
+    described = candidate(tracked, path, 500, {"psnr_y": 28.0}, model_name=config.model_name)
     for _ in range(2):
-        logged_model.log_model(
-            client_of(tracked),
-            tracked,
-            config.model_name,
-            path,
-            500,
-            {"psnr_y": 28.0},
-            DATA,
-            ModelCard("", DATA),
-        )
+        trained = described.description.generator
+        logged_model.log_model(client_of(tracked), tracked, described, trained, path.read_bytes())
     query = f"name = 'generator-{500:08d}'"
     (model,) = client_of(tracked).search_logged_models([tracked.experiment_id], query)
     assert [(point.key, point.value) for point in model.metrics] == [("psnr_y", 28.0)]
@@ -308,15 +303,7 @@ def test_non_finite_weights_are_neither_registered_nor_downloaded(tracked, confi
     with pytest.raises(UserError, match=f"models:/{config.model_name}/1: .*conv_hr.bias holds non-finite"):
         pull_generator(f"models:/{config.model_name}/1", tracked.uri)
     with pytest.raises(UserError, match=r"conv_hr.bias holds non-finite"):
-        register_generator(
-            tracked,
-            config,
-            path,
-            step=9,
-            metrics={"psnr_y": 31.0},
-            evaluation_set=DATA,
-            card=ModelCard("", DATA),
-        )
+        tracking_helpers.register(tracked, path, 9, {"psnr_y": 31.0})
 
 
 def test_a_corrupt_file_is_refused(tracked, config, tmp_path) -> None:
@@ -359,13 +346,13 @@ def test_a_name_that_mlflow_rejects_is_a_user_error(tracked, config, tmp_path) -
 def test_the_card_contains_the_generators_origin(tracked, config, tmp_path) -> None:
     path = tmp_path / "g.safetensors"
     small_generator(path, 88)
-    card = ModelCard(
-        "seed: 3\nuri: http://me:geheim@host\n", DATA, license="CC0 images",
-        example=np.zeros((64, 64, 3), np.uint8), images={"bicubic, stage 1, stage 2": np.zeros((4, 12, 3), np.uint8)},
+    described = candidate(
+        tracked, path, 98, {"psnr_y": 30.0}, model_name=config.model_name, license="CC0 images",
+        config_text="seed: 3\nuri: http://me:geheim@host\n",
     )  # fmt: skip
-    register_generator(
-        tracked, config, path, step=98, metrics={"psnr_y": 30.0}, evaluation_set=DATA, card=card
-    )
+    images = {"bicubic, stage 1, stage 2": np.zeros((4, 12, 3), np.uint8)}
+    example = np.zeros((64, 64, 3), np.uint8)
+    register_candidate(tracked, replace(described, images=images, example=example))
     folder = pull_generator(f"models:/{config.model_name}/1", tracked.uri).parent.parent
     text = (folder / "README.md").read_text()
     for part in (

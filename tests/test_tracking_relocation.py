@@ -4,14 +4,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tracking_helpers import DATA, client_of, new_database, open_small, small_generator
+from tracking_helpers import client_of, new_database, open_small, register, small_generator
 
 from pipeline.errors import UserError
 from pipeline.storage import Storage
 from pipeline.tracking.config import TrackingConfig
 from pipeline.tracking.lookup import pull_generator
-from pipeline.tracking.model_card import ModelCard
-from pipeline.tracking.registry import register_generator
 from pipeline.tracking.uri import absolute_uri, resolve_uri
 
 
@@ -22,10 +20,7 @@ def moved(tmp_path: Path) -> Path:
     uri = new_database(old)
     tracked = open_small(TrackingConfig(uri=uri), Storage(str(old / "run")), "a")
     small_generator(tmp_path / "g.safetensors", 1)
-    register_generator(
-        tracked, TrackingConfig(), tmp_path / "g.safetensors", step=1, metrics={"psnr_y": 30.0},
-        evaluation_set=DATA, card=ModelCard("", DATA),
-    )  # fmt: skip
+    register(tracked, tmp_path / "g.safetensors", 1, {"psnr_y": 30.0})
     shutil.move(old, new)
     return new
 

@@ -20,8 +20,8 @@ from tracking_helpers import (
 from pipeline.errors import UserError
 from pipeline.storage import Storage
 from pipeline.tracking import sender, upload
-from pipeline.tracking.candidate import upload_pending
 from pipeline.tracking.config import TrackingConfig
+from pipeline.tracking.pending import upload_pending
 from pipeline.tracking.run import finish_run
 from pipeline.tracking.sender import Sender
 from pipeline.tracking.spool import Metrics, discard_after, write_segment

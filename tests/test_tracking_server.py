@@ -15,6 +15,7 @@ from tracking_helpers import (
     everything,
     open_small,
     records_between,
+    register,
     small_generator,
     wait_until,
     write_segments,
@@ -23,11 +24,9 @@ from tracking_helpers import (
 from pipeline.errors import UserError
 from pipeline.storage import Storage
 from pipeline.tracking import upload
-from pipeline.tracking.candidate import upload_pending
 from pipeline.tracking.config import TrackingConfig
 from pipeline.tracking.lookup import pull_generator
-from pipeline.tracking.model_card import ModelCard
-from pipeline.tracking.registry import register_generator
+from pipeline.tracking.pending import upload_pending
 from pipeline.tracking.run import finish_run, open_run
 from pipeline.tracking.sender import Sender
 from pipeline.tracking.spool import segment_steps, write_segment
@@ -188,14 +187,8 @@ def test_generators_are_registered_and_pulled_through_the_server(tmp_path: Path,
     config = TrackingConfig(uri=running.uri, model_name="served-x4")
     tracked = open_small(config, Storage(str(tmp_path)) / "run", "registering")
     small_generator(tmp_path / "g.safetensors", 0)
-    arguments = {
-        "step": 5,
-        "metrics": {"psnr_y": 30.0},
-        "evaluation_set": DATA,
-        "card": ModelCard("a: 1\n", DATA),
-    }
-    first = register_generator(tracked, config, tmp_path / "g.safetensors", **arguments)
-    again = register_generator(tracked, config, tmp_path / "g.safetensors", **arguments)
+    weights = tmp_path / "g.safetensors"
+    first, again = (register(tracked, weights, 5, {"psnr_y": 30.0}, model_name="served-x4") for _ in range(2))
     assert (first.version, again.version, first.champion) == (1, 1, True)
     assert champion_version("served-x4", running.uri) == 1
     path = pull_generator("models:/served-x4@champion", running.uri)

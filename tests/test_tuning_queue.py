@@ -19,7 +19,7 @@ from tuning_helpers import open_queue, run_all, run_job
 from pipeline.config import load_config
 from pipeline.run_folder import MLFLOW_RUN, RESULT, TRIAL_PLAN, TrackingDescription, TrialOutcome, TrialPlan
 from pipeline.storage import Storage, only_writer
-from pipeline.tracking.candidate import send_unsent
+from pipeline.tracking.pending import send_unsent
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training import faults
 from pipeline.training.run import run_training

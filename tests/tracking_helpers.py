@@ -20,9 +20,12 @@ import torch
 from mlflow import MlflowClient
 
 from pipeline.model import RRDBNet, save_generator
+from pipeline.run_folder import CandidateDescription
 from pipeline.storage import Storage
+from pipeline.tracking.candidate import Candidate, trained_generator
 from pipeline.tracking.config import TrackingConfig
 from pipeline.tracking.connection import connect
+from pipeline.tracking.registry import RegisteredVersion, register_candidate
 from pipeline.tracking.run import TrackedRun, open_run
 from pipeline.tracking.spool import Event, ImageRecord, Metrics, Record, write_segment
 
@@ -130,6 +133,27 @@ def small_generator(path: Path, seed: int) -> RRDBNet:
             generator.conv_last.weight.mul_(4)
     save_generator(generator, path)
     return generator
+
+
+def candidate(
+    tracked: TrackedRun, weights: Path, step: int, metrics: dict[str, float], **changes: Any
+) -> Candidate:
+    """A generator's file to be registered; it is copied into the run's folder."""
+    run, file = Storage(tracked.folder), f"generator-{step}.safetensors"
+    run.write_bytes(file, weights.read_bytes())
+    defaults: dict[str, Any] = {
+        "model_name": "esrgan-x4", "metric": "psnr_y", "earlier": [], "evaluation_set": DATA,
+        "config_text": "a: 1\n", "data_sha256": DATA,
+    }  # fmt: skip
+    trained = trained_generator(run, file, step, metrics)
+    return Candidate(CandidateDescription(generator=trained, **{**defaults, **changes}))
+
+
+def register(
+    tracked: TrackedRun, weights: Path, step: int, metrics: dict[str, float], **changes: Any
+) -> RegisteredVersion:
+    """Registers a generator's file."""
+    return register_candidate(tracked, candidate(tracked, weights, step, metrics, **changes))
 
 
 def champion_version(name: str, uri: str) -> int | None:

@@ -17,10 +17,12 @@ import torch
 from PIL import Image
 
 from pipeline.errors import without_secrets
-from pipeline.model import RRDBNet, generator_sha256, load_generator, rrdbnet
+from pipeline.model import RRDBNet, decode_generator, generator_sha256, rrdbnet
 from pipeline.model.export import export_onnx
 from pipeline.model.weights import SIZES
-from pipeline.tracking.model_card import ModelCard, Usage, card_text, image_file, set_of
+from pipeline.run_folder import TrainedGenerator
+from pipeline.tracking.candidate import Candidate
+from pipeline.tracking.model_card import Usage, card_text, image_file, set_of
 from pipeline.tracking.run import TrackedRun
 from pipeline.tracking.upload import DIGEST_CHARACTERS
 
@@ -50,32 +52,31 @@ class LoggedGenerator:
 
 
 def log_model(
-    client: MlflowClient,
-    tracked: TrackedRun,
-    name: str,
-    path: Path,
-    step: int,
-    metrics: Mapping[str, float],
-    evaluation_set: str,
-    card: ModelCard,
+    client: MlflowClient, tracked: TrackedRun, candidate: Candidate, trained: TrainedGenerator, content: bytes
 ) -> LoggedGenerator:
     """Logs a generator with its metrics, or finds the model logged before; an interrupted upload is repeated.
 
-    Arguments are those of `register_generator`; `name` is the registered model's, for the card.
+    Args:
+        client: of the tracking server.
+        tracked: the run.
+        candidate: what is to be registered; the source of the model card.
+        trained: its generator, or one of an earlier stage.
+        content: of the generator's .safetensors file.
     """
     from mlflow.entities import LoggedModelOutput, Metric
     from mlflow.models import Model
 
-    generator, _ = load_generator(path)
+    facts, step = candidate.description, trained.step
+    generator, _ = decode_generator(content, trained.file)
     sha256 = generator_sha256(generator.state_dict())
     origin = {
         "step": step,
         "run_id": tracked.run_id,
         "generator_sha256": sha256,
-        **({"data": card.data} if card.data else {}),
-        "data_sha256": card.data_sha256,
-        "evaluation_set": evaluation_set,
-        **{key: without_secrets(value) for key, value in card.initial.items()},
+        **({"data": facts.data} if facts.data else {}),
+        "data_sha256": facts.data_sha256,
+        "evaluation_set": facts.evaluation_set,
+        **{key: without_secrets(value) for key, value in facts.initial.items()},
     }
     query = f"tags.`{SHA_TAG}` = '{sha256}' AND source_run_id = '{tracked.run_id}'"
     logged = client.search_logged_models([tracked.experiment_id], query, max_results=1)
@@ -86,13 +87,13 @@ def log_model(
             tracked.experiment_id,
             name=f"generator-{step:08d}",
             source_run_id=tracked.run_id,
-            tags={SHA_TAG: sha256, SET_TAG: evaluation_set},
+            tags={SHA_TAG: sha256, SET_TAG: facts.evaluation_set},
             params={"step": str(step)},
             model_type="super-resolution",
         )
     usage = Usage(without_secrets(tracked.uri), model.model_id, _speed(generator))
     # MLflow's page cannot show the model's own files in a description.
-    description = card_text(name, card, metrics, origin, generator, usage, embed_images=False)
+    description = card_text(candidate, trained, origin, generator, usage, embed_images=False)
     if model.status == "READY":
         return LoggedGenerator(model, sha256, description)
     outputs = client.get_run(tracked.run_id).outputs
@@ -106,12 +107,10 @@ def log_model(
         model_id=model.model_id,
     )
     with tempfile.TemporaryDirectory(prefix="esrgan-model-") as folder:
-        files = Path(folder) / "model"
-        write_model(
-            files, path, card, card_text(name, card, metrics, origin, generator, usage), origin, identity
-        )
+        files, text = Path(folder) / "model", card_text(candidate, trained, origin, generator, usage)
+        write_model(files, generator, content, candidate, text, origin, identity)
         client.log_model_artifacts(model.model_id, str(files))
-    data = {"dataset_name": "evaluation-set", "dataset_digest": evaluation_set[:DIGEST_CHARACTERS]}
+    data = {"dataset_name": "evaluation-set", "dataset_digest": facts.evaluation_set[:DIGEST_CHARACTERS]}
     on_other_sets: dict[str, str] = {}
     points = [
         Metric(
@@ -120,9 +119,9 @@ def log_model(
             model.creation_timestamp,
             step,
             model_id=model.model_id,
-            **(data if set_of(key) == set_of(card.selected_by) else on_other_sets),
+            **(data if set_of(key) == set_of(facts.metric) else on_other_sets),
         )
-        for key, value in metrics.items()
+        for key, value in trained.metrics.items()
     ]
     if points:
         client.log_batch(tracked.run_id, metrics=points)
@@ -130,24 +129,29 @@ def log_model(
 
 
 def write_model(
-    folder: Path, path: Path, card: ModelCard, text: str, origin: Mapping[str, object], identity: Model
+    folder: Path,
+    generator: RRDBNet,
+    content: bytes,
+    candidate: Candidate,
+    text: str,
+    origin: Mapping[str, object],
+    identity: Model,
 ) -> None:
     """Writes a pyfunc model "from code": no pickle, any image size, loads without this project.
 
     Args:
         folder: a folder to be created.
-        path: the generator's .safetensors file.
-        card, text: its card, and the same in Markdown.
+        generator, content: the network, and its .safetensors file.
+        candidate, text: what is to be registered, and the model card in Markdown.
         origin: small values for MLflow's metadata.
         identity: MLflow's ids of the logged model.
     """
     import mlflow.pyfunc
 
-    generator, _ = load_generator(path)
     with tempfile.TemporaryDirectory(prefix="esrgan-model-") as name:
         parts = Path(name)
         (parts / "architecture.json").write_text(json.dumps(architecture(generator), indent=2) + "\n")
-        (parts / WEIGHTS).write_bytes(path.read_bytes())
+        (parts / WEIGHTS).write_bytes(content)
         export_onnx(generator, parts / "generator.onnx")
         mlflow.pyfunc.save_model(
             path=str(folder),
@@ -159,7 +163,7 @@ def write_model(
                 "code": rrdbnet.__file__,
             },
             signature=_signature(),
-            input_example=_example(card)[None],
+            input_example=_example(candidate.example)[None],
             model_config={"device": "auto"},
             # Without torch, whose wheels bring CUDA (4 GB): it is used where it is installed.
             pip_requirements=[
@@ -170,8 +174,8 @@ def write_model(
             mlflow_model=identity,
         )
     (folder / "README.md").write_text(text, encoding="utf-8")
-    (folder / "config.yaml").write_text(without_secrets(card.config_text), encoding="utf-8")
-    for index, image in enumerate(card.images.values()):
+    (folder / "config.yaml").write_text(without_secrets(candidate.description.config_text), encoding="utf-8")
+    for index, image in enumerate(candidate.images.values()):
         Image.fromarray(image).save(folder / image_file(index))
 
 
@@ -212,10 +216,10 @@ def _signature() -> ModelSignature:
     return ModelSignature(None, images, ParamSchema([ParamSpec("tile", DataType.long, AUTO_TILE)]))
 
 
-def _example(card: ModelCard) -> np.ndarray:
-    """A small low-resolution image: the card's example, cropped, or a color gradient."""
+def _example(example: np.ndarray | None) -> np.ndarray:
+    """A small low-resolution image: the given one, cropped, or a color gradient."""
     height, width = EXAMPLE_PX
-    if card.example is not None:
-        return np.ascontiguousarray(card.example[:height, :width])
+    if example is not None:
+        return np.ascontiguousarray(example[:height, :width])
     y, x = np.mgrid[0:height, 0:width]
     return np.stack([255 * x // (width - 1), 255 * y // (height - 1), 128 + 0 * x], axis=-1).astype(np.uint8)

@@ -1,43 +1,17 @@
 """The model card: a registered generator's origin, metrics, use, license and limits, in Markdown."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-
-import numpy as np
+from dataclasses import dataclass
 
 from pipeline.metrics import METRICS, metric_of
 from pipeline.model import RRDBNet
+from pipeline.run_folder import TrainedGenerator
+from pipeline.tracking.candidate import Candidate
 
 LICENSE_CHARACTERS = 1500
 NO_LICENSE = "Not stated. Whether weights may be redistributed depends on the training images."
 IMAGE_CAPTION = "From left to right: input, bicubic, the result of each stage, original."
 INITIAL_LICENSE = "\n\nTraining started from other weights (see Origin); their license applies as well."
-
-
-@dataclass(frozen=True)
-class ModelCard:
-    """Origin of a registered generator."""
-
-    config_text: str
-    """The whole configuration, as YAML."""
-    data_sha256: str
-    """Digest of the data set's manifest."""
-    data: str = ""
-    """The images that the manifest lists, in a few words."""
-    license: str = NO_LICENSE
-    """Note on the license of the training images, and so of the weights."""
-    images: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """Title to (H, W, 3) uint8 image, shown in the card."""
-    example: np.ndarray | None = None
-    """A small low-resolution image, (H, W, 3) uint8, that becomes the input example."""
-    selected_by: str = "psnr_y"
-    """The metric that chose the generator among the run's checkpoints, such as psnr_y or Set14/lpips."""
-    is_chosen: bool = True
-    """Whether it did; False for the result of an earlier stage."""
-    initial: Mapping[str, str] = field(default_factory=dict)
-    """Source and digest of the weights that training started from; empty: random."""
-    bicubic: Mapping[str, float] = field(default_factory=dict)
-    """The validation metrics of bicubic upscaling, for comparison."""
 
 
 @dataclass(frozen=True)
@@ -52,20 +26,23 @@ class Usage:
 
 
 def card_text(
-    name: str,
-    card: ModelCard,
-    metrics: Mapping[str, float],
+    candidate: Candidate,
+    trained: TrainedGenerator,
     origin: Mapping[str, object],
     generator: RRDBNet,
     usage: Usage,
     *,
     embed_images: bool = True,
 ) -> str:
-    """The model card, in Markdown; without `embed_images` it only lists the images' files."""
+    """The model card of the candidate's generator, or of one of an earlier stage, in Markdown.
+
+    Without `embed_images` it only lists the images' files.
+    """
+    card = candidate.description
     facts = "\n".join(f"- {key}: `{value}`" for key, value in origin.items())
     images = ""
-    if card.images:
-        files = {title: image_file(index) for index, title in enumerate(card.images)}
+    if candidate.images:
+        files = {title: image_file(index) for index, title in enumerate(candidate.images)}
         if embed_images:
             shown = "\n\n".join(f"**{title}**\n\n![{title}]({file})" for title, file in files.items())
         else:
@@ -73,12 +50,12 @@ def card_text(
             shown += "\n".join(f"- {title}: `{file}`" for title, file in files.items())
         images = f"\n\n## Images\n\n{IMAGE_CAPTION}\n\n{shown}"
     count = sum(parameter.numel() for parameter in generator.parameters())
-    return f"""# {name}
+    return f"""# {card.model_name}
 
 ESRGAN generator (RRDBNet) for x{generator.scale} super-resolution: uint8 RGB in, uint8 RGB out.
 Trained on {card.data or "images whose digest is below"}; weights of step {origin["step"]}.
 
-{measured(metrics, card.bicubic, card.selected_by if card.is_chosen else None)}
+{measured(trained.metrics, card.bicubic, card.metric if trained == card.generator else None)}
 
 | | |
 |---|---|
@@ -107,7 +84,7 @@ Image.fromarray(sr[0]).save("large.png")
 - the whole configuration: `config.yaml`
 
 ## License
-{card.license}{INITIAL_LICENSE if card.initial else ""}
+{card.license or NO_LICENSE}{INITIAL_LICENSE if card.initial else ""}
 
 ## Limits
 It invents plausible detail. Do not read text, faces or measurements from its results.{images}

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from pipeline.errors import UserError
 from pipeline.metrics import better, metric_of
-from pipeline.tracking.config import TrackingConfig
+from pipeline.run_folder import TrainedGenerator
+from pipeline.storage import Storage
+from pipeline.tracking.candidate import Candidate
 from pipeline.tracking.connection import SuppressCode, bounded_requests, connect
 from pipeline.tracking.logged_model import SET_TAG, SHA_TAG, LoggedGenerator, log_model
 from pipeline.tracking.lookup import CHAMPION, by_alias, connect_existing, one_line_errors, resolve, versions
-from pipeline.tracking.model_card import ModelCard
 from pipeline.tracking.run import TrackedRun
 from pipeline.tracking.uri import known_uri
 
@@ -43,39 +44,25 @@ class RegisteredVersion:
     reason: str
 
 
-def register_generator(
-    tracked: TrackedRun,
-    config: TrackingConfig,
-    generator_path: Path,
-    *,
-    step: int,
-    metrics: Mapping[str, float],
-    evaluation_set: str,
-    card: ModelCard,
-) -> RegisteredVersion:
-    """Registers the generator as a version of `config.model_name`; repeating it for a run returns the same version.
+def register_candidate(tracked: TrackedRun, candidate: Candidate) -> RegisteredVersion:
+    """Registers a run's generator, and logs the results of its earlier stages; a repetition gives the same version.
 
     It becomes `challenger`, and `champion` only if it is better than the current champion, which must have been chosen
     by the same metric and measured on the same evaluation set.
 
-    Args:
-        tracked: the open run.
-        config: the tracking section.
-        generator_path: the generator's .safetensors file.
-        step: the global step of its checkpoint.
-        metrics: its validation metrics; they are linked with the logged model.
-        evaluation_set: digest of the images that the metrics were measured on.
-        card: its origin.
-
     Raises:
-        UserError: the server is unreachable or rejects it; run the same command again, an interrupted registration is
-            completed.
+        UserError: a file is corrupt, or the server is unreachable or rejects it; run the same command again, an
+            interrupted registration is completed.
     """
-    name = config.model_name
+    description = candidate.description
+    name, run = description.model_name, Storage(tracked.folder)
     with one_line_errors(f"registering {name}", tracked.uri), bounded_requests(**UPLOAD_LIMITS):
         client = connect(tracked.uri)
-        logged = log_model(client, tracked, name, generator_path, step, metrics, evaluation_set, card)
-        version, is_new = _version(client, tracked, name, logged, metrics, evaluation_set, card.selected_by)
+        for earlier in description.earlier:
+            log_model(client, tracked, replace(candidate, images={}), earlier, _content(run, earlier))
+        generator = description.generator
+        logged = log_model(client, tracked, candidate, generator, _content(run, generator))
+        version, is_new = _version(client, tracked, candidate, logged)
         if is_new or by_alias(client, name, CHALLENGER) is None:
             client.set_registered_model_alias(name, CHALLENGER, str(version.version))
         champion, reason = _promote_if_better(client, version)
@@ -99,30 +86,38 @@ def promote(name: str, version: int, tracking_uri: str | None = None) -> int | N
     return int(previous.version) if previous else None
 
 
+def _content(run: Storage, generator: TrainedGenerator) -> bytes:
+    """A generator's file. Raises UserError: missing or corrupt."""
+    what = f"{run.path(generator.file)}: the generator cannot be registered"
+    try:
+        content = run.read_bytes(generator.file)
+    except FileNotFoundError:
+        raise UserError(f"{what}, its file is missing") from None
+    if hashlib.sha256(content).hexdigest() != generator.sha256:
+        raise UserError(f"{what}, its file is corrupt")
+    return content
+
+
 def _version(
-    client: MlflowClient,
-    tracked: TrackedRun,
-    name: str,
-    logged: LoggedGenerator,
-    metrics: Mapping[str, float],
-    evaluation_set: str,
-    selected_by: str,
+    client: MlflowClient, tracked: TrackedRun, candidate: Candidate, logged: LoggedGenerator
 ) -> tuple[ModelVersion, bool]:
     """The version of this logged model, and whether it is new."""
+    description = candidate.description
+    name = description.model_name
     with SuppressCode("RESOURCE_ALREADY_EXISTS"):
         client.create_registered_model(name)
     for version in versions(client, name):
         if version.tags.get(SHA_TAG) == logged.sha256 and version.run_id == tracked.run_id:
             return version, False
     model, text = logged.model, logged.description
-    tags = {SHA_TAG: logged.sha256, SET_TAG: evaluation_set, SELECTED_TAG: selected_by}
-    tags |= {f"{METRIC_TAG}{key}": repr(float(value)) for key, value in metrics.items()}
+    tags = {SHA_TAG: logged.sha256, SET_TAG: description.evaluation_set, SELECTED_TAG: description.metric}
+    tags |= {f"{METRIC_TAG}{key}": repr(float(value)) for key, value in description.generator.metrics.items()}
     # MLflow's client would look up models:/ in its global tracking URI, not in this database; a server uses its own.
     by_server = tracked.uri.startswith("http")
     source = f"models:/{model.model_id}" if by_server else model.artifact_location
-    description = text if len(text) <= DESCRIPTION_CHARACTERS else text[: DESCRIPTION_CHARACTERS - 3] + "..."
+    shown = text if len(text) <= DESCRIPTION_CHARACTERS else text[: DESCRIPTION_CHARACTERS - 3] + "..."
     version = client.create_model_version(
-        name, source, run_id=tracked.run_id, tags=tags, description=description, model_id=model.model_id
+        name, source, run_id=tracked.run_id, tags=tags, description=shown, model_id=model.model_id
     )
     if not by_server:
         # A server sets this tag itself; MLflow's page links the logged model and the version by it.

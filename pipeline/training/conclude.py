@@ -7,11 +7,12 @@ from contextlib import suppress
 from pipeline.data import Manifest
 from pipeline.errors import UserError
 from pipeline.model.weights import generator_sha256
-from pipeline.run_folder import IDENTITY, RESULT, TrainingResult
+from pipeline.run_folder import IDENTITY, RESULT, CandidateDescription, TrainingResult
 from pipeline.storage import Storage
-from pipeline.tracking.candidate import Candidate, register_candidate, trained_generator
+from pipeline.tracking.candidate import Candidate, trained_generator
 from pipeline.tracking.logged_model import input_example
-from pipeline.tracking.model_card import ModelCard, license_note
+from pipeline.tracking.model_card import license_note
+from pipeline.tracking.registry import register_candidate
 from pipeline.tracking.run import TrackedRun
 from pipeline.tracking.spool import images_at
 from pipeline.training import checkpoint as checkpoints
@@ -47,7 +48,7 @@ def conclude(
                 raise UserError(
                     f"registering {config.tracking.model_name}: the tracking server is unreachable"
                 )
-            registered = register_candidate(run, tracked, candidate)
+            registered = register_candidate(tracked, candidate)
             version = registered.version
             print(f"registered {registered.name} version {version}: {registered.reason}", flush=True)
         except UserError as error:
@@ -144,24 +145,21 @@ def _candidate(
         for key, strip in images_at(run, best.step).items()
         if key.startswith("validation/") and _is_deciding(config, key.removeprefix("validation/"))
     }
-    licenses = json.loads(manifest.content).get("licenses", {})
-    return Candidate(
+    description = CandidateDescription(
         model_name=config.tracking.model_name,
+        metric=select_key(config, chosen.name.stage),
         generator=best,
-        earlier=tuple(earlier),
+        earlier=earlier,
         evaluation_set=evaluation_set,
-        card=ModelCard(
-            config_text=text,
-            data_sha256=manifest.sha256,
-            data=manifest.facts()["source"],
-            license=license_note(licenses),
-            images=images,
-            initial=_initial_facts(run),
-            example=next((input_example(strip, config.data.scale) for strip in images.values()), None),
-            selected_by=select_key(config, chosen.name.stage),
-            bicubic=chosen.scalars["bicubic"],
-        ),
+        config_text=text,
+        data_sha256=manifest.sha256,
+        data=manifest.facts()["source"],
+        license=license_note(json.loads(manifest.content).get("licenses", {})),
+        initial=_initial_facts(run),
+        bicubic=chosen.scalars["bicubic"],
     )
+    example = next((input_example(strip, config.data.scale) for strip in images.values()), None)
+    return Candidate(description, images, example)
 
 
 def _is_deciding(config: TrainConfig, image: str) -> bool:

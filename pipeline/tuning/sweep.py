@@ -17,7 +17,7 @@ from pipeline.model.features import PROVIDED, file_sha256
 from pipeline.run_folder import SWEEP
 from pipeline.section import with_fields
 from pipeline.storage import Storage, only_writer
-from pipeline.tracking.candidate import send_unsent
+from pipeline.tracking.pending import send_unsent
 from pipeline.tracking.run import TrackedRun, finish_run, open_parent, require_parent
 from pipeline.tracking.sweep import log_sweep
 from pipeline.tracking.uri import resolve_uri
