@@ -24,9 +24,9 @@ from tracking_helpers import free_port, new_database, open_small, register, smal
 from pipeline.imaging import upscale
 from pipeline.model import RRDBNet, rrdbnet, save_generator, seeded
 from pipeline.model.export import export_onnx
+from pipeline.model.weights import architecture
 from pipeline.storage import Storage
 from pipeline.tracking.config import TrackingConfig
-from pipeline.tracking.logged_model import architecture
 from pipeline.tracking.lookup import pull_generator
 from pipeline.tracking.run import TrackedRun
 from pipeline.tracking.serving_model import Generator

@@ -1,5 +1,6 @@
 """Resolves a model spec: a registered version, a run, a checkpoint, a weight file, or `bicubic`."""
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,7 +15,7 @@ from pipeline.imaging.tiling import Tile
 from pipeline.model import RRDBNet, decode_generator, set_precision
 from pipeline.model.device import emulates_bf16, require_gpu
 from pipeline.model.trunk import use_kernels
-from pipeline.model.weights import SIZES
+from pipeline.model.weights import architecture, sizes_as_text
 from pipeline.tracking.lookup import pull_generator, version_uri
 from pipeline.training.model_source import GENERATOR_FILE, find_model_file, shipped_model
 
@@ -147,26 +148,21 @@ def interpolated(first: Model, second: Model, alpha: float) -> Model:
     Raises:
         UserError: alpha outside 0 ... 1, `bicubic`, or networks of different sizes.
     """
-    name = f"{1 - alpha:.4g} * {first.name} + {alpha:.4g} * {second.name}"
     if not 0 <= alpha <= 1:
         raise UserError(f"--interpolate: ALPHA={alpha} is not between 0 and 1")
     if first.generator is None or second.generator is None:
         raise UserError("--interpolate: bicubic has no weights; give two networks")
-    a, b = first.generator.state_dict(), second.generator.state_dict()
-    sizes = [(model.scale, float(model.info["residual_scale"])) for model in (first, second)]
-    shapes = [{key: tensor.shape for key, tensor in state.items()} for state in (a, b)]
-    if sizes[0] != sizes[1] or shapes[0] != shapes[1]:
+    if architecture(first.generator) != architecture(second.generator):
         raise UserError(f"--interpolate: {first.name} and {second.name} are networks of different sizes")
-    mixed = {key: (1 - alpha) * a[key] + alpha * b[key] for key in a}
-    info = {key: first.info[key] for key in SIZES}
-    with torch.device("meta"):
-        generator = RRDBNet(
-            int(info["num_feat"]), int(info["num_block"]), int(info["num_grow_ch"]),
-            float(info["residual_scale"]), first.scale,
-        )  # fmt: skip
-    generator.load_state_dict(mixed, assign=True)
-    origin = f"{1 - alpha:.4g} * {first.origin} + {alpha:.4g} * {second.origin}"
-    return replace(first, name=name, generator=generator.eval(), info=info, label="", origin=origin)
+    mixed, other = copy.deepcopy(first.generator), second.generator.state_dict()
+    mixed.load_state_dict(
+        {key: (1 - alpha) * tensor + alpha * other[key] for key, tensor in mixed.state_dict().items()}
+    )
+    name, origin = (
+        f"{1 - alpha:.4g} * {a} + {alpha:.4g} * {b}"
+        for a, b in ((first.name, second.name), (first.origin, second.origin))
+    )
+    return replace(first, name=name, generator=mixed, info=sizes_as_text(mixed), label="", origin=origin)
 
 
 def notes(models: Sequence[Model]) -> list[str]:

@@ -83,9 +83,17 @@ def encode_generator(
     return len(header).to_bytes(8, "little") + header + content[end:]
 
 
+def architecture(generator: RRDBNet) -> dict[str, Any]:
+    """RRDBNet's arguments."""
+    return {name: getattr(generator, name) for name in SIZES}
+
+
 def sizes_as_text(generator: RRDBNet) -> dict[str, str]:
     """The header entries from which `decode_generator` reads the architecture."""
-    return {"architecture": "RRDBNet", **{name: repr(getattr(generator, name)) for name in SIZES}}
+    return {
+        "architecture": "RRDBNet",
+        **{name: repr(value) for name, value in architecture(generator).items()},
+    }
 
 
 def load_generator(path: str | os.PathLike[str]) -> tuple[RRDBNet, dict[str, str]]:

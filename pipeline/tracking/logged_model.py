@@ -19,7 +19,7 @@ from PIL import Image
 from pipeline.errors import without_secrets
 from pipeline.model import RRDBNet, decode_generator, generator_sha256, rrdbnet
 from pipeline.model.export import export_onnx
-from pipeline.model.weights import SIZES
+from pipeline.model.weights import architecture
 from pipeline.run_folder import TrainedGenerator
 from pipeline.tracking.candidate import Candidate
 from pipeline.tracking.model_card import Usage, card_text, image_file, set_of
@@ -200,11 +200,6 @@ def input_example(strip: np.ndarray, scale: int) -> np.ndarray:
     """
     height, width = EXAMPLE_PX
     return np.ascontiguousarray(strip[: height * scale : scale, : width * scale : scale])
-
-
-def architecture(generator: RRDBNet) -> dict[str, object]:
-    """RRDBNet's arguments, the content of architecture.json."""
-    return {name: getattr(generator, name) for name in SIZES}
 
 
 def _signature() -> ModelSignature:
