@@ -96,7 +96,7 @@ def run_large() -> dict[str, float]:
     """An image of 2500 x 2500 pixels through all of jobs/upscale.py."""
     from pipeline.evaluation.models import open_model
     from pipeline.evaluation.output_plan import plan
-    from pipeline.evaluation.upscaling import Outcome, Upscaler
+    from pipeline.evaluation.upscaling import Upscaler, Work
 
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
@@ -109,7 +109,7 @@ def run_large() -> dict[str, float]:
         model = open_model(f"{folder}/g.safetensors")
         start = time.perf_counter()
         outcome = Upscaler(model, output, "png", None, 200.0)(tasks[0])
-        assert outcome == Outcome(tasks[0])
+        assert outcome == Work(tasks[0])
         return {"seconds": time.perf_counter() - start, "peak_mib": peak_mib()}
 
 

@@ -20,7 +20,7 @@ from PIL import Image, ImageCms
 
 from pipeline.evaluation.models import Model, open_model
 from pipeline.evaluation.output_plan import Task, plan
-from pipeline.evaluation.upscaling import Outcome, Upscaler, Work, upscale_all
+from pipeline.evaluation.upscaling import Upscaler, Work, upscale_all
 from pipeline.imaging import bicubic_upscale, upscale
 
 
@@ -298,7 +298,7 @@ def test_images_are_read_and_written_while_another_is_upscaled(
         read[numbers[task.target]].set()
         return work
 
-    def writing(self: Upscaler, work: Work) -> Outcome:
+    def writing(self: Upscaler, work: Work) -> Work:
         outcome = write_work(self, work)
         written[numbers[work.task.target]].set()
         return outcome

@@ -29,15 +29,31 @@ READ_AHEAD = 2
 MAX_WAITING_BYTES = 256 * 2**20
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What happened to one image; without an error its output was written."""
+@dataclass
+class Work:
+    """An image between two stages, and what happened to it; without an error its output was written."""
 
     task: Task
+    image: SourceImage | None = None
+    pixels: DeepImage | None = None
     error: str = ""
-    """Why this image failed."""
+    """Why this image failed; the other stages then do nothing."""
     write_error: str = ""
     """Why the output folder cannot be written."""
+
+    @contextmanager
+    def failures(self) -> Iterator[None]:
+        """Records what can be wrong with one image; the others are still upscaled."""
+        try:
+            yield
+        except (PhotoRejected, FloatingPointError) as error:
+            self.error = str(error)
+        except (OSError, pyarrow.ArrowException) as error:
+            self.error = str(error).splitlines()[0]
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
+                raise
+            self.error = "out of memory; lower --tile"
 
 
 @dataclass(frozen=True)
@@ -82,18 +98,18 @@ class Upscaler:
             **({} if self.outscale is None else {"outscale": self.outscale}),
         }
 
-    def __call__(self, task: Task) -> Outcome:
+    def __call__(self, task: Task) -> Work:
         """Reads, upscales and writes one image; the output is written atomically."""
         return self.write(self.compute(self.read(task)))
 
-    def read(self, task: Task) -> "Work":
+    def read(self, task: Task) -> Work:
         """Decodes the image."""
         work = Work(task)
         with work.failures():
             work.image = read_source(task.photo.read(), self.max_megapixels)
         return work
 
-    def compute(self, work: "Work") -> "Work":
+    def compute(self, work: Work) -> Work:
         """Upscales it on the device."""
         with work.failures():
             if work.image is not None:
@@ -101,7 +117,7 @@ class Upscaler:
                 work.pixels = self.model.upscale(work.image.rgb, self.tile_px, progress)
         return work
 
-    def write(self, work: "Work") -> Outcome:
+    def write(self, work: Work) -> Work:
         """Encodes and writes the output."""
         content = b""
         with work.failures():
@@ -113,19 +129,19 @@ class Upscaler:
                     work.pixels = resized(work.pixels, size)
                     alpha = None if alpha is None else resized(alpha, size)
                 content = encode_output(work.pixels, alpha, work.image, work.task.form)
-        work.pixels = None
-        if work.error:
-            return Outcome(work.task, error=work.error)
+        work.image = work.pixels = None
         try:
-            self.output.write_bytes(work.task.target, content)
+            if not work.error:
+                self.output.write_bytes(work.task.target, content)
         except (OSError, pyarrow.ArrowException) as error:
             if getattr(error, "errno", None) == errno.ENAMETOOLONG:
-                return Outcome(work.task, error=f"the output's name is too long ({work.task.target})")
-            return Outcome(work.task, write_error=str(error).splitlines()[0])
-        return Outcome(work.task)
+                work.error = f"the output's name is too long ({work.task.target})"
+            else:
+                work.write_error = str(error).splitlines()[0]
+        return work
 
-    def all(self, tasks: Sequence[Task]) -> Iterator[Outcome]:
-        """Every task's outcome, in order; while one image is computed, others are decoded and encoded by threads.
+    def all(self, tasks: Sequence[Task]) -> Iterator[Work]:
+        """Every task, in order; while one image is computed, others are decoded and encoded by threads.
 
         At most READ_AHEAD decoded images and MAX_WAITING_BYTES of computed ones are in memory in addition to it.
         """
@@ -133,7 +149,7 @@ class Upscaler:
         with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(encoders) as writer:
             names = iter(tasks)
             reads = deque(reader.submit(self.read, task) for task in islice(names, READ_AHEAD))
-            writes: deque[tuple[int, Future[Outcome]]] = deque()
+            writes: deque[tuple[int, Future[Work]]] = deque()
             try:
                 while reads:
                     work = self.compute(reads.popleft().result())
@@ -150,31 +166,6 @@ class Upscaler:
                 # What was computed is still written.
                 for unread in reads:
                     unread.cancel()
-
-
-@dataclass
-class Work:
-    """An image between two stages."""
-
-    task: Task
-    image: SourceImage | None = None
-    pixels: DeepImage | None = None
-    error: str = ""
-    """Why it failed; the other stages then do nothing."""
-
-    @contextmanager
-    def failures(self) -> Iterator[None]:
-        """Records what can be wrong with one image; the others are still upscaled."""
-        try:
-            yield
-        except (PhotoRejected, FloatingPointError) as error:
-            self.error = str(error)
-        except (OSError, pyarrow.ArrowException) as error:
-            self.error = str(error).splitlines()[0]
-        except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
-                raise
-            self.error = "out of memory; lower --tile"
 
 
 def upscale_images(config: UpscaleConfig) -> Upscaled:
@@ -249,7 +240,7 @@ def upscale_all(
     return result
 
 
-def _outcomes(upscaler: Upscaler, tasks: Sequence[Task], workers: int) -> Iterable[Outcome]:
+def _outcomes(upscaler: Upscaler, tasks: Sequence[Task], workers: int) -> Iterable[Work]:
     if workers == 0 or not tasks:
         return upscaler.all(tasks)
     require_package("ray", f"--workers {workers}", "use --workers 0")
