@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import ray
 from ray.util import ActorPool
 
-from pipeline.data.ingest.ray_ingest import require_ray_address
+from pipeline.data.ingest.ray_ingest import join_ray
 from pipeline.errors import UserError
 
 Item = TypeVar("Item")
@@ -48,11 +48,7 @@ def map_on_ray(
     """
     started = not ray.is_initialized()
     if started:
-        require_ray_address()
-        options: dict[str, Any] = (
-            {} if os.environ.get("RAY_ADDRESS") else {"address": "local", "include_dashboard": False}
-        )
-        ray.init(log_to_driver=False, logging_level="ERROR", **options)
+        join_ray(log_to_driver=False, logging_level="ERROR")
     try:
         resources = ray.cluster_resources()
         on_gpu = device == "cuda" or (device == "auto" and resources.get("GPU", 0) >= workers)

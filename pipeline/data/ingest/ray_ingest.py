@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import chain, groupby
+from typing import Any
 
 import pyarrow as pa
 import ray
@@ -32,14 +33,14 @@ ROWS = pa.schema(
 _EMPTY = CUT_SCHEMA.empty_table()
 
 
-def join_ray(dashboard: bool = False, log_to_driver: bool = True) -> None:
+def join_ray(dashboard: bool = False, **options: Any) -> None:
     """Connects to the Ray cluster at RAY_ADDRESS, or starts a private one that ends with this process.
 
     Does not attach to an unrelated Ray cluster on this machine.
 
     Args:
         dashboard: whether a private cluster has the dashboard.
-        log_to_driver: whether this process prints what other processes print.
+        options: other arguments of `ray.init`.
 
     Raises:
         UserError: no cluster answers at RAY_ADDRESS.
@@ -51,14 +52,10 @@ def join_ray(dashboard: bool = False, log_to_driver: bool = True) -> None:
     if not address:
         # Set explicitly: a stale token file in the home directory would change the mode.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        # Any free port: the default one belongs to a cluster that accepts jobs.
+        options |= {"include_dashboard": dashboard, "dashboard_port": 0}
     try:
-        if address:
-            ray.init(address=address, log_to_driver=log_to_driver)
-        else:
-            # Any free port: the default one belongs to a cluster that accepts jobs.
-            ray.init(
-                address="local", include_dashboard=dashboard, dashboard_port=0, log_to_driver=log_to_driver
-            )
+        ray.init(address=address or "local", **options)
     except ConnectionError as error:
         raise UserError(
             f"RAY_ADDRESS={address}: no Ray cluster answers ({error}); start it or unset the variable"
