@@ -16,12 +16,12 @@ import pytest
 from evaluation_helpers import job, synthetic_image, write_generator, write_image
 
 from pipeline.data.ingest.image_set import find_pairs
-from pipeline.evaluation.comparison import Panel, draw_panels
 from pipeline.evaluation.crops import Box, most_different
 from pipeline.evaluation.models import open_model
 from pipeline.evaluation.report import render_report, tradeoff_figure
 from pipeline.evaluation.result import Evaluation
 from pipeline.evaluation.scoring import ImageScore, Scorer, Settings
+from pipeline.imaging.panels import Panel, draw_panels
 from pipeline.metrics import CONSISTENCY_AND_DETAIL, FIDELITY, MetricSet
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

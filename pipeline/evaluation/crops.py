@@ -64,8 +64,3 @@ def _window_means(values: NDArray[np.float64], height: int, width: int) -> NDArr
     sums = np.pad(values.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
     total = sums[height:, width:] - sums[:-height, width:] - sums[height:, :-width] + sums[:-height, :-width]
     return total / (height * width)
-
-
-def nearest_upscale(image: Image, factor: int) -> Image:
-    """Every pixel as a square of `factor` x `factor` pixels."""
-    return image.repeat(factor, axis=0).repeat(factor, axis=1)

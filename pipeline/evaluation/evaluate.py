@@ -14,9 +14,7 @@ from PIL import Image as PillowImage
 from pipeline.data.ingest.decoding import FORMATS
 from pipeline.data.ingest.image_set import Pair, Rejected, find_pairs, size_mismatch
 from pipeline.errors import UserError, is_installed, require_package
-from pipeline.evaluation.comparison import Panel, draw_panels
 from pipeline.evaluation.config import EvaluateConfig
-from pipeline.evaluation.crops import nearest_upscale
 from pipeline.evaluation.models import (
     BICUBIC,
     Model,
@@ -29,6 +27,7 @@ from pipeline.evaluation.models import (
 from pipeline.evaluation.result import Evaluation, origin_of, short_labels
 from pipeline.evaluation.scoring import Failure, ImageScore, Scorer, Settings
 from pipeline.imaging import Image
+from pipeline.imaging.panels import Panel, draw_panels, nearest_upscale
 from pipeline.json_file import json_text
 from pipeline.metrics import (
     CONSISTENCY_AND_DETAIL,

@@ -4,17 +4,16 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from pipeline.data.format.manifest import Manifest
 from pipeline.data.format.reader import CorruptPatch, PatchReader
+from pipeline.imaging.panels import Panel, draw_panels, nearest_upscale
 
 _READ = 96  # patches, evenly spaced over the data set
 _SHOWN = 24  # of these, evenly spaced over their scores
 _COLUMNS = 3
 _SIDE = 192  # pixels of a patch that are shown, unscaled
-_GAP, _CAPTION = 8, 16
-_PAPER, _INK = (255, 255, 255), (40, 40, 40)
 
 
 def contact_sheet(manifest: Manifest) -> Image.Image:
@@ -23,24 +22,17 @@ def contact_sheet(manifest: Manifest) -> Image.Image:
     The center of each patch is shown, unscaled. `data.min_detail` is a limit on the score. Corrupt patches are skipped.
     """
     patches = sorted(_some_patches(manifest), key=lambda patch: patch[0])
-    chosen = [patches[index] for index in _evenly_spaced(len(patches), _SHOWN)]
-    side = min(_SIDE, manifest.patch_px) // manifest.scale * manifest.scale
-    width, height = 2 * side + _GAP, side + _CAPTION + _GAP
-    columns = min(_COLUMNS, max(1, len(chosen)))
-    rows = -(-len(chosen) // columns)
-    sheet = Image.new("RGB", (columns * (width + _GAP) + _GAP, rows * height + _GAP), _PAPER)
-    font = ImageFont.load_default(size=11)
-    first = (manifest.patch_px - side) // 2 // manifest.scale * manifest.scale
-    for number, (detail, caption, hr, lr) in enumerate(chosen):
-        left, top = _GAP + number % columns * (width + _GAP), _GAP + number // columns * height
-        strip = Image.new("RGB", (width, _CAPTION), _PAPER)  # cuts a long caption
-        ImageDraw.Draw(strip).text((0, 0), f"{detail:.1f}  {caption}", _INK, font)
-        sheet.paste(strip, (left, top))
-        enlarged = lr.repeat(manifest.scale, axis=0).repeat(manifest.scale, axis=1)
-        for column, pixels in enumerate((enlarged, hr)):
-            center = Image.fromarray(pixels).crop((first, first, first + side, first + side))
-            sheet.paste(center, (left + column * (side + _GAP // 2), top + _CAPTION))
-    return sheet
+    scale = manifest.scale
+    side = min(_SIDE, manifest.patch_px) // scale * scale
+    first = (manifest.patch_px - side) // 2 // scale * scale
+    center = slice(first, first + side)
+    panels = []
+    for index in _evenly_spaced(len(patches), _SHOWN):
+        detail, caption, hr, lr = patches[index]
+        panels.append(Panel(f"{detail:.1f}", caption, nearest_upscale(lr, scale)[center, center]))
+        panels.append(Panel("", "", hr[center, center]))
+    of_row = 2 * _COLUMNS
+    return draw_panels([panels[at : at + of_row] for at in range(0, len(panels), of_row)], zoom=1)
 
 
 def _some_patches(manifest: Manifest) -> Iterator[tuple[float, str, np.ndarray, np.ndarray]]:

@@ -1,4 +1,4 @@
-"""Draws the comparison figure: labeled crops in rows."""
+"""Draws a figure of labeled crops in rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from PIL import Image as PillowImage
 from PIL import ImageDraw, ImageFont
 
-from pipeline.evaluation.crops import nearest_upscale
-from pipeline.imaging import Image
+from pipeline.imaging.arrays import Image
 
 _BACKGROUND, _INK, _FAINT = (255, 255, 255), (24, 28, 36), (110, 116, 128)
 _GAP_PX, _MARGIN_PX, _LABEL_PX = 10, 16, 48
@@ -25,7 +24,9 @@ class Panel:
 def draw_panels(rows: Sequence[Sequence[Panel]], zoom: int) -> PillowImage.Image:
     """Rows of labeled crops on white; every pixel becomes a square of `zoom` pixels."""
     sizes = [[(p.crop.shape[1] * zoom, p.crop.shape[0] * zoom) for p in panels] for panels in rows]
-    width = 2 * _MARGIN_PX + max(sum(w for w, _ in row) + _GAP_PX * (len(row) - 1) for row in sizes)
+    width = 2 * _MARGIN_PX + max(
+        (sum(w for w, _ in row) + _GAP_PX * (len(row) - 1) for row in sizes), default=0
+    )
     height = _MARGIN_PX + sum(_LABEL_PX + max(h for _, h in row) + _GAP_PX for row in sizes)
     canvas = PillowImage.new("RGB", (width, height), _BACKGROUND)
     draw = ImageDraw.Draw(canvas)
@@ -56,3 +57,8 @@ def _text(
         keep -= 1
         shown = f"{text[: keep // 2]}…{text[-(keep - keep // 2) :]}"
     draw.text(position, shown, font=font, fill=ink)
+
+
+def nearest_upscale(image: Image, factor: int) -> Image:
+    """Every pixel as a square of `factor` x `factor` pixels."""
+    return image.repeat(factor, axis=0).repeat(factor, axis=1)
