@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PillowImage
-from PIL import ImageOps, PngImagePlugin
+from PIL import PngImagePlugin
 
 from pipeline.data.ingest.decoding import PhotoRejected, open_image, read_16_bits, read_photo
 from pipeline.imaging import DeepImage, png
@@ -84,14 +84,8 @@ def _pixels(data: bytes, max_megapixels: float) -> tuple[DeepImage, DeepImage | 
         rgb = np.ascontiguousarray(np.broadcast_to(levels[..., :colors], (*levels.shape[:2], 3)))
         alpha = np.ascontiguousarray(levels[..., colors:]) if channels > colors else None
         return rgb, alpha, colors == 1
-    try:
-        photo = read_photo(data, max_megapixels)
-        return photo.pixels, None, "gray" in photo.notes
-    except PhotoRejected as error:
-        transparent = _with_transparency(data, max_megapixels)
-        if transparent is None:
-            raise error
-        return transparent
+    photo = read_photo(data, max_megapixels, with_alpha=True)
+    return photo.pixels, photo.alpha, "gray" in photo.notes
 
 
 def fill_hidden(rgb: DeepImage, alpha: DeepImage) -> DeepImage:
@@ -261,26 +255,3 @@ def _kept_exif(image: PillowImage.Image) -> PillowImage.Exif:
             return exif
         except Exception:  # noqa: BLE001 - corrupt EXIF is dropped; the pixels are valid
             return PillowImage.Exif()
-
-
-def _with_transparency(data: bytes, max_megapixels: float) -> tuple[DeepImage, DeepImage, bool] | None:
-    """Colors, alpha and whether they are gray, of a valid image with transparency; None for any other."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = open_image(data)
-            if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
-                return None
-            if image.width * image.height > max_megapixels * 1e6 or getattr(image, "n_frames", 1) > 1:
-                return None
-            gray = image.mode in ("LA", "L")
-            # For PNG this checks every chunk's CRC; afterwards the file must be reopened.
-            image.verify()
-            image = open_image(data)
-            image.load()
-            pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGBA"))
-    except MemoryError:
-        raise
-    except Exception:  # noqa: BLE001 - Pillow's decoders raise anything on corrupt data
-        return None
-    return np.ascontiguousarray(pixels[..., :3]), np.ascontiguousarray(pixels[..., 3:]), gray

@@ -50,13 +50,14 @@ class Photo:
     format: str
     lossy: bool
     notes: tuple[str, ...]  # conversions: "gray", "palette", "16-bit", "rotated"
+    alpha: np.ndarray | None = None  # uint8 (height, width, 1), if it has transparency
 
 
-def read_photo(data: bytes, max_megapixels: float = 200.0) -> Photo:
+def read_photo(data: bytes, max_megapixels: float = 200.0, with_alpha: bool = False) -> Photo:
     """Decodes a whole file.
 
     Of 16-bit RGB the upper byte is kept (as libpng's strip_16 does); gray images and opaque palettes become RGB; the
-    EXIF orientation is applied.
+    EXIF orientation is applied. Transparency is rejected, unless `with_alpha`.
 
     Raises:
         PhotoRejected: with the reason.
@@ -67,14 +68,16 @@ def read_photo(data: bytes, max_megapixels: float = 200.0) -> Photo:
     if reason := png.chunk_fault(data):
         raise PhotoRejected(reason)
     image = open_image(data)
-    _check_header(image, max_megapixels)
+    with_alpha = with_alpha and (image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info)
+    _check_header(image, max_megapixels, with_alpha)
     notes = _notes(image)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image.load()
             orientation = _orientation(image)
-            pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+            mode = "RGBA" if with_alpha else "RGB"
+            pixels = np.asarray(image if image.mode == mode else image.convert(mode))
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - Pillow's decoders raise anything on corrupt data
@@ -92,7 +95,9 @@ def read_photo(data: bytes, max_megapixels: float = 200.0) -> Photo:
         or (image.format == "WEBP" and b"VP8L" not in data[:64])
         or image.info.get("compression") in _LOSSY_IN_TIFF
     )
-    return Photo(_upright(pixels, orientation), str(image.format), lossy, notes)
+    pixels = _upright(pixels, orientation)
+    alpha = np.ascontiguousarray(pixels[..., 3:]) if with_alpha else None
+    return Photo(np.ascontiguousarray(pixels[..., :3]), str(image.format), lossy, notes, alpha)
 
 
 def read_16_bits(data: bytes, max_megapixels: float) -> np.ndarray:
@@ -155,7 +160,7 @@ def open_image(data: bytes) -> Image.Image:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def _check_header(image: Image.Image, max_megapixels: float) -> None:
+def _check_header(image: Image.Image, max_megapixels: float, with_alpha: bool) -> None:
     reject_large_image(image, max_megapixels)
     try:
         frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
@@ -163,6 +168,8 @@ def _check_header(image: Image.Image, max_megapixels: float) -> None:
         raise PhotoRejected(_corruption(error)) from None
     if frames > 1:
         raise PhotoRejected(f"animated or several pages ({frames} frames)")
+    if with_alpha:
+        return
     mode = image.mode
     if mode == "1":
         raise PhotoRejected("1-bit image")
@@ -184,8 +191,8 @@ def _check_header(image: Image.Image, max_megapixels: float) -> None:
 
 def _notes(image: Image.Image) -> tuple[str, ...]:
     notes = []
-    if image.mode in ("L", "P"):
-        notes.append("gray" if image.mode == "L" else "palette")
+    if image.mode in ("L", "LA", "P"):
+        notes.append("palette" if image.mode == "P" else "gray")
     if any("16" in str(tile[3]) for tile in getattr(image, "tile", ())):
         notes.append("16-bit")
     return tuple(notes)
