@@ -89,8 +89,9 @@ class Evaluation:
 
     def as_json(self) -> dict[str, Any]:
         """The content of metrics.json: of the one model, or a list under `models`."""
-        entries = [
-            {
+        entries = []
+        for number, (name, mean) in enumerate(zip(self.names, self.means, strict=True)):
+            entry: dict[str, Any] = {
                 "mean": mean,
                 "images": [{"name": image.name, **image.metrics[number]} for image in self.images],
                 "border": self.settings.border,
@@ -98,14 +99,12 @@ class Evaluation:
                 "label": self.labels[number],
                 **(self.origins[number] if self.origins else {}),
             }
-            | ({"interval": self.intervals[number]} if self.intervals[number] else {})
-            | (
-                {"against_first": _as_json(self.comparisons[number - 1])}
-                if number and self.comparisons
-                else {}
-            )
-            for number, (name, mean) in enumerate(zip(self.names, self.means, strict=True))
-        ]
+            if self.intervals[number]:
+                entry["interval"] = self.intervals[number]
+            if number and self.comparisons:
+                compared = self.comparisons[number - 1]
+                entry["against_first"] = {metric: asdict(each) for metric, each in compared.items()}
+            entries.append(entry)
         result: dict[str, Any] = entries[0] if len(entries) == 1 else {"models": entries}
         result["bicubic"] = self.baseline
         if self.protocol:
@@ -145,10 +144,6 @@ class Evaluation:
             for metric, each in compared.items()
         ]
         return [f"against {self.labels[0]}", "difference", "95 % interval", "better on"], rows
-
-
-def _as_json(comparisons: Mapping[str, Comparison]) -> dict[str, Any]:
-    return {name: asdict(comparison) for name, comparison in comparisons.items()}
 
 
 def origin_of(model: Model) -> dict[str, Any]:

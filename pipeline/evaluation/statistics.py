@@ -61,21 +61,11 @@ def compare(names: Sequence[str], values: Values, others: Values) -> dict[str, C
     with np.errstate(invalid="ignore"):
         # Two infinite values do not differ.
         differences = np.where(values == others, 0.0, values - others)
-    intervals = bootstrap_intervals(differences).T.tolist()
-    return {
-        name: Comparison(
-            float(mine_minus_other.mean()),
-            (low, high),
-            sum(better(name, a, b) for a, b in pairs),
-            sum(better(name, b, a) for a, b in pairs),
-        )
-        for name, mine_minus_other, (low, high), pairs in zip(
-            names, differences.T, intervals, _pairs(values, others), strict=True
-        )
-    }
-
-
-def _pairs(values: Values, others: Values) -> list[list[tuple[float, float]]]:
-    """For each metric the two models' values on every image."""
-    columns = zip(values.T.tolist(), others.T.tolist(), strict=True)
-    return [list(zip(mine, other, strict=True)) for mine, other in columns]
+    intervals = bootstrap_intervals(differences)
+    result = {}
+    for column, name in enumerate(names):
+        pairs = list(zip(values[:, column].tolist(), others[:, column].tolist(), strict=True))
+        low, high = intervals[:, column].tolist()
+        wins, losses = sum(better(name, a, b) for a, b in pairs), sum(better(name, b, a) for a, b in pairs)
+        result[name] = Comparison(float(differences[:, column].mean()), (low, high), wins, losses)
+    return result
