@@ -60,7 +60,7 @@ def test_a_server_chooses_its_artifact_location() -> None:
     [
         ("mlruns", "not the URI of an MLflow server"),
         ("file:///tmp/mlruns", "not the URI of an MLflow server"),
-        ("ftp://host/x", "ftp:// is not supported"),
+        ("ftp://host/x", "not the URI of an MLflow server"),
         ("http://", "has no host"),
         ("http://host:port", "has no host, or its port"),
         ("sqlite:////no/such/folder/mlflow.db", "not a file in an existing folder"),

@@ -44,39 +44,30 @@ def absolute_uri(uri: str, storage: str | None = None) -> str:
     A database may be in `storage`, the folder of the run folders, which the first run creates.
     """
     scheme, colon, rest = uri.partition("://")
-    dialect = scheme.split("+")[0]
-    shown = without_secrets(uri)
+    dialect, shown = scheme.split("+")[0], f"tracking.uri={without_secrets(uri)}"
     if MASK in uri:
+        raise UserError(f"{shown}: its password is masked; set the whole URI with ESRGAN_TRACKING__URI")
+    if not colon or (scheme not in ("http", "https") and dialect not in DATABASES):
         raise UserError(
-            f"tracking.uri={shown}: its password is masked; set the whole URI with ESRGAN_TRACKING__URI"
-        )
-    if not colon or dialect == "file":
-        raise UserError(
-            f"tracking.uri={shown}: not the URI of an MLflow server; use sqlite:////absolute/path/mlflow.db or "
-            "http://host:port"
+            f"{shown}: not the URI of an MLflow server; use sqlite:////absolute/path/mlflow.db, http(s)://host:port, "
+            "or the address of a PostgreSQL, MySQL or MSSQL database"
         )
     if dialect == "sqlite":
-        _require_plain(rest, f"tracking.uri={shown}")
+        _require_plain(rest, shown)
         path = rest.removeprefix("/")
         if path in ("", ":memory:"):
-            raise UserError(f"tracking.uri={shown}: name a file, such as sqlite:////absolute/path/mlflow.db")
+            raise UserError(f"{shown}: name a file, such as sqlite:////absolute/path/mlflow.db")
         file = Path(path).expanduser().resolve()
         if file.is_dir() or not (file.parent.is_dir() or str(file.parent) == storage):
-            raise UserError(
-                f"tracking.uri={shown}: not a file in an existing folder; create {file.parent} first"
-            )
+            raise UserError(f"{shown}: not a file in an existing folder; create {file.parent} first")
         return f"sqlite:///{file}"
     try:
         host = urlsplit(uri).hostname
         _ = urlsplit(uri).port
     except ValueError:
         host = None
-    if scheme not in ("http", "https") and dialect not in DATABASES:
-        raise UserError(
-            f"tracking.uri={shown}: {scheme}:// is not supported; use sqlite, postgresql, mysql, http or https"
-        )
     if not host:
-        raise UserError(f"tracking.uri={shown}: has no host, or its port is not a number")
+        raise UserError(f"{shown}: has no host, or its port is not a number")
     return uri.rstrip("/")
 
 
