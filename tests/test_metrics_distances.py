@@ -175,7 +175,7 @@ def test_files_are_read_from_torch_hubs_cache(
 def test_a_corrupt_file_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_backbone(tmp_path, name, nn.Sequential(nn.Conv2d(3, 4, 3)))
     use_backbone(monkeypatch, name, path)
-    with pytest.raises(UserError, match=rf"{path}: not torchvision's \w+ \("):
+    with pytest.raises(UserError, match=rf"{path}: not the weights of torchvision's \w+ \("):
         MetricSet([name], folder=str(tmp_path))
     path.write_bytes(b"half of it")
     with pytest.raises(UserError, match=r"has sha256 .*; it is corrupt or another file"):

@@ -5,11 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import UserError
 from pipeline.metrics.names import METRICS
 from pipeline.metrics.weights import weights_file
 from pipeline.model import Lite0Features
-from pipeline.model.weights import read_tensors
+from pipeline.model.weights import matching, read_tensors
 
 
 class Distance(nn.Module):
@@ -112,15 +111,9 @@ def _load(
     """Fills `network`; `names` maps its keys to those in the weights file."""
     path = weights_file(name, folder)
     state, _ = read_tensors(path, str(path))
-    try:
-        # Copies, so that the rest of the file's tensors can be freed.
-        tensors = {key: state[in_file].float().clone() for key, in_file in names.items()}
-        network.load_state_dict(tensors, assign=True)
-    except (KeyError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{METRICS[name].label}: {path}: not torchvision's {network_name} ({reason})"
-        ) from None
+    expected = {names[key]: tensor for key, tensor in network.state_dict().items()}
+    found = matching(state, expected, f"{METRICS[name].label}: {path}", f"torchvision's {network_name}")
+    network.load_state_dict({key: found[in_file] for key, in_file in names.items()}, assign=True)
 
 
 _LOADERS: dict[str, Callable[[str | None], Distance]] = {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from pipeline.model.weights import read_tensors
+from pipeline.model.weights import matching, read_tensors
 
 DOWNLOAD_TIMEOUT_S = 20.0
 PROVIDED = frozenset({"imagenet", "efficientnet_lite0", "random"})
@@ -92,16 +92,7 @@ class VGGFeatures(nn.Module):
     def _load(self, path: Path) -> None:
         name = f"perceptual.weights: {path}"
         state, _ = read_tensors(path, name)
-        chosen = {}
-        for key, expected in self.state_dict().items():
-            tensor = state.get(key)
-            if tensor is None or tensor.shape != expected.shape:
-                fault = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
-                raise UserError(
-                    f"{name}: not the weights of torchvision's VGG19: {key} {fault}, expected {tuple(expected.shape)}"
-                )
-            # A copy, so that the file's other tensors, most of its 548 MB, can be freed.
-            chosen[key] = tensor.float().clone()
+        chosen = matching(state, self.state_dict(), name, "torchvision's VGG19")
         self.load_state_dict(chosen, assign=True)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:

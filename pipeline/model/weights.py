@@ -121,10 +121,12 @@ def decode_generator(source: bytes | Path, name: str) -> tuple[RRDBNet, dict[str
     # On the meta device no weights are allocated or initialized, and no random number is drawn.
     with torch.device("meta"):
         generator = RRDBNet(**sizes)
-    _compare(state, generator.state_dict(), name)
-    generator.load_state_dict(
-        {key: tensor.float().contiguous() for key, tensor in state.items()}, assign=True
-    )
+    expected = generator.state_dict()
+    generator.load_state_dict(matching(state, expected, name, "an RRDBNet at this scale"), assign=True)
+    if extra := sorted(state.keys() - expected.keys()):
+        raise UserError(
+            f"{name}: not the weights of an RRDBNet ({len(extra)} unknown parameters, the first is {extra[0]})"
+        )
     origin = "metadata" if "residual_scale" in metadata else "default"
     info = {**metadata, **sizes_as_text(generator), "residual_scale_source": origin}
     return generator, info
@@ -240,7 +242,10 @@ def generator_sizes(state: Mapping[str, Tensor], metadata: Mapping[str, str], na
             f"{name}: conv_first takes {first.shape[1]} channels; RGB generators take 3, 12 or 48"
         )
     blocks = [int(key.split(".")[1]) for key in state if re.match(r"body\.\d+\.", key)]
-    residual_scale = _number(metadata.get("residual_scale", str(DEFAULT_RESIDUAL_SCALE)))
+    try:
+        residual_scale = float(metadata.get("residual_scale", DEFAULT_RESIDUAL_SCALE))
+    except ValueError:
+        residual_scale = math.nan
     if not math.isfinite(residual_scale):
         raise UserError(
             f"{name}: residual_scale={metadata['residual_scale']!r} in its header is not a finite number"
@@ -254,22 +259,25 @@ def generator_sizes(state: Mapping[str, Tensor], metadata: Mapping[str, str], na
     }
 
 
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
+def matching(
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str, network: str
+) -> dict[str, Tensor]:
+    """The tensors of a file that a network expects, as copies in float32: the rest of the file can be freed.
 
+    Args:
+        state: the file's tensors.
+        expected: the network's state dict, which may be on the meta device, with the names in the file.
+        name: the file's name in error messages.
+        network: the network's.
 
-def _compare(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str) -> None:
+    Raises:
+        UserError: a tensor is missing, or has another shape.
+    """
     for key, tensor in expected.items():
-        if key not in state:
-            raise UserError(f"{name}: not the weights of an RRDBNet at this scale ({key} is missing)")
-        if state[key].shape != tensor.shape:
-            shapes = f"{tuple(state[key].shape)}, expected {tuple(tensor.shape)}"
-            raise UserError(f"{name}: not the weights of an RRDBNet ({key} has shape {shapes})")
-    extra = sorted(state.keys() - expected.keys())
-    if extra:
-        raise UserError(
-            f"{name}: not the weights of an RRDBNet ({len(extra)} unknown parameters, the first is {extra[0]})"
-        )
+        found = None if key not in state else tuple(state[key].shape)
+        if found != tuple(tensor.shape):
+            fault = "is missing" if found is None else f"has shape {found}"
+            raise UserError(
+                f"{name}: not the weights of {network} ({key} {fault}, expected {tuple(tensor.shape)})"
+            )
+    return {key: state[key].float().clone(memory_format=torch.contiguous_format) for key in expected}
