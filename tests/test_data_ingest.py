@@ -300,9 +300,9 @@ def test_an_existing_data_set_is_checked_against_the_same_limits(folder: Path) -
     bad = folder / "photos" / "bad.png"
     bad.write_bytes(b"hello there")
     prepare_quietly(config(folder, max_rejected_share=0.5))
-    with pytest.raises(UserError, match=r"made without bad\.png: .*--strict"):
+    with pytest.raises(UserError, match=r"data\.root=.*: bad\.png: .*--strict"):
         prepare_quietly(config(folder, max_rejected_share=0.5), strict=True)
-    with pytest.raises(UserError, match=r"made without 1 of 6 images"):
+    with pytest.raises(UserError, match=r"data\.root=.*: 1 of 6 images were rejected"):
         prepare_quietly(config(folder, max_rejected_share=0.1))
     (folder / "held_out" / "bad.png").write_bytes(b"another one of that name")
     prepare_quietly(config(folder, "two", max_rejected_share=0.5))

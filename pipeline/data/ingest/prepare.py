@@ -9,7 +9,7 @@ from pipeline.data.config import DataConfig
 from pipeline.data.format.manifest import NAME, Manifest, load_manifest
 from pipeline.data.ingest.cutting import CutImage, ImageJob, Rejection, check_geometry, cut_image
 from pipeline.data.ingest.plan import Plan, download_folder, is_div2k, make_plan, needed_bytes
-from pipeline.data.ingest.writer import PROGRESS_FOLDER, DataSetWriter
+from pipeline.data.ingest.writer import PROGRESS_FOLDER, DataSetWriter, require_few_rejected
 from pipeline.errors import UserError
 from pipeline.progress import progress_bar
 from pipeline.storage import LOCK, Storage, only_writer
@@ -114,7 +114,9 @@ def _existing(config: DataConfig, strict: bool, progress: bool) -> PrepareResult
     # The archives may have been deleted; do not download them again just for this check.
     if config.source != "div2k" or not is_div2k(manifest):
         _require_same_images(manifest, make_plan(config, progress).jobs)
-    _require_few_rejected(manifest, config, strict)
+    images = len(manifest.rejected) + len(manifest.sources)
+    where = f"data.root={config.root}: "
+    require_few_rejected(manifest.rejected, images, config, strict, where)
     for name in (PROGRESS_FOLDER, LOCK):  # if an ingest was killed just after writing the manifest
         if storage.exists(name):
             storage.remove(name)
@@ -127,10 +129,16 @@ def _make(plan: Plan, config: DataConfig, strict: bool, progress: bool, on_ray: 
     remaining = plan.jobs[writer.images :]
     if writer.images:
         print(f"resuming at image {writer.images + 1} of {len(plan.jobs)}", flush=True)
+    paired = config.lr_dir is not None
+    images: Iterable[CutImage | Rejection] = (cut_image(job, config, paired) for job in remaining)
+    if on_ray:
+        from pipeline.data.ingest.ray_ingest import cut_on_ray
+
+        images = cut_on_ray(remaining, config, paired)
     with progress_bar(
         total=len(plan.jobs), initial=writer.images, unit=" images", disable=not progress, desc="cutting"
     ) as bar:
-        writer.write(_cut(remaining, config, on_ray), on_image=lambda index: bar.update(index - bar.n))
+        writer.write(images, on_image=lambda index: bar.update(index - bar.n))
         bar.update(len(plan.jobs) - bar.n)
     libraries = {name: metadata.version(name) for name in ("numpy", "pillow", "pyarrow")}
     writer.finish(plan.licenses, libraries)
@@ -138,15 +146,6 @@ def _make(plan: Plan, config: DataConfig, strict: bool, progress: bool, on_ray: 
 
 def _settings(config: DataConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in SETTINGS}
-
-
-def _cut(jobs: list[ImageJob], config: DataConfig, on_ray: bool) -> Iterable[CutImage | Rejection]:
-    paired = config.lr_dir is not None
-    if not on_ray:
-        return (cut_image(job, config, paired) for job in jobs)
-    from pipeline.data.ingest.ray_ingest import cut_on_ray
-
-    return cut_on_ray(jobs, config, paired)
 
 
 def _require_same_settings(manifest: Manifest, settings: dict[str, Any], lr_dir: str | None) -> None:
@@ -180,21 +179,6 @@ def _require_same_images(manifest: Manifest, jobs: list[ImageJob]) -> None:
         raise UserError(
             f"data.root={manifest.root} was made from more images than the source contains now; "
             "choose another data.root, or remove it"
-        )
-
-
-def _require_few_rejected(manifest: Manifest, config: DataConfig, strict: bool) -> None:
-    """Applies the limits of an ingest to an existing data set. Raises UserError."""
-    if strict and manifest.rejected:
-        first = manifest.rejected[0]
-        raise UserError(
-            f"data.root={manifest.root}: made without {first['path']}: {first['reason']} (--strict)"
-        )
-    rejected, images = len(manifest.rejected), len(manifest.rejected) + len(manifest.sources)
-    if rejected > config.max_rejected_share * images:
-        raise UserError(
-            f"data.root={manifest.root}: made without {rejected} of {images} images, more than "
-            f"data.max_rejected_share={config.max_rejected_share:g}; prepare_data.py lists them"
         )
 
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -240,14 +240,20 @@ class DataSetWriter:
         return done
 
     def _check_rejections(self) -> None:
-        rejected, limit = self._done.rejected, self._config.max_rejected_share * len(self._jobs)
-        if self._strict and rejected:
-            raise UserError(f"{_named(rejected[0])} (--strict)")
-        if len(rejected) > limit:
-            raise UserError(
-                f"{len(rejected)} of {len(self._jobs)} images were rejected, more than data.max_rejected_share="
-                f"{self._config.max_rejected_share:g}; the last: {_named(rejected[-1])}"
-            )
+        require_few_rejected(self._done.rejected, len(self._jobs), self._config, self._strict)
+
+
+def require_few_rejected(
+    rejected: Sequence[dict[str, Any]], images: int, config: DataConfig, strict: bool, where: str = ""
+) -> None:
+    """Raises UserError, with `where`: too many of `images` were rejected, or any and `strict` is set."""
+    if strict and rejected:
+        raise UserError(f"{where}{_named(rejected[0])} (--strict)")
+    if len(rejected) > config.max_rejected_share * images:
+        raise UserError(
+            f"{where}{len(rejected)} of {images} images were rejected, more than data.max_rejected_share="
+            f"{config.max_rejected_share:g}; the last: {_named(rejected[-1])}"
+        )
 
 
 def _named(entry: dict[str, Any]) -> str:
