@@ -44,7 +44,7 @@ def main() -> None:
         for codec in CODECS:
             data = DataConfig(source=f"{folder}/photos", root=f"{folder}/{codec}", codec=codec)
             began = time.process_time()
-            prepare(data, progress=False, on_ray=False)
+            prepare(data, on_ray=False)
             written = time.process_time() - began
             manifest = load_manifest(data.root)
             stored = sum(shard.bytes for shard in manifest.shards) / (manifest.patches * manifest.patch_px**2)

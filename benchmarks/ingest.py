@@ -185,7 +185,7 @@ def consume(image: CutImage | Rejection) -> None:
 
 def ingest(folder: Path, photos: str, on_ray: bool) -> None:
     """A whole ingest into a new folder."""
-    prepare(config(folder, photos), progress=False, on_ray=on_ray)
+    prepare(config(folder, photos), on_ray=on_ray)
 
 
 def config(folder: Path, photos: str) -> DataConfig:

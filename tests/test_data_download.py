@@ -98,7 +98,7 @@ def server() -> Iterator[Server]:
 
 
 def get(server: Server, folder: Path, archive: Archive = ARCHIVE) -> Path:
-    return download(archive, server.url, folder, progress=False, pause_s=0)
+    return download(archive, server.url, folder, pause_s=0)
 
 
 def test_a_file_is_downloaded_once(server: Server, tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_a_permanent_failure_is_one_line_and_leaves_no_file(
 
 def test_an_unreachable_server_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.zip: .*refused.*5 attempts"):
-        download(ARCHIVE, "http://127.0.0.1:9", tmp_path, progress=False, pause_s=0)
+        download(ARCHIVE, "http://127.0.0.1:9", tmp_path, pause_s=0)
 
 
 def archive_of(name: str, numbers: range) -> tuple[bytes, Archive]:
@@ -198,7 +198,7 @@ def test_div2k_by_name_becomes_a_data_set(
         source="div2k", root=str(tmp_path / "data"), div2k_url=server.url, patch_px=64, patch_stride_px=64
     )
     check_source(data)
-    result = prepare(data, progress=False, on_ray=False)
+    result = prepare(data, on_ray=False)
     assert (result.patches, result.sources) == (4 * 2, 6)
     manifest = load_manifest(data.root)
     assert [entry["path"] for entry in manifest.sources][:3] == [
@@ -210,14 +210,14 @@ def test_div2k_by_name_becomes_a_data_set(
     for path in (tmp_path / "data" / "photos").iterdir():
         path.unlink()
     server.requests.clear()
-    assert prepare(data, progress=False, on_ray=False) == result
+    assert prepare(data, on_ray=False) == result
     assert server.requests == []
 
 
 def test_div2k_into_an_object_store_needs_a_folder() -> None:
     data = DataConfig(source="div2k", root="s3://bucket/data")
     with pytest.raises(UserError, match=r"set data\.download_dir"):
-        make_plan(data, progress=False)
+        make_plan(data)
 
 
 def test_too_little_space_for_div2k_is_found_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

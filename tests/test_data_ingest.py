@@ -46,7 +46,7 @@ def contents(root: Path) -> dict[str, bytes]:
 
 
 def prepare_quietly(data: DataConfig, **more: bool):
-    return prepare(data, progress=False, on_ray=False, **more)
+    return prepare(data, on_ray=False, **more)
 
 
 def test_patches_are_the_images_and_their_matlab_degradation(folder: Path) -> None:
@@ -155,7 +155,7 @@ def test_ray_gives_the_same_bytes(ray_cluster: str, folder: Path) -> None:
     (folder / "photos" / "flat.png").write_bytes(png(np.full((80, 80, 3), 9, np.uint8)))  # without patches
     fields = {"min_detail": 0.1, "max_rejected_share": 0.5}
     prepare_quietly(config(folder, "here", **fields))
-    prepare(config(folder, "ray", **fields), progress=False)
+    prepare(config(folder, "ray", **fields))
     assert contents(folder / "ray") == contents(folder / "here")
 
 

@@ -36,7 +36,7 @@ if owner != "-":
     setattr(kind, name, killing)
 data = DataConfig(source=folder + "/photos", held_out=folder + "/held_out", root=folder + "/" + root,
                   patch_px=64, patch_stride_px=32)
-prepare(data, progress=False, on_ray=on_ray == "ray")
+prepare(data, on_ray=on_ray == "ray")
 """
 
 

@@ -80,7 +80,7 @@ def test_an_unpacked_div2k_trains_on_its_training_images_alone(
 ) -> None:
     folder = tree(tmp_path / "DIV2K", *DIV2K, lr=tuple(DIV2K_LR))
     data = DataConfig(source=str(folder), root=str(tmp_path / "data"), patch_px=64, patch_stride_px=32)
-    result = prepare(data, progress=False, on_ray=False)
+    result = prepare(data, on_ray=False)
     assert (result.patches, result.sources, result.rejected) == (2, 2, 0)
     (note,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
     assert "HR images from DIV2K_train_HR; skipped as LR: DIV2K_train_LR_bicubic/X2, " in note

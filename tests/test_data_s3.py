@@ -56,7 +56,7 @@ def test_a_data_set_on_s3_is_the_one_in_a_folder(
         source=f"{bucket}/photos", held_out=f"{bucket}/held_out", root=f"{bucket}/sets/one"
     )
     check_source(remote_config)
-    prepare(local_config, progress=False, on_ray=False)
+    prepare(local_config, on_ray=False)
 
     # Interrupted once.
     real, done = prepare_module.cut_image, []
@@ -69,11 +69,11 @@ def test_a_data_set_on_s3_is_the_one_in_a_folder(
 
     monkeypatch.setattr(prepare_module, "cut_image", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        prepare(remote_config, progress=False, on_ray=False)
+        prepare(remote_config, on_ray=False)
     with pytest.raises(UserError, match="ingest was interrupted"):
         load_manifest(remote_config.root)
     monkeypatch.setattr(prepare_module, "cut_image", real)
-    prepare(remote_config, progress=False, on_ray=False)
+    prepare(remote_config, on_ray=False)
 
     storage = Storage(remote_config.root)
     assert {name: storage.read_bytes(name) for name in storage.files()} == {
@@ -81,7 +81,7 @@ def test_a_data_set_on_s3_is_the_one_in_a_folder(
     }
     manifest = load_manifest(remote_config.root)
     assert len(manifest.shards) > 1
-    assert verify(manifest, progress=False) == []
+    assert verify(manifest) == []
     assert [photo.name for photo in read_held_out(load_manifest(remote_config.root))] == [
         "image0.png",
         "image1.png",
@@ -97,7 +97,7 @@ def test_a_data_set_on_s3_is_the_one_in_a_folder(
 
 def test_corruption_on_s3_is_found(bucket: str, tmp_path: Path) -> None:
     data = config(source=str(write_photos(tmp_path / "photos", 2, 100, seed=1)), root=f"{bucket}/set")
-    prepare(data, progress=False, on_ray=False)
+    prepare(data, on_ray=False)
     manifest = load_manifest(data.root)
     storage, name = Storage(data.root), manifest.shards[0].name
     content = bytearray(storage.read_bytes(name))
@@ -109,10 +109,10 @@ def test_corruption_on_s3_is_found(bucket: str, tmp_path: Path) -> None:
     with pytest.raises(CorruptPatch, match="row 7"):
         patches.crop(7, 0, 0, 32)
     assert np.array_equal(patches.crop(6, 0, 0, 32)[0].shape, (32, 32, 3))
-    (line,) = verify(manifest, progress=False)
+    (line,) = verify(manifest)
     assert "row 7" in line
     storage.remove(name)
-    (line,) = verify(manifest, progress=False)
+    (line,) = verify(manifest)
     assert line == f"s3://images/set/{name}: missing"
 
 
@@ -201,13 +201,13 @@ def test_an_unreachable_store_is_not_corruption(tmp_path: Path, monkeypatch: pyt
     ):
         patches.crop(1, 0, 0, 16)
     with pytest.raises(UserError, match=r"is unreachable.*verify again"):
-        verify(manifest, progress=False)
+        verify(manifest)
 
 
 def test_the_sample_images_are_prepared_on_s3(bucket: str) -> None:
     data = config(source="sample", root=f"{bucket}/sample", patch_px=256, patch_stride_px=256)
     check_source(data)
-    assert prepare(data, progress=False, on_ray=False).sources == 6
+    assert prepare(data, on_ray=False).sources == 6
     assert len(read_held_out(load_manifest(data.root))) == 2
 
 

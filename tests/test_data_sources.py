@@ -39,7 +39,7 @@ def encoded(pixels: np.ndarray, form: str = "PNG", **options: object) -> bytes:
 def made(source: Path | str, root: Path, **changes: object) -> dict[str, dict[str, object]]:
     """Prepares a data set; gives its sources by path."""
     fields = {"source": str(source), "root": str(root), "patch_px": 64, "patch_stride_px": 32, **changes}
-    prepare(DataConfig.model_validate(fields), progress=False, on_ray=False)
+    prepare(DataConfig.model_validate(fields), on_ray=False)
     return {entry["path"]: entry for entry in json.loads((root / "manifest.json").read_text())["sources"]}
 
 

@@ -25,7 +25,7 @@ def make(folder: Path, codec: str = "raw", held_out: int = 1) -> Manifest:
         source=str(folder / "photos"), held_out=str(folder / "held_out"), root=str(folder / "data"),
         patch_px=64, patch_stride_px=32, codec=codec,
     )  # fmt: skip
-    prepare(data, progress=False, on_ray=False)
+    prepare(data, on_ray=False)
     return load_manifest(data.root)
 
 
@@ -36,7 +36,7 @@ def flip(path: Path, place: int) -> None:
 
 
 def test_an_unmodified_data_set_is_not_corrupt(tmp_path: Path) -> None:
-    assert verify(make(tmp_path), progress=False) == []
+    assert verify(make(tmp_path)) == []
 
 
 @pytest.mark.parametrize("codec", ["raw", "webp"])
@@ -48,7 +48,7 @@ def test_a_flipped_byte_anywhere_in_a_shard_is_found(tmp_path: Path, codec: str)
     ends = [0, 3, shard.bytes - 1, shard.bytes - 6, shard.bytes - shard.footer_bytes]
     for place in [*ends, *range(5, shard.bytes, shard.bytes // 50)]:
         flip(path, place)
-        found = verify(manifest, progress=False)
+        found = verify(manifest)
         assert len(found) == 1 or place >= shard.bytes - shard.footer_bytes, place
         assert found, place
         path.write_bytes(whole)
@@ -61,7 +61,7 @@ def test_the_corrupt_patch_and_its_image_are_named(tmp_path: Path) -> None:
     pixels = reader.patch(11)[0].tobytes()
     reader.close()
     flip(path, path.read_bytes().index(pixels) + 5000)
-    (line,) = verify(manifest, progress=False)
+    (line,) = verify(manifest)
     assert re.search(r"row 11: column hr: .*CRC checksum.* \(patch 11, of 'image1\.png'\)", line)
 
 
@@ -69,14 +69,14 @@ def test_missing_truncated_and_held_out_files_are_named(tmp_path: Path) -> None:
     manifest = make(tmp_path)
     held_out = tmp_path / "data" / "held_out-00000.parquet"
     flip(held_out, 200)
-    (line,) = verify(manifest, progress=False)
+    (line,) = verify(manifest)
     assert line == f"{held_out}: sha256 mismatch with the manifest"
     held_out.unlink()
-    (line,) = verify(manifest, progress=False)
+    (line,) = verify(manifest)
     assert line == f"{held_out}: missing"
     shard = tmp_path / "data" / "patches-00000.parquet"
     shard.write_bytes(shard.read_bytes()[:-1])
-    _, line = verify(manifest, progress=False)[::-1]
+    _, line = verify(manifest)[::-1]
     assert line.startswith(f"{shard}, all 18 rows: cannot be read: ends at byte")
 
 
@@ -93,7 +93,7 @@ def test_a_row_count_that_is_not_the_shards_is_found_and_never_read(
         content["patches"] += change
     path.write_bytes(encode(content))
     manifest = load_manifest(str(tmp_path / "data"))
-    (line,) = verify(manifest, progress=False)
+    (line,) = verify(manifest)
     assert f"has {content[kind][0]['rows'] - change} rows" in line
     if kind == "held_out":
         with pytest.raises(UserError, match="has 2 rows, and the manifest"):

@@ -69,7 +69,7 @@ def test_evaluation_and_ingest_reject_a_shifted_file(tmp_path: Path, hr: np.ndar
         patch_stride_px=64,
         max_rejected_share=1.0,
     )
-    prepare(config, progress=False, on_ray=False)
+    prepare(config, on_ray=False)
     (rejected,) = load_manifest(str(tmp_path / "data")).rejected
     assert rejected["path"] == "a.png"
     assert "shifted by 1 pixels to the right and 0 down (a.png)" in rejected["reason"]

@@ -44,7 +44,7 @@ def test_new_processes_for_every_interval_end_with_the_same_bits(tmp_path: Path)
     changes = {"batch_size": 5, "log_every_steps": 3, "checkpoint_every_steps": 6, "validate_every_steps": 6}
     loaded, _ = load_config(flags(fields(write_sets(tmp_path), **changes)), description="", environment={})
     config = loaded.alone()
-    prepare(config.data, progress=False, on_ray=False)
+    prepare(config.data, on_ray=False)
     plain = config.model_dump(mode="json")
 
     whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")

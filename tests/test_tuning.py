@@ -443,7 +443,7 @@ def test_a_sweep_without_a_held_out_set_is_refused_before_ray_starts(folder: Pat
     config, settings = configurations(folder, **changes)
     config = config.model_copy(update={"data": config.data.model_copy(update={"held_out": None})})
     if prepared:
-        prepare(config.data, progress=False, on_ray=False)
+        prepare(config.data, on_ray=False)
     with pytest.raises(UserError, match=r"held.out set|data\.held_out: not set") as caught:
         run_sweep(config, settings)
     assert "ranks its trials by psnr_y" in str(caught.value)

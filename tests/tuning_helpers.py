@@ -43,7 +43,7 @@ def open_queue(folder: Path, retry_failed: bool = False, **changes: Any) -> Tria
     """The queue of a sweep with these fields; prepares the data set if it is missing."""
     config, settings = configurations(folder, **changes)
     if not has_manifest(config.data.root):
-        prepare(config.data, progress=False, on_ray=False)
+        prepare(config.data, on_ray=False)
     base = with_selection(trial_base(config), has_held_out=True)
     sha256 = load_manifest(base.data.root).sha256
     sweep = Storage(base.storage) / settings.name

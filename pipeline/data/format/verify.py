@@ -17,7 +17,7 @@ _THREADS = 4
 _MISSING = "missing"
 
 
-def verify(manifest: Manifest, progress: bool = True) -> list[str]:
+def verify(manifest: Manifest) -> list[str]:
     """One line for each corrupt file or patch; empty if every byte is as it was written.
 
     A shard whose sha256 is the manifest's is correct in every byte; its number of rows must be the manifest's too. In
@@ -32,10 +32,9 @@ def verify(manifest: Manifest, progress: bool = True) -> list[str]:
     with (
         ThreadPoolExecutor(_THREADS) as threads,
         progress_bar(
-            total=sum(shard.bytes for shard in shards), unit="B", unit_scale=True, disable=not progress,
-            desc="verifying",
+            total=sum(shard.bytes for shard in shards), unit="B", unit_scale=True, desc="verifying"
         ) as bar,
-    ):  # fmt: skip
+    ):
         reasons = threads.map(lambda shard: _shard_corruption(storage, shard), shards)
         for number, (shard, reason) in enumerate(zip(shards, reasons, strict=True)):
             bar.update(shard.bytes)

@@ -46,9 +46,7 @@ def missing_bytes(archive: Archive, folder: Path) -> int:
     return archive.size - (min(partial.stat().st_size, archive.size) if partial.exists() else 0)
 
 
-def download(
-    archive: Archive, base_url: str, folder: Path, *, progress: bool = True, pause_s: float = 1.0
-) -> Path:
+def download(archive: Archive, base_url: str, folder: Path, *, pause_s: float = 1.0) -> Path:
     """Downloads base_url/name into `folder` and returns its path; an existing file is not downloaded again.
 
     Received bytes are kept in a .partial file, which the next attempt resumes. The file gets its name only after its
@@ -66,7 +64,7 @@ def download(
     folder.mkdir(parents=True, exist_ok=True)
     resumed = partial.exists()
     while True:
-        _complete_partial(archive, url, partial, progress, pause_s)
+        _complete_partial(archive, url, partial, pause_s)
         sha256 = _sha256(partial)
         if sha256 == archive.sha256:
             partial.replace(target)
@@ -88,16 +86,15 @@ def _complete(archive: Archive, folder: Path) -> bool:
     return target.is_file() and target.stat().st_size == archive.size
 
 
-def _complete_partial(archive: Archive, url: str, partial: Path, progress: bool, pause_s: float) -> None:
+def _complete_partial(archive: Archive, url: str, partial: Path, pause_s: float) -> None:
     """Appends to the partial file until it has the published size."""
     failures, reason = 0, ""
     with (
         partial.open("ab") as file,
         progress_bar(
-            total=archive.size, initial=file.tell(), unit="B", unit_scale=True, disable=not progress,
-            desc=archive.name,
+            total=archive.size, initial=file.tell(), unit="B", unit_scale=True, desc=archive.name
         ) as bar,
-    ):  # fmt: skip
+    ):
         while (before := file.tell()) != archive.size:
             if failures == _ATTEMPTS:
                 raise UserError(

@@ -41,7 +41,7 @@ class Plan:
     """Files skipped for their folder or name, one line per source."""
 
 
-def make_plan(config: DataConfig, progress: bool = True) -> Plan:
+def make_plan(config: DataConfig) -> Plan:
     """Lists every image, held-out ones first, so that an image in both sets is found early.
 
     Writes the images of `sample` and downloads the archives of `div2k` first.
@@ -58,8 +58,7 @@ def make_plan(config: DataConfig, progress: bool = True) -> Plan:
     elif source == "div2k":
         folder = download_folder(config)
         source, default_held_out = (
-            str(download(archive, config.div2k_url, folder, progress=progress))
-            for archive in (DIV2K_TRAIN, DIV2K_HELD_OUT)
+            str(download(archive, config.div2k_url, folder)) for archive in (DIV2K_TRAIN, DIV2K_HELD_OUT)
         )
         held_out, license = held_out or default_held_out, license or _DIV2K_LICENSE
     low = list_photos(config.lr_dir, "data.lr_dir") if config.lr_dir is not None else []

@@ -71,9 +71,7 @@ def check_source(config: DataConfig, prepare_command: str | None = None) -> None
         )
 
 
-def prepare(
-    config: DataConfig, *, strict: bool = False, progress: bool = True, on_ray: bool = True
-) -> PrepareResult:
+def prepare(config: DataConfig, *, strict: bool = False, on_ray: bool = True) -> PrepareResult:
     """Prepares the data set, or resumes an interrupted attempt.
 
     The result is identical in every byte for any number of CPUs and interruptions. A complete data set is not modified.
@@ -81,7 +79,6 @@ def prepare(
     Args:
         config: source, held-out images, root and geometry.
         strict: any rejected image is an error.
-        progress: show images/s and the remaining time.
         on_ray: cut in tasks of the connected Ray cluster, or in this process.
 
     Raises:
@@ -90,30 +87,30 @@ def prepare(
     check_geometry(config)
     storage = Storage(config.root)
     if storage.exists(NAME):
-        return _existing(config, strict, progress)
-    plan = make_plan(config, progress)
+        return _existing(config, strict)
+    plan = make_plan(config)
     locked = (
         f"data.root={config.root}: another process is preparing this data set; wait for it or stop it first"
     )
     with only_writer(storage, locked):
         if storage.exists(NAME):  # written while waiting for the lock
-            return _existing(config, strict, progress)
+            return _existing(config, strict)
         for note in plan.notes:
             print(f"note: {note}", flush=True)
-        _make(plan, config, strict, progress, on_ray)
+        _make(plan, config, strict, on_ray)
         storage.remove(LOCK)
     manifest = load_manifest(config.root)
     _warn_of_other_degradations(manifest)
     return describe(manifest)
 
 
-def _existing(config: DataConfig, strict: bool, progress: bool) -> PrepareResult:
+def _existing(config: DataConfig, strict: bool) -> PrepareResult:
     """The complete data set at the root, if it is the configured one. Raises UserError."""
     storage, manifest = Storage(config.root), load_manifest(config.root)
     _require_same_settings(manifest, _settings(config), config.lr_dir)
     # The archives may have been deleted; do not download them again just for this check.
     if config.source != "div2k" or not is_div2k(manifest):
-        _require_same_images(manifest, make_plan(config, progress).jobs)
+        _require_same_images(manifest, make_plan(config).jobs)
     images = len(manifest.rejected) + len(manifest.sources)
     where = f"data.root={config.root}: "
     require_few_rejected(manifest.rejected, images, config, strict, where)
@@ -124,7 +121,7 @@ def _existing(config: DataConfig, strict: bool, progress: bool) -> PrepareResult
     return describe(manifest)
 
 
-def _make(plan: Plan, config: DataConfig, strict: bool, progress: bool, on_ray: bool) -> None:
+def _make(plan: Plan, config: DataConfig, strict: bool, on_ray: bool) -> None:
     writer = DataSetWriter(Storage(config.root), plan.jobs, config, _settings(config), strict)
     remaining = plan.jobs[writer.images :]
     if writer.images:
@@ -135,9 +132,7 @@ def _make(plan: Plan, config: DataConfig, strict: bool, progress: bool, on_ray: 
         from pipeline.data.ingest.ray_ingest import cut_on_ray
 
         images = cut_on_ray(remaining, config, paired)
-    with progress_bar(
-        total=len(plan.jobs), initial=writer.images, unit=" images", disable=not progress, desc="cutting"
-    ) as bar:
+    with progress_bar(total=len(plan.jobs), initial=writer.images, unit=" images", desc="cutting") as bar:
         writer.write(images, on_image=lambda index: bar.update(index - bar.n))
         bar.update(len(plan.jobs) - bar.n)
     libraries = {name: metadata.version(name) for name in ("numpy", "pillow", "pyarrow")}
