@@ -152,13 +152,10 @@ def version_uri(uri: str, tracking_uri: str | None = None) -> str:
     Raises:
         UserError: no such model or alias, or the server is unreachable.
     """
-    parts = _URI.match(uri)
-    if parts is None or parts["alias"] is None:
+    if "@" not in uri:
         return uri
-    server = known_uri(tracking_uri)
-    with one_line_errors(uri, server), bounded_requests(timeout_s=60, retries=2):
-        version = resolve(connect_existing(server), parts["name"], parts["alias"], None)
-    return f"models:/{parts['name']}/{version.version}"
+    with _located(uri, tracking_uri) as (_, _, (version, _, _)):
+        return version
 
 
 def by_alias(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
@@ -167,18 +164,6 @@ def by_alias(client: MlflowClient, name: str, alias: str) -> ModelVersion | None
     with SuppressCode("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"):
         return client.get_model_version_by_alias(name, alias)
     return None
-
-
-def versions(client: MlflowClient, name: str) -> list[ModelVersion]:
-    """All versions of a model, with their tags."""
-    result: list[ModelVersion] = []
-    token = None
-    while True:
-        page = client.search_model_versions(f"name = '{name}'", max_results=1000, page_token=token)
-        result += page
-        token = page.token
-        if not token:
-            return result
 
 
 def resolve(client: MlflowClient, name: str, alias: str | None, version: str | None) -> ModelVersion:
@@ -197,7 +182,8 @@ def resolve(client: MlflowClient, name: str, alias: str | None, version: str | N
         return aliased
     with SuppressCode("RESOURCE_DOES_NOT_EXIST"):
         return client.get_model_version(name, str(version))
-    numbers = sorted(int(other.version) for other in versions(client, name))
+    found = client.search_model_versions(f"name = '{name}'")
+    numbers = sorted(int(other.version) for other in found)
     known = ", ".join(map(str, numbers[-5:])) or "none"
     raise UserError(f"models:/{name}/{version}: no such version; known: {known}")
 

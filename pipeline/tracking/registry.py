@@ -16,7 +16,7 @@ from pipeline.storage import Storage
 from pipeline.tracking.candidate import Candidate
 from pipeline.tracking.connection import SuppressCode, bounded_requests, connect
 from pipeline.tracking.logged_model import SET_TAG, SHA_TAG, LoggedGenerator, log_model
-from pipeline.tracking.lookup import CHAMPION, by_alias, connect_existing, one_line_errors, resolve, versions
+from pipeline.tracking.lookup import CHAMPION, by_alias, connect_existing, one_line_errors, resolve
 from pipeline.tracking.run import TrackedRun
 from pipeline.tracking.uri import known_uri
 
@@ -106,7 +106,7 @@ def _version(
     name = description.model_name
     with SuppressCode("RESOURCE_ALREADY_EXISTS"):
         client.create_registered_model(name)
-    for version in versions(client, name):
+    for version in client.search_model_versions(f"name = '{name}'"):
         if version.tags.get(SHA_TAG) == logged.sha256 and version.run_id == tracked.run_id:
             return version, False
     model, text = logged.model, logged.description
