@@ -13,7 +13,7 @@ from PIL import Image as PillowImage
 
 from pipeline.data.ingest.decoding import FORMATS
 from pipeline.data.ingest.image_set import Pair, Rejected, find_pairs, size_mismatch
-from pipeline.errors import UserError, is_installed, require_package
+from pipeline.errors import UserError, is_installed
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.models import (
     BICUBIC,
@@ -153,10 +153,15 @@ def evaluate(
             f"the models have the scales {sorted(scales)}; only models of one scale can be compared"
         )
     _require_matching_sizes(pairs, scorer.settings.scale)
+    outcomes: Iterable[ImageScore | Failure] = map(scorer, pairs)
+    if workers:
+        from pipeline.evaluation.ray_workers import map_on_ray
+
+        outcomes = map_on_ray(scorer, pairs, workers, scorer.device)
     paths = {pair.name: pair.hr for pair in pairs}
     images: list[ImageScore] = []
     unusable: list[Rejected] = []
-    for outcome in progress_bar(_outcomes(scorer, pairs, workers), total=len(pairs), unit=" images"):
+    for outcome in progress_bar(outcomes, total=len(pairs), unit=" images"):
         if isinstance(outcome, ImageScore):
             images.append(outcome)
         elif outcome.fatal:
@@ -174,16 +179,6 @@ def evaluate(
     return Evaluation(
         [model.name for model in models], short_labels(models), scorer.settings, images, excluded
     )
-
-
-def _outcomes(scorer: Scorer, pairs: Sequence[Pair], workers: int) -> Iterable[ImageScore | Failure]:
-    if workers == 0:
-        return map(scorer, pairs)
-    require_package("ray", f"--workers {workers}", "use --workers 0")
-    from pipeline.evaluation.ray_workers import map_on_ray
-
-    devices = [model.device for model in scorer.models if model.generator is not None]
-    return map_on_ray(scorer, pairs, workers, devices[0] if devices else "cpu")
 
 
 def _write_results(evaluation: Evaluation, out: Storage) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, require_package
 from pipeline.imaging import DeepImage, bicubic_upscale, prepared, upscale
 from pipeline.imaging.tiling import Tile
 from pipeline.model import RRDBNet, decode_generator, set_precision
@@ -192,9 +192,10 @@ def choose_device(name: str, workers: int = 0) -> str:
     compares them with the cluster's GPUs.
 
     Raises:
-        UserError: an unusable device, or one that Ray has to choose.
+        UserError: an unusable device, or one that Ray has to choose; or Ray is not installed.
     """
     if workers:
+        require_package("ray", f"--workers {workers}", "use --workers 0")
         if name not in ("auto", "cpu", "cuda"):
             raise UserError(f"--device {name}: with --workers Ray assigns the GPUs; use auto, cpu or cuda")
         return name

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow
 
 from pipeline.data.ingest.decoding import PhotoRejected
-from pipeline.errors import UserError, require_package
+from pipeline.errors import UserError
 from pipeline.evaluation.config import UpscaleConfig
 from pipeline.evaluation.image_files import SourceImage, encode_output, read_source, resized
 from pipeline.evaluation.models import Model, choose_device, notes, open_model
@@ -220,7 +220,11 @@ def upscale_all(
     skipped = set() if overwrite else existing
     result = Upscaled(skipped=[upscaler.output.path(task.target) for task in tasks if task.target in skipped])
     pending = [task for task in tasks if task.target not in skipped]
-    outcomes = _outcomes(upscaler, pending, workers)
+    outcomes: Iterable[Work] = upscaler.all(pending)
+    if workers and pending:
+        from pipeline.evaluation.ray_workers import map_on_ray
+
+        outcomes = map_on_ray(upscaler, pending, workers, upscaler.model.device)
     if len(pending) > 1:
         outcomes = progress_bar(outcomes, total=len(pending), unit=" images")
     for outcome in outcomes:
@@ -238,13 +242,3 @@ def upscale_all(
         entries.sort()
     result.failed.sort(key=lambda entry: entry["path"])
     return result
-
-
-def _outcomes(upscaler: Upscaler, tasks: Sequence[Task], workers: int) -> Iterable[Work]:
-    if workers == 0 or not tasks:
-        return upscaler.all(tasks)
-    require_package("ray", f"--workers {workers}", "use --workers 0")
-    from pipeline.evaluation.ray_workers import map_on_ray
-
-    model = upscaler.model
-    return map_on_ray(upscaler, tasks, workers, "cpu" if model.generator is None else model.device)
