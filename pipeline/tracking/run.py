@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +84,9 @@ def open_run(
         UserError: the server is unreachable and `tracking.if_unreachable` is `refuse`, or it rejects the run.
     """
     uri = resolve_uri(config, _storage_of(run))
-    earlier = _read_description(run)
+    earlier = None
+    with suppress(UserError):  # a corrupt one is about to be replaced
+        earlier = MLFLOW_RUN.read(run)
     all_tags = {**provenance_tags(), **tags}
     description = TrackingDescription(
         experiment=config.experiment,
@@ -122,7 +125,7 @@ def open_described(run: Storage, uri: str) -> TrackedRun:
             experiment_id = _experiment(client, description.experiment, artifact_root(uri, _storage_of(run)))
             # The key tag is set on creation: after a crash from here on the run is found again.
             run_id = _find(client, description, experiment_id) or _create(client, description, experiment_id)
-            log_description(client, run_id, description, _last_step(run))
+            log_description(client, run_id, description, published_step(run))
     except MlflowException as error:
         raise TrackingUnreachable(f"tracking.uri={without_secrets(uri)}: {cause(error)}") from None
     if description.run_id != run_id:
@@ -205,7 +208,7 @@ def finish_run(
     try:
         with bounded_requests(timeout_s=5, retries=1):
             client = MlflowClient(tracked.uri, tracked.uri)
-            log_end(client, tracked.run_id, status, ended_ms, reason, _last_step(folder))
+            log_end(client, tracked.run_id, status, ended_ms, reason, published_step(folder))
         return True
     except Exception as error:  # noqa: BLE001 - each database driver has its own exceptions
         logger.warning("status %s not set on run %s: %s", status, tracked.run_id, cause(error))
@@ -255,22 +258,10 @@ def _create(client: MlflowClient, description: TrackingDescription, experiment_i
     return str(created.info.run_id)
 
 
-def _read_description(run: Storage) -> TrackingDescription | None:
-    """The description of an earlier attempt; None if there is none or it is corrupt: it is about to be replaced."""
-    try:
-        return MLFLOW_RUN.read(run)
-    except UserError:
-        return None
-
-
 def _one_value(value: Any, characters: int) -> str:
     """A value as it is logged: without secrets, cut to MLflow's limit."""
     text = without_secrets("none" if value is None else str(value))
     return text if len(text) <= characters else text[: characters - 3] + "..."
-
-
-def _last_step(run: Storage) -> int:
-    return max(0, published_step(run))
 
 
 def _storage_of(run: Storage) -> str:

@@ -50,7 +50,7 @@ def log_description(
 ) -> None:
     """Logs status, tags, parameters, configuration, data set, and the registered model that training starts from.
 
-    `last_step` is the step of the event for a run that failed while the server was unreachable.
+    `last_step` is that of the event for a run that failed while the server was unreachable; -1 before the first.
     """
     from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, Param, RunTag
 
@@ -93,7 +93,7 @@ def log_end(
     client.set_terminated(run_id, status, ended_ms)
     if reason:
         client.set_tag(run_id, FAILURE_TAG, reason)
-        _log_events(client, run_id, [Event(last_step, ended_ms or 0, f"run failed: {reason}")])
+        _log_events(client, run_id, [Event(max(0, last_step), ended_ms or 0, f"run failed: {reason}")])
 
 
 def send_segment(client: MlflowClient, run_id: str, segment: Segment, sent: int) -> None:
