@@ -96,7 +96,7 @@ def test_a_row_count_that_is_not_the_shards_is_found_and_never_read(
     (line,) = verify(manifest)
     assert f"has {content[kind][0]['rows'] - change} rows" in line
     if kind == "held_out":
-        with pytest.raises(UserError, match="has 2 rows, and the manifest"):
+        with pytest.raises(UserError, match="differs from the manifest"):
             read_held_out(manifest)
     else:
         reader = PatchReader(manifest)
