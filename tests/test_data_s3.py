@@ -23,7 +23,7 @@ from pipeline.data.format.local_copy import local_copy
 from pipeline.data.format.reader import CorruptPatch, PatchReader, StoreUnreachable
 from pipeline.data.format.verify import verify
 from pipeline.data.ingest import prepare as prepare_module
-from pipeline.data.ingest.sources import list_photos
+from pipeline.data.ingest.sources import list_source
 from pipeline.errors import UserError
 from pipeline.storage import Storage
 
@@ -216,7 +216,7 @@ def test_an_unreachable_store_is_one_line(bucket: str, monkeypatch: pytest.Monke
     without_client_retries(monkeypatch)
     for ask in (
         lambda: has_manifest(f"{bucket}/x"),
-        lambda: list_photos(f"{bucket}/photos", "data.held_out"),
+        lambda: list_source(f"{bucket}/photos", "data.held_out"),
     ):
         with pytest.raises(
             UserError, match=r"^data\.(root|held_out)=s3://.*(unreachable|cannot be listed)"

@@ -19,7 +19,7 @@ from pipeline.data.format.reader import PatchReader
 from pipeline.data.ingest.cutting import match_degradation
 from pipeline.data.ingest.decoding import PhotoRejected, read_photo
 from pipeline.data.ingest.plan import pair_by_name
-from pipeline.data.ingest.sources import PhotoFile, find_license, list_photos
+from pipeline.data.ingest.sources import PhotoFile, find_license, list_source
 from pipeline.errors import UserError
 from pipeline.imaging import float_bicubic_downscale, matlab_bicubic_downscale
 
@@ -44,7 +44,7 @@ def made(source: Path | str, root: Path, **changes: object) -> dict[str, dict[st
 
 
 def names(source: Path | str) -> list[str]:
-    return [photo.name for photo in list_photos(str(source))]
+    return [photo.name for photo in list_source(str(source)).photos]
 
 
 def test_names_of_every_kind_are_found_in_one_order(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_links_are_followed_once_and_unreadable_files_are_rejected(tmp_path: Pat
 def test_a_file_without_permission_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(encoded(pixels_of(0)))
     (tmp_path / "a.png").chmod(0)
-    (photo,) = list_photos(str(tmp_path))
+    (photo,) = list_source(str(tmp_path)).photos
     with pytest.raises(PhotoRejected, match="cannot be read"):
         photo.read()
 

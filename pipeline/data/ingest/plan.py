@@ -21,7 +21,7 @@ from pipeline.data.ingest.layout import (
     split_parts,
 )
 from pipeline.data.ingest.sample_images import write_sample_photos
-from pipeline.data.ingest.sources import PhotoFile, find_license, list_photos, list_source
+from pipeline.data.ingest.sources import PhotoFile, find_license, list_source
 from pipeline.errors import UserError
 from pipeline.storage import Storage, absolute, is_remote, join
 
@@ -61,7 +61,7 @@ def make_plan(config: DataConfig) -> Plan:
             str(download(archive, config.div2k_url, folder)) for archive in (DIV2K_TRAIN, DIV2K_HELD_OUT)
         )
         held_out, license = held_out or default_held_out, license or _DIV2K_LICENSE
-    low = list_photos(config.lr_dir, "data.lr_dir") if config.lr_dir is not None else []
+    low = list_source(config.lr_dir, "data.lr_dir").photos if config.lr_dir is not None else []
     train, notes = _hr_files(source, "data.source", low, config)
     kept_out, more = _hr_files(held_out, "data.held_out", low, config) if held_out else ([], [])
     lows = pair_by_name(train + kept_out, low, config.scale) if low else {}
@@ -144,8 +144,9 @@ def pair_by_name(photos: list[PhotoFile], low: list[PhotoFile], scale: int) -> d
                 )
             pairs[photo] = files[path]
     if not pairs:
+        example = PurePosixPath(photos[0].name).stem.lower()
         raise UserError(
-            f"data.lr_dir: no file is paired with an image by name; expected names like {photos[0].stem}x{scale}.png"
+            f"data.lr_dir: no file is paired with an image by name; expected names like {example}x{scale}.png"
         )
     return pairs
 

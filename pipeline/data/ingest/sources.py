@@ -53,11 +53,6 @@ class PhotoFile:
         """Container and name: unique among all files."""
         return f"{self.container}/{self.name}"
 
-    @property
-    def stem(self) -> str:
-        """Name without folder and extension, in lower case."""
-        return PurePosixPath(self.name).stem.lower()
-
     def read(self, limit: int | None = None) -> bytes:
         """The file's bytes, at most `limit` of them. Raises PhotoRejected."""
         if self.unreadable:
@@ -109,40 +104,31 @@ def _archive(path: str) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
-def list_photos(source: str, field: str = "data.source") -> list[PhotoFile]:
-    """Every file of `source` that may be an image, sorted by name; see `list_source`."""
-    return list_source(source, field).photos
-
-
 def list_source(source: str, field: str = "data.source") -> Listing:
     """The files of a folder, glob, .zip archive or remote prefix; hidden folders are not searched.
 
     Raises:
         UserError: no such source, or no images in it; names `field`.
     """
-    if is_remote(source):
-        files = list(_in_s3(source, f"{field}={source}"))
-    elif Path(source).is_dir():
-        files = list(_in_folder(Path(source).absolute()))
-    elif Path(source).is_file():
+    where = f"{field}={source}"
+    if is_remote(source) or Path(source).is_dir():
+        return list_folder(Storage(source), where)
+    if Path(source).is_file():
         if not zipfile.is_zipfile(source):
-            raise UserError(f"{field}={source}: a file that is not a .zip archive; give its folder")
-        files = list(_in_zip(Path(source).absolute()))
-    elif glob.has_magic(source):
-        files = list(_in_glob(source))
-    else:
-        raise UserError(f"{field}={source}: no such folder, archive or pattern")
-    return listing(files, f"{field}={source}")
+            raise UserError(f"{where}: a file that is not a .zip archive; give its folder")
+        return _sorted_out(_in_zip(Path(source).absolute()), where)
+    if glob.has_magic(source):
+        return _sorted_out(_in_glob(source), where)
+    raise UserError(f"{where}: no such folder, archive or pattern")
 
 
 def list_folder(storage: Storage, where: str) -> Listing:
     """The files of a local folder or a remote prefix. Raises UserError, with `where`: no images, or not listed."""
-    if storage.remote:
-        return listing(_in_s3(storage.uri, where), where)
-    return listing(_in_folder(Path(storage.uri)), where)
+    files = _in_s3(storage, where) if storage.remote else _in_folder(Path(storage.uri))
+    return _sorted_out(files, where)
 
 
-def listing(files: Iterable[PhotoFile], where: str) -> Listing:
+def _sorted_out(files: Iterable[PhotoFile], where: str) -> Listing:
     """Sorts out the files that may be images. Raises UserError, with `where`, if there are none."""
     photos, skipped, count = [], defaultdict(list), 0
     for photo in sorted(files, key=lambda photo: photo.name):
@@ -266,8 +252,7 @@ def _in_zip(path: Path) -> Iterator[PhotoFile]:
             yield PhotoFile(member.filename, "zip", str(path), member.file_size, 0)
 
 
-def _in_s3(prefix: str, where: str) -> Iterator[PhotoFile]:
-    storage = Storage(prefix)
+def _in_s3(storage: Storage, where: str) -> Iterator[PhotoFile]:
     filesystem, base = storage.filesystem()
     try:
         infos = filesystem.get_file_info(fs.FileSelector(base, allow_not_found=True, recursive=True))
