@@ -7,14 +7,3 @@ from pipeline.data.format.held_out import HeldOutPhoto, read_held_out
 from pipeline.data.format.manifest import Manifest, has_manifest, load_manifest
 from pipeline.data.ingest.plan import plans_held_out
 from pipeline.data.ingest.prepare import check_source, prepare
-
-__all__ = [
-    "HeldOutPhoto",
-    "Manifest",
-    "check_source",
-    "has_manifest",
-    "load_manifest",
-    "plans_held_out",
-    "prepare",
-    "read_held_out",
-]

@@ -9,17 +9,3 @@ from pipeline.imaging.bicubic import (
 )
 from pipeline.imaging.metrics import luma, psnr, ssim
 from pipeline.imaging.tiling import prepared, upscale
-
-__all__ = [
-    "DeepImage",
-    "Image",
-    "bicubic_upscale",
-    "downscale_batch",
-    "float_bicubic_downscale",
-    "luma",
-    "matlab_bicubic_downscale",
-    "prepared",
-    "psnr",
-    "ssim",
-    "upscale",
-]

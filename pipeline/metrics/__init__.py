@@ -10,15 +10,3 @@ from pipeline.metrics.names import (
     metric_of,
 )
 from pipeline.metrics.weights import require, unavailable
-
-__all__ = [
-    "CONSISTENCY_AND_DETAIL",
-    "FIDELITY",
-    "METRICS",
-    "PERCEPTUAL",
-    "MetricSet",
-    "better",
-    "metric_of",
-    "require",
-    "unavailable",
-]

@@ -11,22 +11,3 @@ from pipeline.model.losses import relativistic_losses
 from pipeline.model.rrdbnet import RRDBNet
 from pipeline.model.seeding import seeded
 from pipeline.model.weights import decode_generator, generator_sha256, load_generator, save_generator
-
-__all__ = [
-    "DISCRIMINATORS",
-    "LAYERS",
-    "LITE0_LAYERS",
-    "Lite0Features",
-    "RRDBNet",
-    "UNetDiscriminator",
-    "VGGFeatures",
-    "VGGStyleDiscriminator",
-    "decode_generator",
-    "generator_sha256",
-    "load_generator",
-    "relativistic_losses",
-    "save_generator",
-    "seeded",
-    "set_deterministic",
-    "set_precision",
-]

@@ -2,5 +2,3 @@
 
 from pipeline.data.feed.fetch import RawBatch
 from pipeline.data.feed.thread_feed import Feed
-
-__all__ = ["Feed", "RawBatch"]
