@@ -135,7 +135,7 @@ def test_workers_in_the_environment_are_a_number_or_a_range(text: str, range_: t
         (["--workers", "4", "--batch_size", "3"], {}, "batch_size=3 is smaller than workers=4"),
         (["--psnr.steps", "0", "--gan.steps", "0"], {}, "nothing to train"),
         (["--run_name", "a/b"], {}, "run_name='a/b'"),
-        (["--data.scale", "5"], {}, "data.scale=5: should be 2, 3 or 4"),
+        (["--data.scale", "5"], {}, "should be less than or equal to 4"),
         (["--psnr.learning_rate", "inf"], {}, "psnr.learning_rate='inf': should be a finite number"),
         (["--perceptual.layers", '{"conv1_2": NaN}'], {}, "perceptual.layers=nan: should be a finite number"),
         (["--perceptual.layers", '{"conv1_2": -1}'], {}, "perceptual.layers=-1"),

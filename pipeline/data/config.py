@@ -1,15 +1,10 @@
 """Configuration section of the data set: source, patches, shards and feed."""
 
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from pipeline.section import Section
-
-
-def _number(value: Any) -> Any:
-    """Flags and the environment give text; a Literal of numbers needs an int."""
-    return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 class DataConfig(Section):
@@ -44,9 +39,7 @@ class DataConfig(Section):
         None,
         description="License of the images, for the manifest; default: a LICENSE file next to them.",
     )
-    scale: Annotated[Literal[2, 3, 4], BeforeValidator(_number)] = Field(
-        4, description="Downscaling factor between high and low resolution."
-    )
+    scale: int = Field(4, ge=2, le=4, description="Downscaling factor between high and low resolution.")
     edge: Literal["replicate", "symmetric"] = Field(
         "replicate", description="Padding of the image in the degradation: repeat the edge or mirror."
     )
