@@ -25,7 +25,7 @@ from pipeline.evaluation.models import (
     split_label,
 )
 from pipeline.evaluation.result import Evaluation, origin_of, short_labels
-from pipeline.evaluation.scoring import Failure, ImageScore, Scorer, Settings
+from pipeline.evaluation.scoring import ImageScore, Scorer, Settings
 from pipeline.imaging import Image
 from pipeline.imaging.panels import Panel, draw_panels, nearest_upscale
 from pipeline.json_file import json_text
@@ -153,21 +153,18 @@ def evaluate(
             f"the models have the scales {sorted(scales)}; only models of one scale can be compared"
         )
     _require_matching_sizes(pairs, scorer.settings.scale)
-    outcomes: Iterable[ImageScore | Failure] = map(scorer, pairs)
+    outcomes: Iterable[ImageScore | Rejected] = map(scorer, pairs)
     if workers:
         from pipeline.evaluation.ray_workers import map_on_ray
 
         outcomes = map_on_ray(scorer, pairs, workers, scorer.device)
-    paths = {pair.name: pair.hr for pair in pairs}
     images: list[ImageScore] = []
     unusable: list[Rejected] = []
     for outcome in progress_bar(outcomes, total=len(pairs), unit=" images"):
         if isinstance(outcome, ImageScore):
             images.append(outcome)
-        elif outcome.fatal:
-            raise UserError(f"{paths[outcome.name]}: {outcome.reason}")
         else:
-            unusable.append(Rejected(paths[outcome.name], outcome.reason))
+            unusable.append(outcome)
     # Workers finish in any order.
     images.sort(key=lambda image: image.name)
     unusable.sort(key=lambda each: each.path)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import ray
+from ray.exceptions import RayTaskError
 from ray.util import ActorPool
 
 from pipeline.data.ingest.ray_ingest import join_ray
@@ -44,7 +45,7 @@ def map_on_ray(
         device: cuda: each actor reserves a GPU; auto: the same if the cluster has enough of them; cpu.
 
     Raises:
-        UserError: no cluster answers at RAY_ADDRESS, or it has fewer CPUs or GPUs than that.
+        UserError: no cluster answers at RAY_ADDRESS, or it has fewer CPUs or GPUs than that; or as `function`.
     """
     started = not ray.is_initialized()
     if started:
@@ -63,6 +64,9 @@ def map_on_ray(
         shared = [ray.put(function)]
         pool = ActorPool([actor.remote(shared, on_gpu) for _ in range(min(workers, len(items)))])
         yield from pool.map_unordered(lambda worker, item: worker.apply.remote(item), items)
+    except RayTaskError as error:
+        # Without the worker's traceback.
+        raise (error.cause if isinstance(error.cause, UserError) else error) from None
     finally:
         if started:
             ray.shutdown()

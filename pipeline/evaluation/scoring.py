@@ -10,7 +10,7 @@ import torch
 from PIL import Image as PillowImage
 
 from pipeline.data.ingest.decoding import PhotoRejected
-from pipeline.data.ingest.image_set import Pair, read_pair
+from pipeline.data.ingest.image_set import Pair, Rejected, read_pair
 from pipeline.errors import UserError
 from pipeline.evaluation.crops import Box, most_different
 from pipeline.evaluation.models import Model, choose_device
@@ -64,16 +64,6 @@ class ImageScore:
 
 
 @dataclass(frozen=True)
-class Failure:
-    """An image without a score."""
-
-    name: str
-    reason: str
-    fatal: bool = False
-    """The evaluation stops: a model's output is not finite, or the image is too small for a metric."""
-
-
-@dataclass(frozen=True)
 class Scorer:
     """Scores all models on an image; Ray's workers receive it as a value."""
 
@@ -84,13 +74,17 @@ class Scorer:
     device: str = "cpu"
     """A torch device for the metrics; auto: a GPU if the computing process has one."""
 
-    def __call__(self, pair: Pair) -> ImageScore | Failure:
-        """The score, or the reason why there is none."""
+    def __call__(self, pair: Pair) -> ImageScore | Rejected:
+        """The score, or the reason why there is none.
+
+        Raises:
+            UserError: a model's output is not finite, or the image is too small for a metric.
+        """
         scale = self.settings.scale
         try:
             hr, lr = read_pair(pair, scale, self.settings.border)
         except PhotoRejected as error:
-            return Failure(pair.name, str(error))
+            return Rejected(pair.hr, str(error))
         try:
             results = [model.upscale(lr, self.settings.tile_px) for model in self.models]
             bicubic = bicubic_upscale(lr, scale)
@@ -98,11 +92,11 @@ class Scorer:
             measure = self.metrics.to(choose_device("auto") if self.device == "auto" else self.device).measure
             baseline, *metrics = [measure(sr[None], hr[None], lr[None])[0] for sr in (bicubic, *results)]
         except (FloatingPointError, UserError) as error:
-            return Failure(pair.name, str(error), fatal=True)
+            raise UserError(f"{pair.hr}: {error}") from None
         except torch.OutOfMemoryError:
-            return Failure(
-                pair.name, "the GPU has too little memory; lower --tile, or use --device cpu", fatal=True
-            )
+            raise UserError(
+                f"{pair.hr}: the GPU has too little memory; lower --tile, or use --device cpu"
+            ) from None
         box = self._box(pair.name, results, bicubic, hr)
         overview = PillowImage.fromarray(hr)
         overview.thumbnail((_OVERVIEW_PX, _OVERVIEW_PX))
