@@ -39,7 +39,7 @@ def local_copy(root: str, folder: str | None) -> str:
 
 
 def _copy(source: Storage, target: Path, shards: list[Shard], folder: str) -> None:
-    missing = [shard for shard in shards if _sha256(target / shard.name) != shard.sha256]
+    missing = [shard for shard in shards if file_sha256(target / shard.name) != shard.sha256]
     needed, free = sum(shard.bytes for shard in missing), shutil.disk_usage(target).free
     if needed > free:
         raise UserError(
@@ -54,7 +54,7 @@ def _copy(source: Storage, target: Path, shards: list[Shard], folder: str) -> No
         fs.copy_files(
             f"{base}/{shard.name}", str(partial), filesystem, destination_filesystem=fs.LocalFileSystem()
         )
-        if _sha256(partial) != shard.sha256:
+        if file_sha256(partial) != shard.sha256:
             partial.unlink()
             raise UserError(
                 f"{source.path(shard.name)}: differs from its checksum in {NAME}; check with prepare_data.py --verify"
@@ -62,7 +62,7 @@ def _copy(source: Storage, target: Path, shards: list[Shard], folder: str) -> No
         partial.rename(target / shard.name)
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     """The file's digest; empty if it does not exist."""
     if not path.exists():
         return ""

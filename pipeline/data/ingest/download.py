@@ -1,6 +1,5 @@
 """Downloads DIV2K's official archives: resumes after an interruption, keeps only files with the published sha256."""
 
-import hashlib
 import http.client
 import os
 import re
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from pipeline.data.format.local_copy import file_sha256
 from pipeline.errors import UserError
 from pipeline.progress import progress_bar
 from pipeline.storage import sync_folder
@@ -65,7 +65,7 @@ def download(archive: Archive, base_url: str, folder: Path, *, pause_s: float = 
     resumed = partial.exists()
     while True:
         _complete_partial(archive, url, partial, pause_s)
-        sha256 = _sha256(partial)
+        sha256 = file_sha256(partial)
         if sha256 == archive.sha256:
             partial.replace(target)
             sync_folder(folder)
@@ -142,8 +142,3 @@ def _append(url: str, file: BinaryIO, size: int, bar: Any) -> None:
                 raise UserError(f"{url}: sends more than {size} bytes: not the published file")
             file.write(chunk)
             bar.update(len(chunk))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
