@@ -123,18 +123,17 @@ def _existing(config: DataConfig, strict: bool) -> PrepareResult:
 
 def _make(plan: Plan, config: DataConfig, strict: bool, on_ray: bool) -> None:
     writer = DataSetWriter(Storage(config.root), plan.jobs, config, _settings(config), strict)
-    remaining = plan.jobs[writer.images :]
-    if writer.images:
-        print(f"resuming at image {writer.images + 1} of {len(plan.jobs)}", flush=True)
+    total, done = len(plan.jobs), writer.images
+    remaining = plan.jobs[done:]
+    if done:
+        print(f"resuming at image {done + 1} of {total}", flush=True)
     paired = config.lr_dir is not None
     images: Iterable[CutImage | Rejection] = (cut_image(job, config, paired) for job in remaining)
     if on_ray:
         from pipeline.data.ingest.ray_ingest import cut_on_ray
 
         images = cut_on_ray(remaining, config, paired)
-    with progress_bar(total=len(plan.jobs), initial=writer.images, unit=" images", desc="cutting") as bar:
-        writer.write(images, on_image=lambda index: bar.update(index - bar.n))
-        bar.update(len(plan.jobs) - bar.n)
+    writer.write(progress_bar(images, total=total, initial=done, unit=" images", desc="cutting"))
     libraries = {name: metadata.version(name) for name in ("numpy", "pillow", "pyarrow")}
     writer.finish(plan.licenses, libraries)
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -79,12 +79,8 @@ class DataSetWriter:
         """Images in complete shards; writing starts with the next one."""
         return self._done.images
 
-    def write(
-        self,
-        images: Iterable[CutImage | Rejection],
-        on_image: Callable[[int], None] = lambda index: None,
-    ) -> None:
-        """Writes the shards of all remaining images. `on_image` is called with the index of each image.
+    def write(self, images: Iterable[CutImage | Rejection]) -> None:
+        """Writes the shards of all remaining images.
 
         Raises:
             UserError: an image is in both sets, too many are rejected, or any is and `strict` is set.
@@ -92,7 +88,6 @@ class DataSetWriter:
         self._check_rejections()
         try:
             for job, image in zip(self._jobs[self.images :], images, strict=True):
-                on_image(job.index)
                 self._add(job, image)
                 self._done.images += 1
                 following = self._jobs[job.index + 1 : job.index + 2]
