@@ -19,10 +19,7 @@ _SECTIONS = ("License", "Limits")
 def openmodeldb_entry(generator: RRDBNet, file: Path, card: RegisteredCard) -> dict[str, Any]:
     """The entry as JSON values, by OpenModelDB's schema (its repository, src/lib/schema.ts).
 
-    Args:
-        generator: the network in `file`.
-        file: an exported file; its name without suffix becomes the model's name.
-        card: of the registered generator.
+    The name of `file`, the exported generator, becomes the model's name; `card` is that of the registered generator.
     """
     content = file.read_bytes()
     images = re.match(r"(\d+) image", str(card.origin.get("data", "")))

@@ -51,13 +51,7 @@ def bootstrap_intervals(values: Values) -> Values:
 
 
 def compare(names: Sequence[str], values: Values, others: Values) -> dict[str, Comparison]:
-    """A paired comparison in each metric.
-
-    Args:
-        names: the metrics.
-        values: (images, metrics) of the model.
-        others: the same of the model that it is compared with.
-    """
+    """A paired comparison in each metric: (images, metrics) of the model, and of the one that it is compared with."""
     with np.errstate(invalid="ignore"):
         # Two infinite values do not differ.
         differences = np.where(values == others, 0.0, values - others)

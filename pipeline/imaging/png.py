@@ -46,12 +46,7 @@ def decode_16_bits(data: bytes) -> NDArray[np.uint16]:
 
 
 def encode_16_bits(pixels: NDArray[np.uint16], ancillary: Mapping[bytes, bytes]) -> bytes:
-    """A 16-bit PNG of (H, W, C); C as in `decode_16_bits`.
-
-    Args:
-        pixels: the levels.
-        ancillary: chunks between IHDR and IDAT, by kind.
-    """
+    """A 16-bit PNG of (H, W, C), C as in `decode_16_bits`; `ancillary` chunks, by kind, precede IDAT."""
     height, width, channels = pixels.shape
     rows = np.frombuffer(pixels.astype(">u2").tobytes(), np.uint8).reshape(height, -1)
     filtered = np.empty((height, rows.shape[1] + 1), np.uint8)

@@ -103,12 +103,7 @@ def _to_levels(images: Tensor, dtype: torch.dtype) -> Tensor:
 def prepared(generator: nn.Module, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
     """A copy of an RRDBNet for inference: on the device, channels-last, its convolutions' weights in `dtype`.
 
-    Autocast would cast, and a GPU reorder, all weights for every tile.
-
-    Args:
-        generator: an RRDBNet.
-        device: where to.
-        dtype: float32, bfloat16 or float16. The last convolution stays in float32.
+    Autocast would cast, and a GPU reorder, all weights for every tile. The last convolution stays in float32.
     """
     copied = copy.deepcopy(generator).eval().requires_grad_(False)
     copied.to(device).to(memory_format=torch.channels_last)

@@ -31,14 +31,10 @@ class Distance(nn.Module):
 
 
 def load_distance(name: str, folder: str | None = None) -> Distance:
-    """The network of a perceptual metric, on the CPU.
-
-    Args:
-        name: the metric.
-        folder: contains its weights file; default: see `weights_file`.
+    """The network of a perceptual metric, on the CPU; `folder` is that of `weights_file`.
 
     Raises:
-        UserError: the file is missing, corrupt, or another network's.
+        UserError: its weights file is missing, corrupt, or another network's.
     """
     return _LOADERS[name](folder)
 

@@ -16,11 +16,9 @@ ADDRESS = "https://download.pytorch.org/models/"
 
 
 def weights_file(name: str, folder: str | None = None) -> Path:
-    """The verified weights file of a perceptual metric.
+    """The verified weights file of a perceptual metric: in `folder`, by default torch hub's cache.
 
-    Args:
-        name: the metric.
-        folder: contains the file; default: torch hub's cache. That of feature_distance is in an installed package.
+    That of feature_distance is in an installed package.
 
     Raises:
         UserError: the file does not exist or is corrupt; the message explains how to get it.
