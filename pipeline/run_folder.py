@@ -181,8 +181,6 @@ class CandidateDescription:
     """Note on the license of the training images, and so of the weights."""
     images: list[str] = field(default_factory=list)
     """Titles of the model card's images, in the order of their files."""
-    example: bool = False
-    """Whether there is an input example."""
     initial: dict[str, str] = field(default_factory=dict)
     """Source and digest of the initial weights, as in the model card; empty: random."""
     bicubic: dict[str, float] = field(default_factory=dict)

@@ -58,7 +58,7 @@ def candidate_of(run: Storage, folder: Path) -> Candidate:
         data_sha256=DATA,
         license="CC0",
     )
-    return Candidate(description, {"flower": noise[:8]}, noise)
+    return Candidate(description, {"flower": noise})
 
 
 def test_a_candidate_is_read_back_as_it_was_without_secrets(tmp_path: Path) -> None:
@@ -69,12 +69,9 @@ def test_a_candidate_is_read_back_as_it_was_without_secrets(tmp_path: Path) -> N
     loaded = Candidate.load(run)
     assert loaded is not None
     assert loaded.description == replace(
-        saved.description, config_text="uri: http://***@host\n", images=["flower"], example=True
+        saved.description, config_text="uri: http://***@host\n", images=["flower"]
     )
     assert np.array_equal(loaded.images["flower"], saved.images["flower"])
-    assert loaded.example is not None
-    assert saved.example is not None
-    assert np.array_equal(loaded.example, saved.example)
     run.write_bytes("tracking/candidate/candidate.json", b"{")
     with pytest.raises(UserError, match=r"candidate\.json: corrupt \(.+\); start the training again"):
         Candidate.load(run)

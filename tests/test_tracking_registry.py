@@ -350,9 +350,8 @@ def test_the_card_contains_the_generators_origin(tracked, config, tmp_path) -> N
         tracked, path, 98, {"psnr_y": 30.0}, model_name=config.model_name, license="CC0 images",
         config_text="seed: 3\nuri: http://me:geheim@host\n",
     )  # fmt: skip
-    images = {"bicubic, stage 1, stage 2": np.zeros((4, 12, 3), np.uint8)}
-    example = np.zeros((64, 64, 3), np.uint8)
-    register_candidate(tracked, replace(described, images=images, example=example))
+    images = {"bicubic, stage 1, stage 2": np.zeros((100, 400, 3), np.uint8)}
+    register_candidate(tracked, replace(described, images=images))
     folder = pull_generator(f"models:/{config.model_name}/1", tracked.uri).parent.parent
     text = (folder / "README.md").read_text()
     for part in (
@@ -399,7 +398,7 @@ def test_a_license_note_quotes_the_text_that_came_with_the_images() -> None:
 def test_the_example_is_the_input_at_the_start_of_a_validation_image() -> None:
     lr = np.random.default_rng(0).integers(0, 256, (48, 48, 3), np.uint8)
     strip = np.concatenate([lr.repeat(4, 0).repeat(4, 1), np.zeros((192, 400, 3), np.uint8)], axis=1)
-    assert np.array_equal(input_example(strip, 4), lr[:24, :32])
+    assert np.array_equal(input_example({"a": strip}, 4), lr[:24, :32])
 
 
 def test_a_silent_server_fails_in_bounded_time(config, tmp_path, monkeypatch) -> None:

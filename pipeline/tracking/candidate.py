@@ -12,7 +12,6 @@ from pipeline.storage import Storage
 from pipeline.tracking.spool import FOLDER, from_png, to_png
 
 CANDIDATE_FOLDER = f"{FOLDER}/candidate"
-EXAMPLE = f"{CANDIDATE_FOLDER}/example.png"
 
 
 @dataclass(frozen=True)
@@ -20,24 +19,19 @@ class Candidate:
     """Everything that is needed to register a run's generator at any later time."""
 
     description: CandidateDescription
-    """`images` and `example` are set when it is saved."""
+    """`images` is set when it is saved."""
     images: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """Title to (H, W, 3) uint8 image, shown in the model card."""
-    example: np.ndarray | None = None
-    """A small low-resolution image, (H, W, 3) uint8, that becomes the input example."""
+    """Title to (H, W, 3) uint8 image of the model card; it begins with the input, upscaled by pixel repetition."""
 
     def save(self, run: Storage) -> None:
         """Writes it atomically into the run's folder, without secrets. Raises OSError."""
         run.remove(CANDIDATE_FOLDER)
         for index, image in enumerate(self.images.values()):
             run.write_bytes(_image_file(index), to_png(image))
-        if self.example is not None:
-            run.write_bytes(EXAMPLE, to_png(self.example))
         description = replace(
             self.description,
             config_text=without_secrets(self.description.config_text),
             images=list(self.images),
-            example=self.example is not None,
         )
         CANDIDATE.write(run, description)
 
@@ -52,10 +46,9 @@ class Candidate:
                 title: from_png(run.read_bytes(_image_file(index)))
                 for index, title in enumerate(saved.images)
             }
-            example = from_png(run.read_bytes(EXAMPLE)) if saved.example else None
         except (FileNotFoundError, ValueError) as error:
             raise UserError(f"{run.path(CANDIDATE_FOLDER)}: corrupt ({error}); {CANDIDATE.remedy}") from None
-        return Candidate(saved, images, example)
+        return Candidate(saved, images)
 
     @staticmethod
     def discard(run: Storage) -> None:

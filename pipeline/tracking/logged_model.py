@@ -7,7 +7,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -68,6 +68,9 @@ def log_model(
 
     facts, step = candidate.description, trained.step
     generator, _ = decode_generator(content, trained.file)
+    example = input_example(candidate.images, generator.scale)
+    if trained != facts.generator:
+        candidate = replace(candidate, images={})
     sha256 = generator_sha256(generator.state_dict())
     origin = {
         "step": step,
@@ -108,7 +111,7 @@ def log_model(
     )
     with tempfile.TemporaryDirectory(prefix="esrgan-model-") as folder:
         files, text = Path(folder) / "model", card_text(candidate, trained, origin, generator, usage)
-        write_model(files, generator, content, candidate, text, origin, identity)
+        write_model(files, generator, content, candidate, text, example, origin, identity)
         client.log_model_artifacts(model.model_id, str(files))
     data = {"dataset_name": "evaluation-set", "dataset_digest": facts.evaluation_set[:DIGEST_CHARACTERS]}
     on_other_sets: dict[str, str] = {}
@@ -134,6 +137,7 @@ def write_model(
     content: bytes,
     candidate: Candidate,
     text: str,
+    example: np.ndarray,
     origin: Mapping[str, object],
     identity: Model,
 ) -> None:
@@ -143,6 +147,7 @@ def write_model(
         folder: a folder to be created.
         generator, content: the network, and its .safetensors file.
         candidate, text: what is to be registered, and the model card in Markdown.
+        example: see `input_example`.
         origin: small values for MLflow's metadata.
         identity: MLflow's ids of the logged model.
     """
@@ -163,7 +168,7 @@ def write_model(
                 "code": rrdbnet.__file__,
             },
             signature=_signature(),
-            input_example=_example(candidate.example)[None],
+            input_example=example[None],
             model_config={"device": "auto"},
             # Without torch, whose wheels bring CUDA (4 GB): it is used where it is installed.
             pip_requirements=[
@@ -193,15 +198,6 @@ def _speed(generator: RRDBNet) -> str:
     return f"{seconds * 1000:,.0f} ms per megapixel of output ({machine})"
 
 
-def input_example(strip: np.ndarray, scale: int) -> np.ndarray:
-    """The input example, cut from a validation image `strip`, uint8 (H * scale, W, 3).
-
-    A strip starts with the input, upscaled by pixel repetition.
-    """
-    height, width = EXAMPLE_PX
-    return np.ascontiguousarray(strip[: height * scale : scale, : width * scale : scale])
-
-
 def _signature() -> ModelSignature:
     from mlflow.models import ModelSignature
     from mlflow.types import DataType, ParamSchema, ParamSpec, Schema, TensorSpec
@@ -211,10 +207,10 @@ def _signature() -> ModelSignature:
     return ModelSignature(None, images, ParamSchema([ParamSpec("tile", DataType.long, AUTO_TILE)]))
 
 
-def _example(example: np.ndarray | None) -> np.ndarray:
-    """A small low-resolution image: the given one, cropped, or a color gradient."""
+def input_example(images: Mapping[str, np.ndarray], scale: int) -> np.ndarray:
+    """A small input, (H, W, 3) uint8: the start of a candidate's first image; without one a color gradient."""
     height, width = EXAMPLE_PX
-    if example is not None:
-        return np.ascontiguousarray(example[:height, :width])
+    for strip in images.values():
+        return np.ascontiguousarray(strip[: height * scale : scale, : width * scale : scale])
     y, x = np.mgrid[0:height, 0:width]
     return np.stack([255 * x // (width - 1), 255 * y // (height - 1), 128 + 0 * x], axis=-1).astype(np.uint8)

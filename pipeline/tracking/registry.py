@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pipeline.errors import UserError
@@ -59,7 +59,7 @@ def register_candidate(tracked: TrackedRun, candidate: Candidate) -> RegisteredV
     with one_line_errors(f"registering {name}", tracked.uri), bounded_requests(**UPLOAD_LIMITS):
         client = connect(tracked.uri)
         for earlier in description.earlier:
-            log_model(client, tracked, replace(candidate, images={}), earlier, _content(run, earlier))
+            log_model(client, tracked, candidate, earlier, _content(run, earlier))
         generator = description.generator
         logged = log_model(client, tracked, candidate, generator, _content(run, generator))
         version, is_new = _version(client, tracked, candidate, logged)

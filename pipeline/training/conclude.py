@@ -10,7 +10,6 @@ from pipeline.model.weights import generator_sha256
 from pipeline.run_folder import IDENTITY, RESULT, CandidateDescription, TrainingResult
 from pipeline.storage import Storage
 from pipeline.tracking.candidate import Candidate, trained_generator
-from pipeline.tracking.logged_model import input_example
 from pipeline.tracking.model_card import license_note
 from pipeline.tracking.registry import register_candidate
 from pipeline.tracking.run import TrackedRun
@@ -158,8 +157,7 @@ def _candidate(
         initial=_initial_facts(run),
         bicubic=chosen.scalars["bicubic"],
     )
-    example = next((input_example(strip, config.data.scale) for strip in images.values()), None)
-    return Candidate(description, images, example)
+    return Candidate(description, images)
 
 
 def _is_deciding(config: TrainConfig, image: str) -> bool:
