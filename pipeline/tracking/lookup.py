@@ -45,27 +45,25 @@ class PulledGenerator:
     """MLflow's id of the run that made it; may be empty."""
 
 
-def pull_generator(uri: str, tracking_uri: str | None = None, folder: Path | None = None) -> Path:
+def pull_generator(uri: str, tracking_uri: str | None = None) -> Path:
     """`pull_with_origin`, for the path alone."""
-    return pull_with_origin(uri, tracking_uri, folder).path
+    return pull_with_origin(uri, tracking_uri).path
 
 
-def pull_with_origin(
-    uri: str, tracking_uri: str | None = None, folder: Path | None = None
-) -> PulledGenerator:
-    """Downloads a registered generator's weights.
+def pull_with_origin(uri: str, tracking_uri: str | None = None) -> PulledGenerator:
+    """Downloads a registered generator's weights, to a folder that is removed when the process ends.
+
+    A file that is on this machine already is not copied.
 
     Args:
         uri: models:/NAME@ALIAS, models:/NAME/VERSION or models:/MODEL_ID.
         tracking_uri: the tracking server; without it ESRGAN_TRACKING__URI, then MLFLOW_TRACKING_URI.
-        folder: where to write the file; without it a folder that is removed when the process ends. A file that is on
-            this machine already is not copied.
 
     Raises:
         UserError: no such model, alias or version, the server is unreachable, or the file is corrupt or not finite.
     """
     with _located(uri, tracking_uri) as (location, tags, origin):
-        path = _download(uri, location, f"artifacts/{WEIGHTS}", tracking_uri, folder)
+        path = _download(uri, location, f"artifacts/{WEIGHTS}", tracking_uri)
     generator, _ = decode_generator(path, f"{uri}: {path}")
     if tags.get(SHA_TAG) not in (None, generator_sha256(generator.state_dict())):
         raise UserError(
@@ -124,14 +122,13 @@ def _located(
             yield location, dict(version.tags), (registered, model_id, version.run_id or "")
 
 
-def _download(
-    uri: str, location: str, name: str, tracking_uri: str | None, folder: Path | None = None
-) -> Path:
+def _download(uri: str, location: str, name: str, tracking_uri: str | None) -> Path:
     """A file of the registered model `uri` on this machine."""
     import mlflow.artifacts
 
-    if folder is None and not location.startswith(("/", "file:")):
-        folder = Path(tempfile.mkdtemp(prefix="esrgan-pulled-"))
+    folder = None
+    if not location.startswith(("/", "file:")):
+        folder = tempfile.mkdtemp(prefix="esrgan-pulled-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
     server = known_uri(tracking_uri)
     try:
@@ -139,7 +136,7 @@ def _download(
             artifact_uri=f"{location.rstrip('/')}/{name}",
             tracking_uri=server,
             registry_uri=server,
-            dst_path=str(folder) if folder else None,
+            dst_path=folder,
         )
     except OSError as error:
         raise UserError(f"{uri}: its file {Path(name).name} cannot be downloaded ({cause(error)})") from None
