@@ -94,6 +94,7 @@ def noise(side: int) -> np.ndarray:
 
 def run_large() -> dict[str, float]:
     """An image of 2500 x 2500 pixels through all of jobs/upscale.py."""
+    from pipeline.evaluation.config import UpscaleConfig
     from pipeline.evaluation.models import open_model
     from pipeline.evaluation.output_plan import plan
     from pipeline.evaluation.upscaling import Upscaler, Work
@@ -105,10 +106,13 @@ def run_large() -> dict[str, float]:
         lr = np.stack([(x * y // 700) % 256, (x + y) % 256, (x - y) % 256], axis=-1).astype(np.uint8)
         Image.fromarray(lr).save(f"{folder}/large.png")
         del lr, x, y
-        output, tasks = plan(f"{folder}/large.png", f"{folder}/out", "png")
-        model = open_model(f"{folder}/g.safetensors")
+        config = UpscaleConfig(
+            model=f"{folder}/g.safetensors", input=f"{folder}/large.png", output=f"{folder}/out"
+        )
+        output, tasks = plan(config.input, config.output, config.format)
+        model = open_model(config.model)
         start = time.perf_counter()
-        outcome = Upscaler(model, output, "png", None, 200.0)(tasks[0])
+        outcome = Upscaler(model, output, config)(tasks[0])
         assert outcome == Work(tasks[0])
         return {"seconds": time.perf_counter() - start, "peak_mib": peak_mib()}
 

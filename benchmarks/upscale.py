@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pipeline.evaluation.config import UpscaleConfig
 from pipeline.evaluation.models import open_model
 from pipeline.evaluation.output_plan import plan
 from pipeline.evaluation.upscaling import Upscaler
@@ -55,8 +56,10 @@ def main() -> None:
                 for pixels in photos:
                     model.upscale(pixels)
                 inference.append(len(photos) / (time.perf_counter() - began))
-                output, tasks = plan(str(root / "in"), str(root / f"out-{precision}-{turn}"), "png")
-                upscaler = Upscaler(model, output, "png", None, 200.0)
+                out = str(root / f"out-{precision}-{turn}")
+                config = UpscaleConfig(model=str(weights), input=str(root / "in"), output=out)
+                output, tasks = plan(config.input, config.output, config.format)
+                upscaler = Upscaler(model, output, config)
                 began = time.perf_counter()
                 failed = [outcome.error for outcome in upscaler.all(tasks) if outcome.error]
                 folder_rates.append(len(tasks) / (time.perf_counter() - began))

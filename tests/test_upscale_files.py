@@ -18,9 +18,10 @@ from evaluation_helpers import (
 )
 from PIL import Image, ImageCms
 
+from pipeline.evaluation.config import UpscaleConfig
 from pipeline.evaluation.models import Model, open_model
 from pipeline.evaluation.output_plan import Task, plan
-from pipeline.evaluation.upscaling import Upscaler, Work, upscale_all
+from pipeline.evaluation.upscaling import Upscaler, Work
 from pipeline.imaging import bicubic_upscale, upscale
 
 
@@ -179,11 +180,10 @@ def test_an_image_with_non_finite_output_fails_and_the_others_are_written(tmp_pa
 
 
 def test_running_again_skips_existing_outputs_and_resumes(tmp_path: Path, weights: Path) -> None:
-    for name in "abc":
+    write_image(tmp_path / "in" / "a.png", 20, 24)
+    run(tmp_path, "--model", weights, "--input", tmp_path / "in")
+    for name in "bc":
         write_image(tmp_path / "in" / f"{name}.png", 20, 24)
-    output, tasks = plan(str(tmp_path / "in"), str(tmp_path / "out"), "png")
-    upscaler = Upscaler(open_model(str(weights)), output, "png", None, 200.0)
-    upscale_all(upscaler, tasks[:1])
     before = (tmp_path / "out" / "a.png").stat().st_mtime_ns
     code, result = run(tmp_path, "--model", weights, "--input", tmp_path / "in")
     assert code == 0
@@ -278,9 +278,9 @@ def test_images_are_read_and_written_while_another_is_upscaled(
     (tmp_path / "in").mkdir()
     for index in range(5):
         Image.fromarray(synthetic_image(20, 24, index)).save(tmp_path / "in" / f"{index}.png")
-    output, tasks = plan(str(tmp_path / "in"), str(tmp_path / "out"), "png")
-    model = open_model(str(weights))
-    upscaler = Upscaler(model, output, "png", None, 200.0)
+    config = UpscaleConfig(model=str(weights), input=str(tmp_path / "in"), output=str(tmp_path / "out"))
+    output, tasks = plan(config.input, config.output, config.format)
+    upscaler = Upscaler(open_model(config.model), output, config)
     read, written = [threading.Event() for _ in tasks], [threading.Event() for _ in tasks]
     numbers = {task.target: index for index, task in enumerate(tasks)}
     calls = iter(range(len(tasks)))

@@ -74,12 +74,7 @@ class Upscaler:
 
     model: Model
     output: Storage
-    form: str
-    """As the user set it; each task has its own."""
-    tile_px: int | None
-    max_megapixels: float
-    outscale: float | None = None
-    """Scale of the output, if it is not the model's."""
+    config: UpscaleConfig
     shows_tiles: bool = False
 
     def settings(self) -> dict[str, Any]:
@@ -93,9 +88,9 @@ class Upscaler:
             "generator_sha256": None if generator is None else generator_sha256(generator.state_dict()),
             "residual_scale": None if generator is None else generator.residual_scale,
             "scale": self.model.scale,
-            "format": self.form,
+            "format": self.config.format,
             "precision": self.model.precision,
-            **({} if self.outscale is None else {"outscale": self.outscale}),
+            **({} if self.config.outscale is None else {"outscale": self.config.outscale}),
         }
 
     def __call__(self, task: Task) -> Work:
@@ -106,7 +101,7 @@ class Upscaler:
         """Decodes the image."""
         work = Work(task)
         with work.failures():
-            work.image = read_source(task.photo.read(), self.max_megapixels)
+            work.image = read_source(task.photo.read(), self.config.max_megapixels)
         return work
 
     def compute(self, work: Work) -> Work:
@@ -114,7 +109,7 @@ class Upscaler:
         with work.failures():
             if work.image is not None:
                 progress = _tiles_bar if self.shows_tiles else iter
-                work.pixels = self.model.upscale(work.image.rgb, self.tile_px, progress)
+                work.pixels = self.model.upscale(work.image.rgb, self.config.tile, progress)
         return work
 
     def write(self, work: Work) -> Work:
@@ -122,10 +117,10 @@ class Upscaler:
         content = b""
         with work.failures():
             if work.image is not None and work.pixels is not None:
-                alpha, scale = work.image.alpha, self.model.scale
+                alpha, scale, outscale = work.image.alpha, self.model.scale, self.config.outscale
                 alpha = alpha if alpha is None or scale == 1 else bicubic_upscale(alpha, scale)
-                if self.outscale is not None:
-                    size = [max(round(side * self.outscale), 1) for side in work.image.rgb.shape[:2]]
+                if outscale is not None:
+                    size = [max(round(side * outscale), 1) for side in work.image.rgb.shape[:2]]
                     work.pixels = resized(work.pixels, size)
                     alpha = None if alpha is None else resized(alpha, size)
                 content = encode_output(work.pixels, alpha, work.image, work.task.form)
@@ -169,10 +164,14 @@ class Upscaler:
 
 
 def upscale_images(config: UpscaleConfig) -> Upscaled:
-    """Upscales the images of `config.input` that have no output yet. Notes about the model are printed.
+    """Upscales the images of `config.input` that have no output yet, in this process or on Ray's workers.
+
+    Notes about the model are printed.
 
     Raises:
-        UserError: an unusable model, device, input or output; see also `plan` and `upscale_all`.
+        UserError: an unusable model, device, input or output (see also `plan`); the folder has outputs of another
+            model, other settings or other inputs, and `overwrite` is off; or an output cannot be written (a full disk),
+            which would also stop the others.
     """
     output, tasks = plan(config.input, config.output, config.format)
     to_file = is_file(config.output)
@@ -183,62 +182,36 @@ def upscale_images(config: UpscaleConfig) -> Upscaled:
     model = open_model(config.model, config.tracking_uri, device=device, precision=config.precision)
     for line in notes([model]):
         print(f"note: {line}")
-    upscaler = Upscaler(
-        model, output, config.format, config.tile, config.max_megapixels, config.outscale,
-        shows_tiles=len(tasks) == 1 and config.workers == 0,
-    )  # fmt: skip
-    return upscale_all(upscaler, tasks, config.workers, config.overwrite, recorded=not to_file)
+    # Ray's workers need no tracking server: its password stays here.
+    shared = config.model_copy(update={"tracking_uri": None})
+    upscaler = Upscaler(model, output, shared, shows_tiles=len(tasks) == 1 and config.workers == 0)
+    record = OutputRecord(model.name, upscaler.settings(), {task.target: task.photo.path for task in tasks})
+    existing = set() if to_file else claim(output, record, config.overwrite)
+    skipped = set() if config.overwrite else existing
+    pending = [task for task in tasks if task.target not in skipped]
+    works: Iterable[Work] = upscaler.all(pending)
+    if config.workers and pending:
+        from pipeline.evaluation.ray_workers import map_on_ray
+
+        works = map_on_ray(upscaler, pending, config.workers, model.device)
+    if len(pending) > 1:
+        works = progress_bar(works, total=len(pending), unit=" images")
+    result = Upscaled(skipped=sorted(map(output.path, skipped)))
+    for work in works:
+        photo = work.task.photo
+        if work.write_error:
+            raise UserError(
+                f"--output {output.uri}: the output of {photo.name} cannot be written ({work.write_error}); "
+                f"{len(result.written)} were written; free space and run again to resume"
+            )
+        if work.error:
+            result.failed.append({"path": photo.path, "reason": work.error})
+        else:
+            result.written.append(output.path(work.task.target))
+    result.written.sort()
+    result.failed.sort(key=lambda entry: entry["path"])
+    return result
 
 
 def _tiles_bar(tiles: list[Tile]) -> Iterable[Tile]:
     return tiles if len(tiles) == 1 else progress_bar(tiles, unit=" tiles")
-
-
-def upscale_all(
-    upscaler: Upscaler,
-    tasks: Sequence[Task],
-    workers: int = 0,
-    overwrite: bool = False,
-    recorded: bool = True,
-) -> Upscaled:
-    """Upscales all images that have no output yet, in this process or on Ray's workers.
-
-    Args:
-        upscaler: model and settings.
-        tasks: images and outputs.
-        workers: Ray workers; 0: this process.
-        overwrite: replace existing outputs.
-        recorded: keep `upscale.json` in the output folder; without it every task is computed.
-
-    Raises:
-        UserError: the folder has outputs of another model, other settings or other inputs, and `overwrite` is off; or
-            an output cannot be written (a full disk), which would also stop the others.
-    """
-    inputs = {task.target: task.photo.path for task in tasks}
-    record = OutputRecord(upscaler.model.name, upscaler.settings(), inputs)
-    existing = claim(upscaler.output, record, overwrite) if recorded else set()
-    skipped = set() if overwrite else existing
-    result = Upscaled(skipped=[upscaler.output.path(task.target) for task in tasks if task.target in skipped])
-    pending = [task for task in tasks if task.target not in skipped]
-    outcomes: Iterable[Work] = upscaler.all(pending)
-    if workers and pending:
-        from pipeline.evaluation.ray_workers import map_on_ray
-
-        outcomes = map_on_ray(upscaler, pending, workers, upscaler.model.device)
-    if len(pending) > 1:
-        outcomes = progress_bar(outcomes, total=len(pending), unit=" images")
-    for outcome in outcomes:
-        task = outcome.task
-        if outcome.write_error:
-            raise UserError(
-                f"--output {upscaler.output.uri}: the output of {task.photo.name} cannot be written "
-                f"({outcome.write_error}); {len(result.written)} were written; free space and run again to resume"
-            )
-        if outcome.error:
-            result.failed.append({"path": task.photo.path, "reason": outcome.error})
-        else:
-            result.written.append(upscaler.output.path(task.target))
-    for entries in (result.written, result.skipped):
-        entries.sort()
-    result.failed.sort(key=lambda entry: entry["path"])
-    return result
