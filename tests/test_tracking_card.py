@@ -61,6 +61,7 @@ def test_the_cards_example_loads_the_model_of_the_card(
     Image.fromarray(lr).save(tmp_path / "small.png")
     monkeypatch.chdir(tmp_path)
     before = mlflow.get_tracking_uri()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", before)  # set_tracking_uri changes it
     try:
         exec(example, {})  # what a reader would run
     finally:
