@@ -33,7 +33,7 @@ LAYERS = {
     "data.feed": "errors storage data.format",
     "data": "data.config data.format data.ingest",
     # Tracking and training.
-    "tracking": "errors section storage json_file run_folder model metrics",
+    "tracking": "errors section storage json_file run_folder imaging model metrics",
     "training": "errors section storage json_file run_folder imaging model metrics tracking " + DATA,
     # On top of training.
     "tuning": "errors section storage json_file run_folder imaging model metrics data tracking training",

@@ -1,13 +1,11 @@
 """Evaluates models on a set of images: exact means, metrics.json, a comparison figure and the report."""
 
-import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any
 
-import numpy as np
 import pyarrow
 from PIL import Image as PillowImage
 
@@ -26,7 +24,7 @@ from pipeline.evaluation.models import (
 )
 from pipeline.evaluation.result import Evaluation, origin_of, short_labels
 from pipeline.evaluation.scoring import ImageScore, Scorer, Settings
-from pipeline.imaging import Image
+from pipeline.imaging.arrays import decoded, encoded
 from pipeline.imaging.panels import Panel, draw_panels, nearest_upscale
 from pipeline.json_file import json_text
 from pipeline.metrics import (
@@ -187,25 +185,20 @@ def _write_results(evaluation: Evaluation, out: Storage) -> None:
         from pipeline.evaluation.report import render_report
 
         out.write_bytes("report.html", render_report(evaluation).encode(errors="backslashreplace"))
-    buffer = io.BytesIO()
-    draw_panels(list(_comparison(evaluation)), zoom=2).save(buffer, format="PNG", optimize=True)
-    out.write_bytes("comparison.png", buffer.getvalue())
+    figure = draw_panels(list(_comparison(evaluation)), zoom=2)
+    out.write_bytes("comparison.png", encoded(figure, "PNG", optimize=True))
     out.write_bytes("metrics.json", json_text(evaluation.as_json()).encode(errors="backslashreplace"))
 
 
 def _comparison(evaluation: Evaluation) -> Iterator[list[Panel]]:
     """The first images: input, bicubic, each model, original, with their PSNR."""
     for image in evaluation.images[:COMPARISON_ROWS]:
-        panels = [Panel("input", "", nearest_upscale(_decoded(image.lr), evaluation.settings.scale))]
+        panels = [Panel("input", "", nearest_upscale(decoded(image.lr), evaluation.settings.scale))]
         if BICUBIC not in evaluation.names:
-            panels.append(Panel(BICUBIC, "", _decoded(image.bicubic)))
+            panels.append(Panel(BICUBIC, "", decoded(image.bicubic)))
         for label, crop, metrics in zip(evaluation.labels, image.sr, image.metrics, strict=True):
-            panels.append(Panel(label, f"PSNR (Y) {metrics['psnr_y']:.2f} dB", _decoded(crop)))
-        yield [*panels, Panel("original", image.name, _decoded(image.hr))]
-
-
-def _decoded(content: bytes) -> Image:
-    return np.asarray(PillowImage.open(io.BytesIO(content)).convert("RGB"))
+            panels.append(Panel(label, f"PSNR (Y) {metrics['psnr_y']:.2f} dB", decoded(crop)))
+        yield [*panels, Panel("original", image.name, decoded(image.hr))]
 
 
 def _require_matching_sizes(pairs: Sequence[Pair], scale: int) -> None:

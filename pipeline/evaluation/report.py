@@ -110,7 +110,8 @@ def _shown_images(evaluation: Evaluation) -> list[int]:
     boxes, free, chosen = evaluation.settings.boxes, MAX_IMAGE_BYTES, []
     order = range(len(evaluation.images))
     for index in sorted(order, key=lambda i: (evaluation.images[i].name not in boxes, -difference(i))):
-        size = evaluation.images[index].encoded_bytes
+        image = evaluation.images[index]
+        size = sum(map(len, (image.lr, image.bicubic, image.hr, image.overview, *image.sr)))
         if size <= free:
             free -= size
             chosen.append(index)

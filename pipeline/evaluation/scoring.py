@@ -1,11 +1,8 @@
 """Scores the models on one image, and encodes the crops that the report shows."""
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image as PillowImage
 
@@ -15,6 +12,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.crops import Box, most_different
 from pipeline.evaluation.models import Model, choose_device
 from pipeline.imaging import Image, bicubic_upscale
+from pipeline.imaging.arrays import encoded
 from pipeline.metrics import MetricSet
 
 _OVERVIEW_PX = 480
@@ -56,11 +54,6 @@ class ImageScore:
     """For each model."""
     overview: bytes
     """The whole image as a small JPEG."""
-
-    @property
-    def encoded_bytes(self) -> int:
-        """Size of all crops and the overview."""
-        return sum(map(len, (self.lr, self.bicubic, self.hr, self.overview, *self.sr)))
 
 
 @dataclass(frozen=True)
@@ -110,7 +103,7 @@ class Scorer:
             bicubic=_webp(box.of(bicubic)),
             hr=_webp(box.of(hr)),
             sr=[_webp(box.of(sr)) for sr in results],
-            overview=_encoded(overview, "JPEG", quality=80),
+            overview=encoded(overview, "JPEG", quality=80),
         )
 
     def _box(self, name: str, results: Sequence[Image], bicubic: Image, hr: Image) -> Box:
@@ -124,10 +117,4 @@ class Scorer:
 
 
 def _webp(pixels: Image) -> bytes:
-    return _encoded(PillowImage.fromarray(np.ascontiguousarray(pixels)), "WEBP", lossless=True, method=4)
-
-
-def _encoded(image: PillowImage.Image, form: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format=form, **options)
-    return buffer.getvalue()
+    return encoded(pixels, "WEBP", lossless=True, method=4)

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from pipeline.errors import UserError, without_secrets
+from pipeline.imaging.arrays import encoded
 from pipeline.run_folder import CANDIDATE, CandidateDescription, TrainedGenerator
 from pipeline.storage import Storage
-from pipeline.tracking.spool import FOLDER, from_png, to_png
+from pipeline.tracking.spool import FOLDER, from_png
 
 CANDIDATE_FOLDER = f"{FOLDER}/candidate"
 
@@ -27,7 +28,7 @@ class Candidate:
         """Writes it atomically into the run's folder, without secrets. Raises OSError."""
         run.remove(CANDIDATE_FOLDER)
         for index, image in enumerate(self.images.values()):
-            run.write_bytes(_image_file(index), to_png(image))
+            run.write_bytes(_image_file(index), encoded(image, "PNG"))
         description = replace(
             self.description,
             config_text=without_secrets(self.description.config_text),

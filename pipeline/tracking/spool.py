@@ -9,7 +9,6 @@ A segment is sent once a checkpoint of its step, or of a later one, is published
 checkpoint and a crash is therefore never sent, and the curves have every point once.
 """
 
-import io
 import json
 import math
 import re
@@ -19,8 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from pipeline.imaging.arrays import decoded, encoded
 from pipeline.storage import Storage
 
 FOLDER = "tracking"
@@ -96,7 +95,7 @@ def write_segment(run: Storage, step: int, records: Sequence[Record]) -> None:
             lines.append({"kind": "metrics", **when, "values": values})
         elif isinstance(record, ImageRecord):
             file = f"{name}/{images:04d}.png"
-            folder.write_bytes(file, to_png(record.image))
+            folder.write_bytes(file, encoded(record.image, "PNG"))
             lines.append({"kind": "image", **when, "key": record.key, "file": file})
             images += 1
         else:
@@ -182,18 +181,10 @@ def now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-def to_png(image: np.ndarray) -> bytes:
-    """An image, (H, W, 3) uint8, as the bytes of a PNG file."""
-    buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(image)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def from_png(content: bytes) -> np.ndarray:
     """The image in a PNG file's bytes, (H, W, 3) uint8 RGB. Raises ValueError."""
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            return np.asarray(image.convert("RGB"))
+        return decoded(content)
     # Pillow's errors; those of the storage are raised before.
     except (OSError, SyntaxError) as error:
         raise ValueError(f"corrupt PNG file: {error}") from None

@@ -14,6 +14,7 @@ from PIL import Image
 from pyarrow import fs
 
 from pipeline.data.format.manifest import Shard
+from pipeline.imaging.arrays import encoded
 from pipeline.storage import Storage, sync_folder
 
 PATCH_SCHEMA = pa.schema(
@@ -43,11 +44,7 @@ def encode_pixels(pixels: np.ndarray, codec: str) -> bytes:
     """uint8 (h, w, 3) as the bytes of a cell: row-major RGB (`raw`), or a lossless WebP file (`webp`)."""
     if codec != "webp":
         return pixels.tobytes()
-    buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels)).save(
-        buffer, "WEBP", lossless=True, quality=20, method=1, exact=True
-    )
-    return buffer.getvalue()
+    return encoded(pixels, "WEBP", lossless=True, quality=20, method=1, exact=True)
 
 
 def decode_pixels(cell: bytes, codec: str, side: int) -> np.ndarray:
