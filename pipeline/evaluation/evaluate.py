@@ -51,7 +51,8 @@ def run_evaluation(config: EvaluateConfig) -> Evaluation:
     """
     out = Storage(config.out)
     out.require_writable("--out")
-    models, scale = _open_models(config)
+    device = choose_device(config.device, config.workers)
+    models, scale = _open_models(config, device)
     _require_different_labels(models)
     pairs, rejected = find_pairs(config.hr, config.lr, scale)
     unknown = config.crop.keys() - {pair.name for pair in pairs}
@@ -63,22 +64,15 @@ def run_evaluation(config: EvaluateConfig) -> Evaluation:
     for line in [*notes(models), *missing]:
         print(f"note: {line}")
     metrics = MetricSet(names, border=border, folder=config.weights_folder)
-    device = choose_device(config.device, config.workers)
-    result = evaluate(
-        Scorer(models, settings, metrics, device), pairs[: config.limit], rejected, config.workers
-    )
-    result = replace(
-        result,
-        origins=[origin_of(model) for model in models],
-        protocol=_protocol(config, settings, result, pairs),
-    )
+    scorer = Scorer(models, settings, metrics, device)
+    result = evaluate(scorer, pairs[: config.limit], rejected, config.workers)
+    result = replace(result, protocol=_protocol(config, settings, result, pairs))
     _write_results(result, out)
     return result
 
 
-def _open_models(config: EvaluateConfig) -> tuple[list[Model], int]:
+def _open_models(config: EvaluateConfig, device: str) -> tuple[list[Model], int]:
     """All models, and their scale: the given one, the first network's, or 4."""
-    device = choose_device(config.device, config.workers)
 
     def opened(source: str, bicubic_scale: int = 4) -> Model:
         return open_model(
@@ -171,9 +165,8 @@ def evaluate(
         raise UserError(
             f"none of {len(pairs)} images can be evaluated; {excluded[0].path}: {excluded[0].reason}"
         )
-    return Evaluation(
-        [model.name for model in models], short_labels(models), scorer.settings, images, excluded
-    )
+    names, origins = [model.name for model in models], [origin_of(model) for model in models]
+    return Evaluation(names, short_labels(models), scorer.settings, images, excluded, origins)
 
 
 def _write_results(evaluation: Evaluation, out: Storage) -> None:
