@@ -51,17 +51,13 @@ class PatchReader:
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
         self._storage = Storage(manifest.root)
+        self.remote = self._storage.remote
         self._filesystem, self._base = self._storage.filesystem()
         # A file closes with its last reference: another thread may be reading when it leaves the cache.
         self._file = lru_cache(maxsize=_OPEN_SHARDS)(self._open)
         self.edges = cache(self._read_edges)
         # Only `row` needs it, whose callers read one shard after another; it takes 2.4 MB for 364 rows.
         self._footer = lru_cache(maxsize=1)(self._read_footer)
-
-    @property
-    def remote(self) -> bool:
-        """Whether the data set is in an object store."""
-        return self._storage.remote
 
     def crop(self, patch: int, y: int, x: int, crop_px: int) -> tuple[np.ndarray, np.ndarray]:
         """High- and low-resolution crop of a patch: uint8 (crop, crop, 3) and (crop / scale, crop / scale, 3), views.

@@ -44,11 +44,6 @@ class PhotoFile:
     unreadable: str | None = None  # the reason, if listing already failed
 
     @property
-    def known_extension(self) -> bool:
-        """Whether this is an image by its extension."""
-        return PurePosixPath(self.name).suffix.lower() in EXTENSIONS
-
-    @property
     def path(self) -> str:
         """Container and name: unique among all files."""
         return f"{self.container}/{self.name}"
@@ -152,10 +147,10 @@ def _skip_reason(photo: PhotoFile) -> str | None:
     """Why a file is not an image; None if it may be one, empty if it does not count (hidden, of another extension)."""
     suffix = PurePosixPath(photo.name).suffix.lower()
     if PurePosixPath(photo.name).name.startswith("."):
-        return "hidden" if photo.known_extension else ""
+        return "hidden" if suffix in EXTENSIONS else ""
     if suffix in UNSUPPORTED:  # before their content: a raw file is a TIFF, with a small preview
         return f"{suffix} (not supported)"
-    if photo.known_extension or _sniffed(photo):
+    if suffix in EXTENSIONS or _sniffed(photo):
         return None
     return photo.unreadable or _OTHER
 

@@ -94,7 +94,10 @@ class DataSetWriter:
                 last_of_set = not following or following[0].held_out != job.held_out
                 writer = self._writer
                 if writer is not None and (last_of_set or writer.bytes >= self._config.shard_mib * _MIB):
-                    self._close_shard(writer, job.held_out)
+                    # All images so far are complete: the shard is published, then the progress is saved.
+                    (self._done.held_out if job.held_out else self._done.shards).append(writer.finish())
+                    self._writer = None
+                    self._save(self._done)
         finally:
             if self._writer is not None:
                 self._writer.abandon()
@@ -199,12 +202,6 @@ class DataSetWriter:
         return ShardWriter(
             self._storage, f"{kind}-{number:05d}.parquet", HELD_OUT_SCHEMA if held_out else PATCH_SCHEMA
         )
-
-    def _close_shard(self, writer: ShardWriter, held_out: bool) -> None:
-        """Commits all images so far: publishes the shard, then saves the progress."""
-        (self._done.held_out if held_out else self._done.shards).append(writer.finish())
-        self._writer = None
-        self._save(self._done)
 
     def _save(self, progress: _Progress) -> None:
         self._storage.write_bytes(_PROGRESS, json.dumps(asdict(progress)).encode())
