@@ -35,6 +35,11 @@ class Server:
     url: str = ""
 
 
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.data.ingest.download._PAUSE_S", 0)
+
+
 @pytest.fixture
 def server() -> Iterator[Server]:
     state = Server({"a.zip": CONTENT})
@@ -98,7 +103,7 @@ def server() -> Iterator[Server]:
 
 
 def get(server: Server, folder: Path, archive: Archive = ARCHIVE) -> Path:
-    return download(archive, server.url, folder, pause_s=0)
+    return download(archive, server.url, folder)
 
 
 def test_a_file_is_downloaded_once(server: Server, tmp_path: Path) -> None:
@@ -168,7 +173,7 @@ def test_a_permanent_failure_is_one_line_and_leaves_no_file(
 
 def test_an_unreachable_server_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.zip: .*refused.*5 attempts"):
-        download(ARCHIVE, "http://127.0.0.1:9", tmp_path, pause_s=0)
+        download(ARCHIVE, "http://127.0.0.1:9", tmp_path)
 
 
 def archive_of(name: str, numbers: range) -> tuple[bytes, Archive]:

@@ -53,7 +53,9 @@ def run_evaluation(config: EvaluateConfig) -> Evaluation:
     out.require_writable("--out")
     device = choose_device(config.device, config.workers)
     models, scale = _open_models(config, device)
-    _require_different_labels(models)
+    labels = short_labels(models)
+    if twice := next((label for label in labels if labels.count(label) > 1), None):
+        raise UserError(f"--model: two models have the label {twice!r}; distinguish them by LABEL=M")
     pairs, rejected = find_pairs(config.hr, config.lr, scale)
     unknown = config.crop.keys() - {pair.name for pair in pairs}
     if unknown:
@@ -88,13 +90,6 @@ def _open_models(config: EvaluateConfig, device: str) -> tuple[list[Model], int]
     scale = config.scale or next((model.scale for model in [*networks.values(), *mixed]), 4)
     models = [networks[source] if source in networks else opened(source, scale) for source in config.model]
     return [*models, *mixed], scale
-
-
-def _require_different_labels(models: Sequence[Model]) -> None:
-    labels = short_labels(models)
-    for label in labels:
-        if labels.count(label) > 1:
-            raise UserError(f"--model: two models have the label {label!r}; distinguish them by LABEL=M")
 
 
 def _protocol(

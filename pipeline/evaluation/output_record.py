@@ -5,9 +5,8 @@ one replaces the other's record, only addresses of inputs are lost.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow
@@ -52,7 +51,7 @@ def claim(output: Storage, record: OutputRecord, overwrite: bool = False) -> set
         else:
             if earlier is not None and not overwrite:
                 _require_no_outputs(output, earlier, record, existing)
-            known = dict.fromkeys(_images(existing))
+            known = dict.fromkeys(name for name in existing if name.endswith(tuple(SUFFIXES.values())))
         stale = [
             name
             for name, source in sorted(record.inputs.items())
@@ -81,10 +80,6 @@ def _read(output: Storage) -> OutputRecord | None:
         return None
     valid = isinstance(record.settings, dict) and isinstance(record.inputs, dict)
     return record if valid else None
-
-
-def _images(names: Iterable[str]) -> list[str]:
-    return [name for name in names if PurePosixPath(name).suffix in SUFFIXES.values()]
 
 
 def _require_no_outputs(

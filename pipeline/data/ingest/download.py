@@ -16,6 +16,7 @@ from pipeline.progress import progress_bar
 from pipeline.storage import sync_folder
 
 _ATTEMPTS = 5  # consecutive, without a new byte
+_PAUSE_S = 1.0  # before the second of them; doubled before each further one
 _TIMEOUT_S = 30
 _CHUNK_BYTES = 1 << 20
 
@@ -46,14 +47,11 @@ def missing_bytes(archive: Archive, folder: Path) -> int:
     return archive.size - (min(partial.stat().st_size, archive.size) if partial.exists() else 0)
 
 
-def download(archive: Archive, base_url: str, folder: Path, *, pause_s: float = 1.0) -> Path:
+def download(archive: Archive, base_url: str, folder: Path) -> Path:
     """Downloads base_url/name into `folder` and returns its path; an existing file is not downloaded again.
 
     Received bytes are kept in a .partial file, which the next attempt resumes. The file gets its name only after its
     sha256 was verified.
-
-    Args:
-        pause_s: before the second attempt without a new byte; doubled before each further one.
 
     Raises:
         UserError: not found, wrong content, or several consecutive attempts without new data.
@@ -64,7 +62,7 @@ def download(archive: Archive, base_url: str, folder: Path, *, pause_s: float = 
     folder.mkdir(parents=True, exist_ok=True)
     resumed = partial.exists()
     while True:
-        _complete_partial(archive, url, partial, pause_s)
+        _complete_partial(archive, url, partial)
         sha256 = file_sha256(partial)
         if sha256 == archive.sha256:
             partial.replace(target)
@@ -86,7 +84,7 @@ def _complete(archive: Archive, folder: Path) -> bool:
     return target.is_file() and target.stat().st_size == archive.size
 
 
-def _complete_partial(archive: Archive, url: str, partial: Path, pause_s: float) -> None:
+def _complete_partial(archive: Archive, url: str, partial: Path) -> None:
     """Appends to the partial file until it has the published size."""
     failures, reason = 0, ""
     with (
@@ -101,7 +99,7 @@ def _complete_partial(archive: Archive, url: str, partial: Path, pause_s: float)
                     f"{url}: {reason} (no data received in {_ATTEMPTS} attempts); run again to resume"
                 )
             if failures:
-                time.sleep(pause_s * 2 ** (failures - 1))
+                time.sleep(_PAUSE_S * 2 ** (failures - 1))
             try:
                 _append(url, file, archive.size, bar)
                 reason = f"the connection ended at byte {file.tell()} of {archive.size}"
