@@ -97,6 +97,19 @@ def metric_of(key: str) -> str:
     return key.rpartition("/")[2]
 
 
+def label_of(key: str) -> str:
+    """The label of a validation's result: `LPIPS on Set14`. Raises KeyError: an unknown metric."""
+    name = key.rpartition("/")[0]
+    return f"{METRICS[metric_of(key)].label}{f' on {name}' if name else ''}"
+
+
+def axis_label(key: str) -> str:
+    """`label_of` with the unit and, on a second line, the direction in which it is better."""
+    metric = METRICS[metric_of(key)]
+    unit = f", {metric.unit}" if metric.unit else ""
+    return f"{label_of(key)}{unit}\n({'higher' if metric.higher_is_better else 'lower'} is better)"
+
+
 def better(name: str, a: float, b: float) -> bool:
     """Whether the value `a` of the metric `name` is strictly better than `b`; NaN is worse than any number.
 

@@ -6,7 +6,8 @@ import numpy as np
 
 from pipeline.errors import is_installed
 from pipeline.imaging import Image
-from pipeline.metrics import METRICS, PERCEPTUAL, metric_of
+from pipeline.metrics import PERCEPTUAL, metric_of
+from pipeline.metrics.names import axis_label
 from pipeline.training.config import TrainConfig
 from pipeline.training.selection import measured_metrics, metric_key, select_key
 from pipeline.training.validation_config import HELD_OUT
@@ -78,8 +79,8 @@ def perception_distortion_figure(
             panel.scatter(
                 *point, s=size, marker=marker, color=color, edgecolors="black", label=label, zorder=4
             )
-    panel.set_xlabel(_label(axes[0]))
-    panel.set_ylabel(_label(axes[1]))
+    panel.set_xlabel(axis_label(axes[0]))
+    panel.set_ylabel(axis_label(axes[1]))
     panel.set_title(f"last validation: step {max(points)}" if points else "", fontsize=10)
     panel.grid(visible=True, color="#dddddd", linewidth=0.6)
     panel.set_axisbelow(True)
@@ -90,11 +91,3 @@ def perception_distortion_figure(
 
 def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
-
-
-def _label(axis: str) -> str:
-    """Such as `LPIPS on Set14 (lower is better)`."""
-    metric, name = METRICS[metric_of(axis)], axis.rpartition("/")[0]
-    unit = f", {metric.unit}" if metric.unit else ""
-    direction = "higher" if metric.higher_is_better else "lower"
-    return f"{metric.label}{f' on {name}' if name else ''}{unit} ({direction} is better)"

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field, JsonValue, field_validator, model_validator
 
 from pipeline.errors import UserError
-from pipeline.metrics.names import METRICS
+from pipeline.metrics.names import METRICS, metric_of
 from pipeline.section import Section, validated
 from pipeline.tuning.constraint import Constraint
 
@@ -127,7 +127,7 @@ class TuneConfig(Section):
                 f"modes={list(self.modes)}: give one for each of {len(self.metrics)} metrics, or none"
             )
         for metric, mode in zip(self.metrics, self.modes, strict=False):
-            if metric_name(metric) in METRICS and mode != mode_of(metric):
+            if metric_of(metric) in METRICS and mode != mode_of(metric):
                 raise ValueError(
                     f"modes: {metric} is better when {_LARGER[mode_of(metric)]}; use {mode_of(metric)}"
                 )
@@ -153,11 +153,6 @@ def _span(name: str, value: object) -> Range | Choice:
 _LARGER = {"max": "larger", "min": "smaller"}
 
 
-def metric_name(metric: str) -> str:
-    """The metric of `metric` or of `SET/metric`."""
-    return metric.rpartition("/")[2]
-
-
 def mode_of(metric: str) -> Literal["max", "min"]:
     """The direction in which a metric is better. Raises KeyError: unknown."""
-    return "max" if METRICS[metric_name(metric)].higher_is_better else "min"
+    return "max" if METRICS[metric_of(metric)].higher_is_better else "min"

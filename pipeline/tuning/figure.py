@@ -11,9 +11,9 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from pipeline.metrics.names import METRICS
+from pipeline.metrics.names import axis_label
 from pipeline.run_folder import TrialOutcome
-from pipeline.tuning.config import Range, TuneConfig, metric_name, mode_of
+from pipeline.tuning.config import Range, TuneConfig, mode_of
 from pipeline.tuning.ranking import Ranking
 from pipeline.tuning.space import shown
 
@@ -44,7 +44,7 @@ def tradeoff_figure(trials: Sequence[TrialOutcome], settings: TuneConfig, rankin
                 )  # fmt: skip
             panel.grid(visible=True, color="#dddddd", linewidth=0.6)
             panel.set_axisbelow(True)
-        panels[0].set_ylabel(_label(metric))
+        panels[0].set_ylabel(axis_label(metric))
     for panel, field in zip(grid[-1], fields, strict=False):
         panel.set_xlabel(field)
     return figure
@@ -84,8 +84,8 @@ def pareto_figure(
     axes.margins(0.16)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.set_xlabel(_label(first))
-    axes.set_ylabel(_label(second))
+    axes.set_xlabel(axis_label(first))
+    axes.set_ylabel(axis_label(second))
     return figure
 
 
@@ -126,7 +126,7 @@ def parallel_figure(trials: Sequence[TrialOutcome], settings: TuneConfig) -> Fig
         axes.annotate(
             low, (position, 0.0), xytext=(0, -13), textcoords="offset points", ha="center", fontsize=8
         )
-    names = [name if name in settings.space else _label(name) for name, _ in columns]
+    names = [name if name in settings.space else axis_label(name) for name, _ in columns]
     axes.set_xticks(range(len(columns)), [name.replace(".", ".\n", 1) for name in names], fontsize=8)
     axes.tick_params(axis="x", pad=16, length=0)
     axes.set_yticks([])
@@ -150,7 +150,7 @@ def importance_figure(importances: Mapping[str, Mapping[str, float]]) -> Figure:
     height = 0.8 / len(importances)
     for number, (metric, shares) in enumerate(importances.items()):
         places = [index + number * height for index in range(len(fields))]
-        bars = axes.barh(places, [shares[field] for field in fields], height * 0.9, label=_label(metric),
+        bars = axes.barh(places, [shares[field] for field in fields], height * 0.9, label=axis_label(metric),
                          color=(BLUE, RED, GRAY)[number % 3])  # fmt: skip
         axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
     axes.set_yticks([index + 0.4 - height / 2 for index in range(len(fields))], fields)
@@ -175,14 +175,6 @@ def as_svg(figure: Figure) -> bytes:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "esrgan-ray"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
-
-
-def _label(metric: str) -> str:
-    known = METRICS[metric_name(metric)]
-    group = metric.rpartition("/")[0]
-    unit = f", {known.unit}" if known.unit else ""
-    better = "higher is better" if known.higher_is_better else "lower is better"
-    return f"{known.label}{f' on {group}' if group else ''}{unit}\n({better})"
 
 
 def _position(value: Any) -> Any:

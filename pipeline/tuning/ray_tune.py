@@ -15,12 +15,11 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.search import Searcher
 
 from pipeline.errors import UserError, without_secrets
-from pipeline.metrics.names import METRICS
+from pipeline.metrics.names import METRICS, metric_of
 from pipeline.run_folder import OUTCOME
 from pipeline.tracking.run import TrackedRun
 from pipeline.training.config import TrainConfig
 from pipeline.training.stopping import stop_requested
-from pipeline.tuning.config import metric_name
 from pipeline.tuning.job import Job
 from pipeline.tuning.status import status_lines
 from pipeline.tuning.trial import train_job
@@ -152,7 +151,7 @@ class Listener(tune.Callback):
         name = trial.config["name"]
         if "outcome" in result:
             return
-        metrics = {key: float(value) for key, value in result.items() if metric_name(key) in METRICS}
+        metrics = {key: float(value) for key, value in result.items() if metric_of(key) in METRICS}
         if "step" in result and name in self._queue.running:
             with self.stopping_on_failure():
                 self._queue.validated(name, int(result["step"]), metrics)

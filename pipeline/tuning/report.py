@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.metrics.names import METRICS
+from pipeline.metrics.names import METRICS, label_of, metric_of
 from pipeline.run_folder import TrialOutcome
-from pipeline.tuning.config import TuneConfig, metric_name
+from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.ranking import Ranking
 from pipeline.tuning.space import shown
 
@@ -76,7 +76,7 @@ def render_report(
     return environment.get_template("report.html.j2").render(
         name=settings.name,
         fields=fields,
-        metrics=[_title(name) for name in settings.metrics],
+        metrics=[label_of(name) for name in settings.metrics],
         rows=rows,
         summary=summary(settings, trials, ranking),
         best=ranking.best,
@@ -97,7 +97,7 @@ def summary(settings: TuneConfig, trials: Sequence[TrialOutcome], ranking: Ranki
     if best is None:
         return [*lines, "No trial can be called the best: none has finished and meets the constraints."]
     values = ", ".join(f"{name} = {shown(value)}" for name, value in best.trial.values.items())
-    measured = ", ".join(f"{_title(name)} {_text(name, best.means[name])}" for name in settings.metrics)
+    measured = ", ".join(f"{label_of(name)} {_text(name, best.means[name])}" for name in settings.metrics)
     if len(settings.metrics) > 1:
         lines.append(
             f"{len(ranking.front)} trials are on the Pareto front: no other trial is better in every metric. The knee, "
@@ -111,7 +111,7 @@ def summary(settings: TuneConfig, trials: Sequence[TrialOutcome], ranking: Ranki
             "The noise between seeds was not measured (tune.repeats): small differences may be chance."
         )
     else:
-        noise = ", ".join(f"{_title(name)} {value:.4f}" for name, value in ranking.noise.items())
+        noise = ", ".join(f"{label_of(name)} {value:.4f}" for name, value in ranking.noise.items())
         equal = ", ".join(others[:MAX_NAMES])
         if len(others) > MAX_NAMES:
             equal += f" and {len(others) - MAX_NAMES} more"
@@ -135,14 +135,8 @@ def marks(trial: TrialOutcome, settings: TuneConfig, ranking: Ranking, first_poi
     return [mark for mark, does in applies.items() if does]
 
 
-def _title(metric: str) -> str:
-    group = metric.rpartition("/")[0]
-    label = METRICS[metric_name(metric)].label
-    return f"{label}, {group}" if group else label
-
-
 def _text(metric: str, value: float) -> str:
-    known = METRICS[metric_name(metric)]
+    known = METRICS[metric_of(metric)]
     # One digit more than elsewhere: trials are close to each other.
     return f"{value:.{known.decimals + 1}f}{' ' + known.unit if known.unit else ''}"
 

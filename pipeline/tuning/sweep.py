@@ -37,7 +37,7 @@ from pipeline.training.stopping import saving_on_sigterm
 from pipeline.training.validation_sets import find_sets
 from pipeline.tuning import stage_one, sweep_folder
 from pipeline.tuning.best_config import best_yaml
-from pipeline.tuning.config import TuneConfig, metric_name
+from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.constraint import Constraint
 from pipeline.tuning.ranking import compare_trials, in_order
 from pipeline.tuning.ray_tune import fitting, run_jobs
@@ -195,7 +195,7 @@ def _require_images(base: TrainConfig, settings: TuneConfig, manifest: Manifest 
     """Whether there is a held-out set. Raises UserError if a metric is to be measured on one, and there is none."""
     has_held_out = bool(manifest.held_out) if manifest else plans_held_out(base.data)
     metrics = [*settings.metrics, *(Constraint.parse(text).metric for text in settings.constraints)]
-    on_held_out = [metric for metric in dict.fromkeys(metrics) if metric == metric_name(metric)]
+    on_held_out = [metric for metric in dict.fromkeys(metrics) if "/" not in metric]
     if has_held_out or not on_held_out:
         return has_held_out
     missing = (
