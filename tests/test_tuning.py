@@ -35,7 +35,6 @@ from pipeline.run_folder import (
     RunIdentity,
     SweepIdentity,
     TrialOutcome,
-    TrialPlan,
 )
 from pipeline.storage import Storage, only_writer
 from pipeline.tracking.config import TrackingConfig
@@ -234,10 +233,10 @@ def test_a_sweep_whose_folder_cannot_be_written_stops_with_the_reason(
     job = queue.next()
     assert job is not None
 
-    def full(sweep: Storage, outcome: TrialOutcome) -> None:
+    def full(storage: Storage, name: str, content: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sweep_folder, "keep_outcome", full)
+    monkeypatch.setattr(Storage, "write_bytes", full)
     listener = Listener(queue, poll_s=0.0)
     ended = OUTCOME.dump(TrialOutcome(job.name, None, {}, "finished", 6, {"psnr_y": 20.0})).decode()
     listener.on_trial_complete(
@@ -253,10 +252,10 @@ def test_a_sweep_that_cannot_write_what_it_proposes_stops_with_the_reason(
 ) -> None:
     queue = open_queue(folder, **{"tune.name": "full-disk-2"})
 
-    def full(sweep: Storage, name: str, plan: TrialPlan) -> None:
+    def full(storage: Storage, name: str, content: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sweep_folder, "keep_plan", full)
+    monkeypatch.setattr(Storage, "write_bytes", full)
     listener = Listener(queue)
     assert JobSearch(queue, listener).suggest("1") == Searcher.FINISHED
     assert "No space left" in str(listener.failure)

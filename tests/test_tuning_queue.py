@@ -17,7 +17,15 @@ from tiny import write_sets
 from tuning_helpers import open_queue, run_all, run_job
 
 from pipeline.config import load_config
-from pipeline.run_folder import MLFLOW_RUN, RESULT, TRIAL_PLAN, TrackingDescription, TrialOutcome, TrialPlan
+from pipeline.run_folder import (
+    MLFLOW_RUN,
+    OUTCOME,
+    RESULT,
+    TRIAL_PLAN,
+    TrackingDescription,
+    TrialOutcome,
+    TrialPlan,
+)
 from pipeline.storage import Storage, only_writer
 from pipeline.tracking.pending import send_unsent
 from pipeline.training import checkpoint as checkpoints
@@ -423,9 +431,9 @@ def test_trials_may_be_added_and_foreign_files_are_ignored(folder: Path) -> None
     (root / "trials" / "trial-partial").mkdir()
     (root / "trials" / "trial-partial" / "trial.json").write_text('{"number": 7')
     # Of another sweep, and a copy of a trial's folder.
-    sweep_folder.keep_plan(queue.sweep, trial_name({"crop_px": 32}), TrialPlan(9, {"crop_px": 32}))
+    TRIAL_PLAN.at(name=trial_name({"crop_px": 32})).write(queue.sweep, TrialPlan(9, {"crop_px": 32}))
     ((name, plan),) = queue.plans.items()
-    sweep_folder.keep_plan(queue.sweep, f"{name}-copy", plan)
+    TRIAL_PLAN.at(name=f"{name}-copy").write(queue.sweep, plan)
     more = open_queue(folder, **{"tune.name": "more", "tune.trials": 2})
     assert sum(job.kind == "trial" for job in run_all(more)) == 1
     assert set(queue.outcomes) < set(more.outcomes)
@@ -446,7 +454,7 @@ def test_an_invalid_plan_of_an_earlier_version_fails_and_the_sweep_continues(fol
     changes = {"tune.name": "invalid", "tune.trials": 2, "tune.space": {"crop_px": {"low": 32, "high": 64}}}
     first = open_queue(folder, **changes)
     values = {"crop_px": 33.5}
-    sweep_folder.keep_plan(first.sweep, trial_name(values), TrialPlan(0, values))
+    TRIAL_PLAN.at(name=trial_name(values)).write(first.sweep, TrialPlan(0, values))
     queue = open_queue(folder, **changes)
     assert queue.next() is not None
     (failed,) = queue.outcomes.values()
@@ -494,11 +502,11 @@ def test_outcomes_and_plans_read_back(tmp_path: Path) -> None:
         1.5,
         True,
     )
-    sweep_folder.keep_outcome(sweep, outcome)
+    OUTCOME.at(name=outcome.run_name).write(sweep, outcome)
     assert sweep_folder.outcomes(sweep) == [outcome]
     plan = TrialPlan(2, {"perceptual.layers": {"conv1_1": 1.0}, "x": None})
     name = trial_name(plan.values)
-    sweep_folder.keep_plan(sweep, name, plan)
+    TRIAL_PLAN.at(name=name).write(sweep, plan)
     settings = TuneConfig.model_validate({"space": {key: {"choice": [1]} for key in plan.values}})
     assert sweep_folder.plans(sweep, settings) == [plan]
     assert TRIAL_PLAN.at(name=name).read(sweep) == plan

@@ -3,6 +3,7 @@
 Ray Tune's own snapshot is not used for resuming: it lags behind, and it does not restore limits.
 """
 
+import fnmatch
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -112,36 +113,17 @@ def plans(sweep: Storage, settings: TuneConfig) -> list[TrialPlan]:
     return sorted(found, key=lambda plan: plan.number)
 
 
-def keep_plan(sweep: Storage, name: str, plan: TrialPlan) -> None:
-    """Writes what a trial is to train, before it starts."""
-    TRIAL_PLAN.at(name=name).write(sweep, plan)
-
-
 def outcomes(sweep: Storage) -> list[TrialOutcome]:
     """The ended trials, by number. Raises UserError if a file is corrupt."""
-    names = [name.removesuffix(".json") for name in sweep.names("outcomes") if _is_outcome(name)]
-    read = [OUTCOME.at(name=name).read(sweep) for name in names]
-    return sorted((outcome for outcome in read if outcome is not None), key=lambda outcome: outcome.number)
-
-
-def keep_outcome(sweep: Storage, outcome: TrialOutcome) -> None:
-    """Writes the outcome of an ended trial."""
-    OUTCOME.at(name=outcome.run_name).write(sweep, outcome)
-
-
-def remove_outcome(sweep: Storage, name: str) -> None:
-    """Removes an outcome: the trial resumes."""
-    OUTCOME.at(name=name).remove(sweep)
+    files = fnmatch.filter(sweep.names("outcomes"), "trial-*.json")
+    read = [OUTCOME.at(name=file.removesuffix(".json")).read(sweep) for file in files]
+    return sorted(filter(None, read), key=lambda outcome: outcome.number)
 
 
 def tracking_run_id(run: Storage) -> str | None:
     """MLflow's id of a run."""
     description = MLFLOW_RUN.read(run)
     return description.run_id if description else None
-
-
-def _is_outcome(name: str) -> bool:
-    return name.startswith("trial-") and name.endswith(".json")
 
 
 def _comparable(identity: SweepIdentity) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import logging
 from dataclasses import replace
 
 from pipeline.errors import UserError, without_secrets
-from pipeline.run_folder import RESULT, TrialOutcome, TrialPlan
+from pipeline.run_folder import OUTCOME, RESULT, TRIAL_PLAN, TrialOutcome, TrialPlan
 from pipeline.storage import Storage
 from pipeline.tracking.spool import published_step, validations
 from pipeline.training import checkpoint as checkpoints
@@ -54,7 +54,7 @@ class TrialQueue:
         self.outcomes: dict[str, TrialOutcome] = {}
         for outcome in sweep_folder.outcomes(sweep):
             if outcome.status == "failed" and (outcome.retry or retry_failed):
-                sweep_folder.remove_outcome(sweep, outcome.run_name)
+                OUTCOME.at(name=outcome.run_name).remove(sweep)
             elif outcome.run_name in self.plans:
                 self.outcomes[outcome.run_name] = outcome
         self.resumed = len(self.plans) - len(self.outcomes)
@@ -253,7 +253,7 @@ class TrialQueue:
     def _plan(self, values: Values, repeats: str = "") -> None:
         number = 1 + max((plan.number for plan in self.plans.values()), default=-1)
         plan, name = TrialPlan(number, values, repeats), trial_name(values)
-        sweep_folder.keep_plan(self.sweep, name, plan)
+        TRIAL_PLAN.at(name=name).write(self.sweep, plan)
         self.plans[name] = plan
         self._waiting.append(name)
 
@@ -279,7 +279,7 @@ class TrialQueue:
         return {step - start: metrics for step, metrics in measured.items() if step > start}
 
     def _keep(self, outcome: TrialOutcome) -> None:
-        sweep_folder.keep_outcome(self.sweep, outcome)
+        OUTCOME.at(name=outcome.run_name).write(self.sweep, outcome)
         self.outcomes[outcome.run_name] = outcome
         try:
             self.sweep.write_bytes("study.db", self.database())
