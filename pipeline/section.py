@@ -1,7 +1,7 @@
 """The base of every section of the configuration: validation with one-line errors, and fields by dotted names."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -38,6 +38,17 @@ def flat_fields(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + name] = value
     return flat
+
+
+def differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], shown: Callable[[Any], str] = repr
+) -> list[str]:
+    """What differs between two flat mappings, as `name was A, now B`, sorted by name; a missing value is None."""
+    return [
+        f"{name} was {shown(before.get(name))}, now {shown(now.get(name))}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
 
 
 def merged(

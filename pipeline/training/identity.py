@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.run_folder import IDENTITY, RESULT, InitialWeights, RunIdentity
-from pipeline.section import flat_fields
+from pipeline.section import differences, flat_fields
 from pipeline.storage import Storage
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training.config import TrainConfig
@@ -68,11 +68,7 @@ def diff(old: RunIdentity, new: RunIdentity) -> list[str]:
         | {"data set (its manifest)": each.manifest_sha256[:12]}
         for each in (old, new)
     )
-    return [
-        f"{name} was {before.get(name)!r}, now {now.get(name)!r}"
-        for name in sorted(before | now)
-        if before.get(name) != now.get(name)
-    ]
+    return differences(before, now)
 
 
 def check_resume(

@@ -20,7 +20,7 @@ from pipeline.run_folder import (
     TrialOutcome,
     TrialPlan,
 )
-from pipeline.section import flat_fields
+from pipeline.section import differences, flat_fields
 from pipeline.storage import Storage
 from pipeline.training.config import TrainConfig
 from pipeline.training.identity import default_fields, learning_fields
@@ -82,12 +82,7 @@ def check(sweep: Storage, settings: TuneConfig, new: SweepIdentity) -> None:
     before, now = (_comparable(each) for each in (old, new))
     if not new.manifest_sha256:
         before.pop("data set (its manifest)"), now.pop("data set (its manifest)")
-    changed = [
-        f"{name} was {_text(before.get(name))}, now {_text(now.get(name))}"
-        for name in sorted(before | now)
-        if before.get(name) != now.get(name)
-    ]
-    if changed:
+    if changed := differences(before, now, json.dumps):
         raise UserError(
             f"tune.name={settings.name} is in use with another configuration ({'; '.join(changed)}); restore it or "
             "choose another tune.name"
@@ -132,7 +127,3 @@ def _comparable(identity: SweepIdentity) -> dict[str, Any]:
     rest = {name: value for name, value in identity.fields.items() if name not in whole}
     defaults = default_fields() | flat_fields({"validation": ValidationConfig().model_dump(mode="json")})
     return defaults | whole | flat_fields(rest) | {"data set (its manifest)": identity.manifest_sha256[:12]}
-
-
-def _text(value: Any) -> str:
-    return json.dumps(value)
