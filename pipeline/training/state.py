@@ -83,14 +83,21 @@ class TrainState:
         if not math.isnan(result.value):
             self.best = tuple(sorted([*self.best, result], key=lambda best: sign * best.value)[:keep])
 
+    def _parts(self) -> dict[str, tuple[nn.Module, torch.optim.Adam]]:
+        """The networks of the stage with their optimizers, by their names in a checkpoint."""
+        parts = {"generator": (unwrap(self.generator), self.generator_optimizer)}
+        if self.discriminator is not None and self.discriminator_optimizer is not None:
+            parts["discriminator"] = unwrap(self.discriminator), self.discriminator_optimizer
+        return parts
+
     def tensors(self) -> dict[str, Tensor]:
         """All tensors but the EMA weights, by name; not copies."""
-        named = {f"generator.{name}": value for name, value in unwrap(self.generator).state_dict().items()}
-        named |= _optimizer_tensors("generator_optimizer", unwrap(self.generator), self.generator_optimizer)
-        if self.discriminator is not None and self.discriminator_optimizer is not None:
-            network = unwrap(self.discriminator)
-            named |= {f"discriminator.{name}": value for name, value in network.state_dict().items()}
-            named |= _optimizer_tensors("discriminator_optimizer", network, self.discriminator_optimizer)
+        named: dict[str, Tensor] = {}
+        for part, (network, optimizer) in self._parts().items():
+            named |= {f"{part}.{name}": value for name, value in network.state_dict().items()}
+            for name, parameter in network.named_parameters():
+                for key, value in optimizer.state.get(parameter, {}).items():
+                    named[f"{part}_optimizer.{name}.{key}"] = value
         return named | {"skipped": self.skipped}
 
     def scalars(self) -> dict[str, Any]:
@@ -126,16 +133,17 @@ class TrainState:
                     "configuration"
                 )
         self.ema.load_state_dict(ema)
-        unwrap(self.generator).load_state_dict(_below("generator.", tensors))
-        _load_optimizer(
-            self.generator_optimizer, unwrap(self.generator), _below("generator_optimizer.", tensors)
-        )
-        if self.discriminator is not None and self.discriminator_optimizer is not None:
-            network = unwrap(self.discriminator)
-            network.load_state_dict(_below("discriminator.", tensors))
-            _load_optimizer(
-                self.discriminator_optimizer, network, _below("discriminator_optimizer.", tensors)
-            )
+        for part, (network, optimizer) in self._parts().items():
+            network.load_state_dict(_below(f"{part}.", tensors))
+            parameters = dict(network.named_parameters())
+            for name, value in _below(f"{part}_optimizer.", tensors).items():
+                parameter_name, _, key = name.rpartition(".")
+                parameter = parameters[parameter_name]
+                optimizer.state[parameter][key] = (
+                    torch.empty_like(parameter).copy_(value)
+                    if value.ndim
+                    else value.to(parameter.device).clone()
+                )
         self.skipped.copy_(tensors["skipped"])
         self.stage, self.step = scalars["stage"], scalars["step"]
         self.corrupt_patches = scalars["corrupt_patches"]
@@ -228,30 +236,6 @@ def _adam(network: nn.Module, config: AdamConfig) -> torch.optim.Adam:
     return torch.optim.Adam(
         parameters, betas=(config.beta1, config.beta2), fused=True, capturable=parameters[0].is_cuda
     )
-
-
-def _optimizer_tensors(prefix: str, network: nn.Module, optimizer: torch.optim.Adam) -> dict[str, Tensor]:
-    return {
-        f"{prefix}.{name}.{key}": value
-        for name, parameter in network.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def _load_optimizer(optimizer: torch.optim.Adam, network: nn.Module, tensors: dict[str, Tensor]) -> None:
-    for name, parameter in network.named_parameters():
-        saved = {
-            key: tensors[f"{name}.{key}"]
-            for key in ("step", "exp_avg", "exp_avg_sq")
-            if f"{name}.{key}" in tensors
-        }
-        if saved:
-            optimizer.state[parameter] = {
-                key: torch.empty_like(parameter).copy_(value)
-                if value.ndim
-                else value.to(parameter.device).clone()
-                for key, value in saved.items()
-            }
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
