@@ -33,14 +33,12 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     Raises:
         UserError: a relative path in a job that runs in a temporary copy of the working directory.
     """
-    sets = {
-        name: folders if isinstance(folders, str) else folders.model_dump()
-        for name, folders in config.validation.sets.items()
-    }
+    sets = config.validation.model_dump()["sets"]
+    copied = "/runtime_resources/working_dir_files/" in f"{Path.cwd()}/"  # of `ray job submit --working-dir`
     shared = {"storage": config.storage, "data.root": config.data.root}
     for field, path in {**shared, **flat_fields({"validation.sets": sets})}.items():
         relative = not is_remote(path) and not Path(path).expanduser().is_absolute()
-        if relative and in_copied_folder():
+        if relative and copied:
             raise UserError(
                 f"{field}={path}: relative to a copy of the working directory, which Ray deletes after the job; "
                 f"give an absolute path or an s3:// prefix, for example --{field} {Path.home() / path}"
@@ -82,11 +80,6 @@ def require_metric(field: str, name: str, config: TrainConfig) -> None:
         raise UserError(
             f"{field}={name}: not measured in validation ({', '.join(measured)}); add it to validation.metrics"
         )
-
-
-def in_copied_folder() -> bool:
-    """Whether this process runs in the folder that Ray unpacked for `ray job submit --working-dir`."""
-    return "/runtime_resources/working_dir_files/" in f"{Path.cwd()}/"
 
 
 def check_before_start(config: TrainConfig, run: Storage) -> None:
