@@ -13,6 +13,7 @@ A folder without a manifest, or with a file that does not match it, is never use
 import hashlib
 import logging
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -92,28 +93,31 @@ def write(run: Storage, checkpoint: Checkpoint, metadata: dict[str, str]) -> Non
 def read(run: Storage, name: CheckpointName) -> Checkpoint:
     """Reads a checkpoint and verifies every file against its manifest. Raises CorruptCheckpoint."""
     folder = run / name.folder
+    contents = read_files(folder, _FILES)
     try:
-        files = CHECKPOINT_MANIFEST.parse(folder.read_bytes("manifest.json")).files
-        contents = {}
-        for file in _FILES:
-            content = folder.read_bytes(file)
-            if hashlib.sha256(content).hexdigest() != files[file].sha256:
-                raise CorruptCheckpoint(f"{folder.path(file)}: checksum mismatch")
-            contents[file] = content
         return Checkpoint(
             name,
             safetensors.torch.load(contents["generator.safetensors"]),
             safetensors.torch.load(contents["training.safetensors"]),
             CHECKPOINT_STATE.parse(contents["state.json"]),
         )
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        pyarrow.ArrowException,
-        safetensors.SafetensorError,
-    ) as error:
+    except (ValueError, safetensors.SafetensorError) as error:
         raise CorruptCheckpoint(f"{folder.uri}: {type(error).__name__}: {error}") from error
+
+
+def read_files(folder: Storage, files: Sequence[str]) -> dict[str, bytes]:
+    """Files of the checkpoint in `folder`, verified against its manifest. Raises CorruptCheckpoint."""
+    try:
+        digests = CHECKPOINT_MANIFEST.parse(folder.read_bytes("manifest.json")).files
+        contents = {file: folder.read_bytes(file) for file in files}
+        corrupt = [
+            file for file in files if hashlib.sha256(contents[file]).hexdigest() != digests[file].sha256
+        ]
+    except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
+        raise CorruptCheckpoint(f"{folder.uri}: {type(error).__name__}: {error}") from error
+    if corrupt:
+        raise CorruptCheckpoint(f"{folder.path(corrupt[0])}: checksum mismatch")
+    return contents
 
 
 def copy(source: Storage, target: Storage, name: CheckpointName) -> None:

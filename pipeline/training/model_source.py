@@ -1,12 +1,10 @@
 """Reads the weights of a model source: a weight file, a checkpoint's or run's folder, or a model in models/."""
 
-import hashlib
 from pathlib import Path
 
 import pyarrow
 
 from pipeline.errors import UserError
-from pipeline.run_folder import CHECKPOINT_MANIFEST
 from pipeline.storage import Storage, is_remote
 from pipeline.training import checkpoint
 
@@ -47,12 +45,16 @@ def find_model_file(source: str, file: str, name: str) -> tuple[bytes, str]:
         raise UserError(f"{name}: weights are {', '.join(SUFFIXES)} files{hint}")
     storage = Storage(source)
     if storage.exists(file):
-        return _from_checkpoint(storage, file), storage.uri
+        try:
+            return checkpoint.read_files(storage, [file])[file], storage.uri
+        except checkpoint.CorruptCheckpoint as error:
+            path = storage.path(file)
+            raise UserError(f"{error}; use another checkpoint, or give the path {path}") from None
     corrupt = ""
     for listed in reversed(checkpoint.listed(storage)):
         try:
-            return _from_checkpoint(storage / listed.folder, file), storage.path(listed.folder)
-        except UserError as error:
+            return checkpoint.read_files(storage / listed.folder, [file])[file], storage.path(listed.folder)
+        except checkpoint.CorruptCheckpoint as error:
             corrupt = corrupt or f"; {error}"
     if storage.exists():
         raise UserError(f"{name}: neither a checkpoint ({file}) nor a run with one (checkpoints/){corrupt}")
@@ -61,20 +63,3 @@ def find_model_file(source: str, file: str, name: str) -> tuple[bytes, str]:
         f"{name}: no such file or folder; give {others}a checkpoint's or run's folder, or a weight file "
         "(.safetensors, .pth, .pt, .ckpt)"
     )
-
-
-def _from_checkpoint(folder: Storage, file: str) -> bytes:
-    """A file of a checkpoint, verified against the manifest."""
-    try:
-        content = folder.read_bytes(file)
-        expected = CHECKPOINT_MANIFEST.parse(folder.read_bytes("manifest.json")).files[file].sha256
-    except (OSError, ValueError, KeyError, pyarrow.ArrowException):
-        raise UserError(
-            f"{folder.uri}: not a finished checkpoint (its manifest.json is missing or corrupt); "
-            f"to use it anyway, give the path of its {file}"
-        ) from None
-    if hashlib.sha256(content).hexdigest() != expected:
-        raise UserError(
-            f"{folder.path(file)}: differs from its checksum in manifest.json; use another checkpoint"
-        )
-    return content
