@@ -19,7 +19,7 @@ from pipeline.training.config import TrainConfig
 from pipeline.training.selection import select_key
 from pipeline.training.state import best_of, of_metric
 from pipeline.training.validation_config import HELD_OUT
-from pipeline.training.validation_sets import SetFiles, deciding_images
+from pipeline.training.validation_sets import ValidationSet, deciding_images
 from pipeline.training.validator import comparison, is_below
 
 
@@ -29,7 +29,7 @@ def conclude(
     tracked: TrackedRun | None,
     text: str,
     manifest: Manifest,
-    sets: Sequence[SetFiles],
+    sets: Sequence[ValidationSet],
 ) -> TrainingResult:
     """Registers the best generator and writes the result; a generator that cannot be registered is kept in the run."""
     final = checkpoints.newest(run)

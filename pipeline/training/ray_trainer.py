@@ -36,19 +36,19 @@ from pipeline.training.ray_compat import (
     reports,
 )
 from pipeline.training.stopping import end_save_request, save_requested, stop_requested
-from pipeline.training.validation_sets import SetFiles, open_sets
+from pipeline.training.validation_sets import ImageFile, ValidationSet, file_set, open_sets
 from pipeline.training.worker import Worker
 
 ELASTIC_START_S = 30.0
 RESIZE_S = 10.0
 MIN_HUNG_S = 30.0
-_SETS = TypeAdapter(list[SetFiles])
+_IMAGES: TypeAdapter[Any] = TypeAdapter(dict[str, list[ImageFile]])
 
 
 def fit(
     config: TrainConfig,
     run: Storage,
-    sets: Sequence[SetFiles] = (),
+    sets: Sequence[ValidationSet] = (),
     callbacks: Sequence[UserCallback] = (),
 ) -> None:
     """Trains on Ray's workers until the run is done.
@@ -101,7 +101,7 @@ def _decide(config: TrainConfig, run: Storage, done: bool) -> faults.Decision:
 
 
 def _trainer(
-    config: TrainConfig, run: Storage, sets: Sequence[SetFiles], callbacks: Sequence[UserCallback]
+    config: TrainConfig, run: Storage, sets: Sequence[ValidationSet], callbacks: Sequence[UserCallback]
 ) -> SavingTrainer:
     low, high = config.worker_range
     return SavingTrainer(
@@ -111,7 +111,7 @@ def _trainer(
         train_loop_config={
             "config": config.model_dump(mode="json"),
             "run": run.uri,
-            "sets": _SETS.dump_python(list(sets)),
+            "sets": _IMAGES.dump_python({each.name: each.images for each in sets}),
             "is_trial": bool(callbacks),
         },
         scaling_config=ray.train.ScalingConfig(
@@ -196,7 +196,8 @@ def _train(config: TrainConfig, run: Storage, worker: Worker, files: Any) -> Non
         )
         # Ray logs every report at INFO, from a logger that ignores `logging_config`.
         logging.getLogger(reports.__file__).setLevel(logging.WARNING)
-        sets = open_sets(config, _SETS.validate_python(files))
+        images = _IMAGES.validate_python(files)
+        sets = open_sets(config, [file_set(name, of_set) for name, of_set in images.items()])
         train(config, worker, run, feed, sets)
     except UserError as error:
         _refuse(run.uri, str(error), isinstance(error, StorageFull))

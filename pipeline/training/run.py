@@ -28,7 +28,7 @@ from pipeline.training.loop import train
 from pipeline.training.selection import select_key, with_selection
 from pipeline.training.state import Stage, new_state
 from pipeline.training.stopping import Stopped, saving_on_sigterm, stop_requested
-from pipeline.training.validation_sets import SetFiles, find_sets, open_sets
+from pipeline.training.validation_sets import ValidationSet, find_sets, open_sets
 from pipeline.training.worker import Worker
 
 # Fields that only ingest reads: they describe the images, not the patches.
@@ -171,7 +171,7 @@ def _tracked_training(
     run: Storage,
     manifest: Manifest,
     identity: RunIdentity,
-    sets: Sequence[SetFiles],
+    sets: Sequence[ValidationSet],
     report: Callable[[Mapping[str, float]], None],
     callbacks: Sequence[Any],
     parent_run_id: str | None,
@@ -226,7 +226,7 @@ def _tracked_training(
 def _train(
     config: TrainConfig,
     run: Storage,
-    sets: Sequence[SetFiles],
+    sets: Sequence[ValidationSet],
     report: Callable[[Mapping[str, float]], None],
     callbacks: Sequence[Any],
 ) -> None:

@@ -23,36 +23,20 @@ from pipeline.training.validation_config import HELD_OUT, SetFolders
 
 @dataclass(frozen=True)
 class ImageFile:
-    """The files of an image, as the driver found them; plain values."""
+    """An image of `validation.sets` with the interface of HeldOutPhoto, read when its pixels are first needed."""
 
-    name: str
-    hr: str
-    lr: str | None
+    files: Pair
+    field: str
+    """What errors call its set."""
+    scale: int
     shape: tuple[int, int]
     """Height and width of the HR image, in pixels."""
     sha256: str
-    """Of the pixels in the files."""
-
-
-@dataclass(frozen=True)
-class SetFiles:
-    """The files of a set of `validation.sets`; plain values."""
-
-    name: str
-    images: list[ImageFile]
+    """Of the pixels in the files, as the driver found them."""
 
     @property
-    def sha256(self) -> str:
-        """Digest of the images, whatever their names are."""
-        return hashlib.sha256("".join(sorted(image.sha256 for image in self.images)).encode()).hexdigest()
-
-
-class _Image:
-    """An image of a set with the interface of HeldOutPhoto, read when its pixels are first needed."""
-
-    def __init__(self, file: ImageFile, field: str, scale: int) -> None:
-        self.name, self.shape = file.name, file.shape
-        self._file, self._field, self._scale = file, field, scale
+    def name(self) -> str:
+        return self.files.name
 
     @property
     def hr(self) -> Image:
@@ -64,14 +48,15 @@ class _Image:
 
     @cached_property
     def _pixels(self) -> tuple[Image, Image]:
-        file = self._file
-        hr, lr, sha256 = _read(Pair(file.name, file.hr, file.lr), self._field, self._scale)
-        if sha256 != file.sha256:
-            raise UserError(f"{self._field}: {file.hr} has changed since the run was started; start it again")
+        hr, lr, sha256 = _read(self.files, self.field, self.scale)
+        if sha256 != self.sha256:
+            raise UserError(
+                f"{self.field}: {self.files.hr} has changed since the run was started; start it again"
+            )
         return hr, lr
 
 
-ValidationImage = HeldOutPhoto | _Image
+ValidationImage = HeldOutPhoto | ImageFile
 
 
 @dataclass(frozen=True)
@@ -88,7 +73,13 @@ class ValidationSet:
         return metric_key(self.name, metric)
 
 
-def find_sets(config: TrainConfig) -> list[SetFiles]:
+def file_set(name: str, images: Sequence[ImageFile]) -> ValidationSet:
+    """A set of `validation.sets`; its digest does not depend on the images' names."""
+    digests = "".join(sorted(image.sha256 for image in images))
+    return ValidationSet(name, images, hashlib.sha256(digests.encode()).hexdigest())
+
+
+def find_sets(config: TrainConfig) -> list[ValidationSet]:
     """Finds and reads the images of `validation.sets`, in the driver.
 
     Raises:
@@ -103,21 +94,14 @@ def find_sets(config: TrainConfig) -> list[SetFiles]:
     return [_find(name, folders, scale, metrics) for name, folders in sets.items()]
 
 
-def open_sets(config: TrainConfig, files: Sequence[SetFiles]) -> list[ValidationSet]:
-    """All sets of a run; the held-out images first, if there are any. Raises UserError: the data set is corrupt."""
+def open_sets(config: TrainConfig, found: Sequence[ValidationSet]) -> list[ValidationSet]:
+    """All sets of a run: the held-out images, if any, and `found`. Raises UserError: the data set is corrupt."""
     manifest = load_manifest(config.data.root)
-    sets = []
-    if held_out := read_held_out(manifest):
-        sets.append(ValidationSet(HELD_OUT, held_out, manifest.held_out_sha256))
-    for each in files:
-        field, scale = _field(each.name), config.data.scale
-        sets.append(
-            ValidationSet(each.name, [_Image(image, field, scale) for image in each.images], each.sha256)
-        )
-    return sets
+    held_out = read_held_out(manifest)
+    return [*([ValidationSet(HELD_OUT, held_out, manifest.held_out_sha256)] if held_out else []), *found]
 
 
-def deciding_images(config: TrainConfig, sets: Sequence[ValidationSet] | Sequence[SetFiles]) -> str:
+def deciding_images(config: TrainConfig, sets: Sequence[ValidationSet]) -> str:
     """Digest of the images of `validation.select_on`; empty if they are not in `sets`."""
     return next((each.sha256 for each in sets if each.name == config.validation.select_on), "")
 
@@ -127,8 +111,8 @@ def all_images(sets: Sequence[ValidationSet]) -> str:
     return hashlib.sha256("".join(f"{each.name} {each.sha256};" for each in sets).encode()).hexdigest()
 
 
-def _find(name: str, folders: str | SetFolders, scale: int, metrics: MetricSet) -> SetFiles:
-    field = _field(name)
+def _find(name: str, folders: str | SetFolders, scale: int, metrics: MetricSet) -> ValidationSet:
+    field = f"validation.sets.{name}"
     if isinstance(folders, str):
         hr, lr, flags = folders, None, (f"{field}=", f"{field}.lr=")
     else:
@@ -145,8 +129,8 @@ def _find(name: str, folders: str | SetFolders, scale: int, metrics: MetricSet) 
             metrics.require_size(height, width)
         except UserError as error:
             raise UserError(f"{field}: {pair.hr}: {error}; see validation.metrics") from None
-        images.append(ImageFile(pair.name, pair.hr, pair.lr, (height, width), sha256))
-    return SetFiles(name, images)
+        images.append(ImageFile(pair, field, scale, (height, width), sha256))
+    return file_set(name, images)
 
 
 def _read(pair: Pair, field: str, scale: int) -> tuple[Image, Image, str]:
@@ -157,7 +141,3 @@ def _read(pair: Pair, field: str, scale: int) -> tuple[Image, Image, str]:
         raise UserError(f"{field}: {pair.hr}: {error}; remove or replace the file") from None
     # An LR image that is made from the HR image is not in the digest.
     return hr, lr, pixels_sha256(hr) + (pixels_sha256(lr) if pair.lr else "")
-
-
-def _field(name: str) -> str:
-    return f"validation.sets.{name}"

@@ -25,7 +25,7 @@ from pipeline.storage import Storage
 from pipeline.training.config import TrainConfig
 from pipeline.training.identity import default_fields, learning_fields
 from pipeline.training.validation_config import ValidationConfig
-from pipeline.training.validation_sets import SetFiles
+from pipeline.training.validation_sets import ValidationSet
 from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.space import trial_name
 
@@ -37,7 +37,7 @@ def identity_of(
     base: TrainConfig,
     settings: TuneConfig,
     manifest_sha256: str,
-    sets: Sequence[SetFiles] = (),
+    sets: Sequence[ValidationSet] = (),
     initial: Mapping[str, InitialWeights] | None = None,
     weights: Mapping[str, str] | None = None,
 ) -> SweepIdentity:
