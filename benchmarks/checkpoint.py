@@ -21,10 +21,10 @@ import torch
 from step import make_config, our_step
 from turns import as_text, machine, summary
 
-from pipeline.model.weights import sizes_as_text
 from pipeline.storage import Storage
-from pipeline.training.checkpoint import CheckpointName
-from pipeline.training.checkpointer import CheckpointWriter
+from pipeline.training.checkpointer import Checkpointer
+from pipeline.training.run_log import RunLog
+from pipeline.training.worker import Worker
 
 STEPS = 500
 SHARE = 0.02
@@ -47,31 +47,26 @@ def measure(options: argparse.Namespace, folder: str) -> dict[str, Any]:
     undisturbed = [timed_step() for _ in range(options.rounds)]
     pauses, writes, disturbed = [], [], []
     count = 0
-    with CheckpointWriter(Storage(folder) / "run", 2, sizes_as_text(state.ema)) as writer:
+    run = Storage(folder) / "run"
+    with Checkpointer(config, run, state, RunLog(config, Worker(device=device), run)) as checkpointer:
         for number in range(1, options.rounds + 1):
             began = time.perf_counter()
-            writer.save(
-                CheckpointName(number, "gan"),
-                state.ema.state_dict(),
-                state.tensors(),
-                state.scalars(),
-                before=lambda: None,
-                keep=frozenset(),
-            )
+            state.step = number
+            checkpointer.save()
             pauses.append(time.perf_counter() - began)
             if number % 2:
-                writer.wait()
+                checkpointer.finish()
                 writes.append(time.perf_counter() - began - pauses[-1])
             else:
                 # Training continues while the thread writes.
-                pending = writer._pending
+                pending = checkpointer._pending
                 assert pending is not None
                 while True:
                     seconds = timed_step()
                     if pending.done():
                         break
                     disturbed.append(seconds)
-                writer.wait()
+                checkpointer.finish()
         count = sum(value.nbytes for value in [*state.ema.state_dict().values(), *state.tensors().values()])
     step_s = statistics.median(undisturbed)
     pause_s = statistics.median(pauses)

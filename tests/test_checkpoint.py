@@ -15,7 +15,7 @@ from pipeline.tracking.spool import Event, read_segment
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training import checkpointer as checkpointer_module
 from pipeline.training.checkpoint import Checkpoint, CheckpointName
-from pipeline.training.checkpointer import Checkpointer, CheckpointWriter
+from pipeline.training.checkpointer import Checkpointer
 from pipeline.training.config import TrainConfig
 from pipeline.training.run_log import RunLog
 from pipeline.training.snapshot import Snapshot
@@ -59,6 +59,10 @@ def written(run: Storage, state: TrainState, step: int) -> CheckpointName:
     ema = {key: value.clone() for key, value in state.ema.state_dict().items()}
     checkpoints.write(run, Checkpoint(name, ema, tensors, {**state.scalars(), "step": step}), SIZES)
     return name
+
+
+def saving(run: Storage, state: TrainState) -> Checkpointer:
+    return Checkpointer(CONFIG, run, state, RunLog(CONFIG, Worker(), run))
 
 
 @pytest.fixture
@@ -119,7 +123,7 @@ def test_a_checkpoint_without_a_manifest_is_not_listed(run: Storage) -> None:
     name = written(run, trained_state(), 1)
     run.remove(f"{name.folder}/manifest.json")
     assert checkpoints.newest(run) is None
-    with CheckpointWriter(run, keep=2, metadata=SIZES):
+    with saving(run, trained_state()):
         assert run.names("checkpoints") == []
 
 
@@ -147,15 +151,20 @@ def test_non_finite_weights_are_never_written(run: Storage) -> None:
     assert checkpoints.listed(run) == []
 
 
-def test_old_checkpoints_are_removed_except_those_to_keep(run: Storage) -> None:
-    state = trained_state()
-    order = []
-    with CheckpointWriter(run, keep=2, metadata=SIZES) as writer:
+def test_old_checkpoints_are_removed_except_those_to_keep(
+    run: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, order = trained_state(), []
+    state.best = (Best(2, 20.0, "psnr_y"),)
+
+    def write_segment(run: Storage, step: int, records: list[Any]) -> None:
+        order.append((step, len(checkpoints.listed(run))))
+
+    monkeypatch.setattr(checkpointer_module, "write_segment", write_segment)
+    with saving(run, state) as checkpointer:
         for step in range(1, 7):
-            writer.save(
-                CheckpointName(step, "psnr"), state.ema.state_dict(), state.tensors(), state.scalars(),
-                before=lambda step=step: order.append((step, len(checkpoints.listed(run)))), keep=frozenset({2}),
-            )  # fmt: skip
+            state.step = step
+            checkpointer.save()
     assert [name.step for name in checkpoints.listed(run)] == [2, 5, 6]
     # What must be durable first was called before its checkpoint appeared.
     assert order[0] == (1, 0)
@@ -167,13 +176,12 @@ def test_a_corrupt_checkpoint_does_not_count_among_those_kept(run: Storage) -> N
     for step in (1, 2, 3):
         written(run, state, step)
     (run / CheckpointName(3, "psnr").folder).write_bytes("state.json", b"{}")
-    with CheckpointWriter(run, keep=2, metadata=SIZES, first_step=2) as writer:
+    state.step = 2
+    with saving(run, state) as checkpointer:
         for step, expected in ((4, [2, 3, 4]), (3, [3, 4])):
-            writer.save(
-                CheckpointName(step, "psnr"), state.ema.state_dict(), state.tensors(), state.scalars(),
-                before=lambda: None, keep=frozenset(),
-            )  # fmt: skip
-            writer.wait()
+            state.step = step
+            checkpointer.save()
+            checkpointer.finish()
             assert [name.step for name in checkpoints.listed(run)] == expected
 
 
@@ -187,38 +195,26 @@ def test_the_best_stay_in_order_and_of_equal_ones_the_earlier() -> None:
 def test_training_continues_while_a_checkpoint_is_written(run: Storage) -> None:
     state = trained_state()
     expected = state.ema.conv_last.weight.clone()
-    with CheckpointWriter(run, keep=2, metadata=SIZES) as writer:
-        writer.save(
-            CheckpointName(1, "psnr"), state.ema.state_dict(), state.tensors(), state.scalars(),
-            before=lambda: None, keep=frozenset(),
-        )  # fmt: skip
+    with saving(run, state) as checkpointer:
+        checkpointer.save()
         with torch.no_grad():
             state.ema.conv_last.weight.zero_()
     assert torch.equal(checkpoints.read(run, CheckpointName(1, "psnr")).ema["conv_last.weight"], expected)
 
 
-def test_a_failed_write_reaches_training_with_its_reason(run: Storage) -> None:
-    state = trained_state()
-
-    def full_disk() -> None:
+def test_a_failed_write_reaches_training_with_its_reason(
+    run: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    def save(writer: CheckpointWriter) -> None:
-        writer.save(
-            CheckpointName(1, "psnr"), state.ema.state_dict(), state.tensors(), state.scalars(),
-            before=full_disk, keep=frozenset(),
-        )  # fmt: skip
-
-    with (
-        pytest.raises(OSError, match="No space left"),
-        CheckpointWriter(run, keep=2, metadata=SIZES) as writer,
-    ):
-        save(writer)
+    monkeypatch.setattr(checkpointer_module, "write_segment", full_disk)
+    with pytest.raises(UserError, match="No space left"), saving(run, trained_state()) as checkpointer:
+        checkpointer.save()
     assert checkpoints.listed(run) == []
 
 
 def test_a_failed_write_leaves_no_parts(run: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    state = trained_state()
     write_bytes = Storage.write_bytes
 
     def small_disk(storage: Storage, name: str, content: bytes) -> None:
@@ -227,13 +223,10 @@ def test_a_failed_write_leaves_no_parts(run: Storage, monkeypatch: pytest.Monkey
         write_bytes(storage, name, content)
 
     monkeypatch.setattr(Storage, "write_bytes", small_disk)
-    with CheckpointWriter(run, keep=2, metadata=SIZES) as writer:
-        writer.save(
-            CheckpointName(1, "psnr"), state.ema.state_dict(), state.tensors(), state.scalars(),
-            before=lambda: None, keep=frozenset(),
-        )  # fmt: skip
-        with pytest.raises(OSError, match="No space left"):
-            writer.wait()
+    with saving(run, trained_state()) as checkpointer:
+        checkpointer.save()
+        with pytest.raises(UserError, match="No space left"):
+            checkpointer.finish()
         assert run.names("checkpoints") == []
 
 
@@ -244,8 +237,7 @@ def test_failed_writes_that_are_waited_for_are_consecutive(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Storage, "write_bytes", full_disk)
-    log = RunLog(CONFIG, Worker(), run)
-    with Checkpointer(CONFIG, run, trained_state(), log) as checkpointer:
+    with saving(run, trained_state()) as checkpointer:
         for _ in range(CONFIG.faults.max_failed_saves):
             checkpointer.save()
             assert not checkpointer.written()
@@ -255,7 +247,7 @@ def test_failed_writes_that_are_waited_for_are_consecutive(
 
 
 def test_training_does_not_wait_for_a_slow_write(run: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    release, state, log = threading.Event(), trained_state(), RunLog(CONFIG, Worker(), run)
+    release, state = threading.Event(), trained_state()
     monkeypatch.setattr(checkpointer_module, "MAX_WAIT_S", 0.0)
     write = checkpoints.write
 
@@ -264,7 +256,7 @@ def test_training_does_not_wait_for_a_slow_write(run: Storage, monkeypatch: pyte
         write(*arguments)
 
     monkeypatch.setattr(checkpointer_module, "write", slow)
-    with Checkpointer(CONFIG, run, state, log) as checkpointer:
+    with saving(run, state) as checkpointer:
         state.insert_best(Best(1, 20.0, "psnr_y"), 1)
         assert checkpointer.save()
         state.step = 2

@@ -28,13 +28,13 @@ from torch import Tensor
 from pipeline.data.feed import RawBatch
 from pipeline.model import VGGFeatures, set_deterministic, set_precision
 from pipeline.model.losses import ms_ssim_loss
-from pipeline.model.weights import sizes_as_text
 from pipeline.storage import Storage
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training.batches import on_device
-from pipeline.training.checkpointer import CheckpointWriter
+from pipeline.training.checkpointer import Checkpointer
 from pipeline.training.config import TrainConfig
 from pipeline.training.meter import Meter
+from pipeline.training.run_log import RunLog
 from pipeline.training.state import TrainState, begin_gan, new_state
 from pipeline.training.worker import Worker
 
@@ -160,12 +160,10 @@ def test_a_step_with_nan_changes_nothing(device: str, stage: str, discriminator:
 
 def saved(state: TrainState, folder: Path) -> checkpoints.Checkpoint:
     """The state's checkpoint, written and read again."""
-    run = Storage(str(folder))
-    name = checkpoints.CheckpointName(state.step, state.stage)
-    with CheckpointWriter(run, 1, sizes_as_text(state.ema)) as writer:
-        scalars = state.scalars()
-        writer.save(name, state.ema.state_dict(), state.tensors(), scalars, lambda: None, frozenset())
-    return checkpoints.read(run, name)
+    config, run = TrainConfig(), Storage(str(folder))
+    with Checkpointer(config, run, state, RunLog(config, Worker(), run)) as checkpointer:
+        checkpointer.save()
+    return checkpoints.read(run, checkpoints.CheckpointName(state.step, state.stage))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,4 +1,4 @@
-"""Saves checkpoints from the training loop: a background writer, and what happens when a write fails."""
+"""Saves checkpoints from the training loop in a background thread, and handles writes that fail."""
 
 import logging
 from collections.abc import Callable
@@ -26,141 +26,46 @@ MAX_WAIT_S = 10.0
 logger = logging.getLogger(__name__)
 
 
-class CheckpointWriter:
-    """Writes checkpoints in a background thread, one at a time, and removes old ones.
+class Checkpointer:
+    """Saves the training state together with the log's records since the last checkpoint, and removes old checkpoints.
 
-    Use as a context manager: leaving it waits for the last write.
+    A background thread writes one checkpoint at a time. A failed write (a full disk, for instance) is retried with the
+    next checkpoint, up to `faults.max_failed_saves` consecutive times. Use as a context manager: leaving it waits for
+    the last write.
     """
 
-    def __init__(self, run: Storage, keep: int, metadata: dict[str, str], first_step: int = 0) -> None:
-        """
-        Args:
-            keep: number of newest checkpoints to keep.
-            metadata: architecture of the generator, kept in its file.
-            first_step: where training resumes. Newer checkpoints were skipped as corrupt; they are kept until they are
-                overwritten and do not count towards `keep`.
-        """
-        self._run, self._keep, self._metadata = run, keep, metadata
-        self._corrupt = {name for name in listed(run) if name.step > first_step}
+    def __init__(self, config: TrainConfig, run: Storage, state: TrainState, log: RunLog) -> None:
+        self._config, self._run, self._state, self._log = config, run, state, log
+        # Newer checkpoints were skipped as corrupt when training resumed; they are kept until they are overwritten, and
+        # do not count towards `keep_checkpoints`.
+        self._corrupt = {name for name in listed(run) if name.step > state.step}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._snapshot = Snapshot()
         self._pending: Future[None] | None = None
+        self._max_wait_s = min(MAX_WAIT_S, config.faults.collective_timeout_s / 4)
+        self._best = state.stage, state.best
+        """The best validations whose checkpoints were saved, and their stage."""
+        self._unwritten: list[Record] = []
+        """Records handed to the thread, until it has written them."""
+        self._failures = 0
 
-    def __enter__(self) -> "CheckpointWriter":
-        self._remove_incomplete()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
-        try:
-            if kind is None:
-                self.wait()
-        finally:
-            self._thread.shutdown()
-
-    def _copies(self, named: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
-        """Copies of the tensors on the CPU; a GPU's are copied there now, and fetched by the call."""
-        if next(iter(named.values())).is_cuda:
-            try:
-                return self._snapshot.take(named)
-            except torch.OutOfMemoryError:
-                self._snapshot = Snapshot()  # No memory for a second copy: fetch at once, which takes longer.
-        copied = {name: value.detach().to("cpu", copy=True) for name, value in named.items()}
-        return lambda: copied
-
-    def save(
-        self,
-        name: CheckpointName,
-        ema: dict[str, Tensor],
-        tensors: dict[str, Tensor],
-        scalars: dict[str, Any],
-        before: Callable[[], None],
-        keep: frozenset[int],
-    ) -> None:
-        """Copies the tensors and writes them in the background.
-
-        Args:
-            name: the checkpoint's stage and step.
-            ema, tensors, scalars: its contents, as in `Checkpoint`.
-            before: called in the writer thread before the checkpoint is published.
-            keep: steps whose checkpoints are kept in addition to the newest.
-
-        Raises:
-            OSError: an earlier write failed.
-        """
-        self.wait()
-        named = {f"ema.{key}": value for key, value in ema.items()} | tensors
-        copies = self._copies(named)
-
-        def work() -> None:
-            before()
-            fetched = copies()
-            weights = {key: fetched.pop(f"ema.{key}") for key in ema}
-            try:
-                write(self._run, Checkpoint(name, weights, fetched, scalars), self._metadata)
-            except BaseException:
-                self._run.remove(
-                    name.folder
-                )  # on a full disk an incomplete checkpoint would block the next attempt
-                raise
-            self._corrupt.discard(name)
-            self._remove_old(keep | {name.step})
-
-        self._pending = self._thread.submit(work)
-
-    def is_writing(self, wait_s: float) -> bool:
-        """Whether the current write takes longer than this."""
-        return self._pending is not None and not futures.wait([self._pending], wait_s).done
-
-    def wait(self) -> bool:
-        """Waits for the current write, and raises its exception. Returns whether there was one."""
-        if self._pending is None:
-            return False
-        pending, self._pending = self._pending, None
-        pending.result()
-        return True
-
-    def _remove_incomplete(self) -> None:
+    def __enter__(self) -> "Checkpointer":
         complete = {str(name) for name in listed(self._run)}
         for name in self._run.names(FOLDER):
             if name not in complete:
                 logger.warning("removing the incomplete checkpoint %s", name)
                 self._run.remove(f"{FOLDER}/{name}")
-
-    def _remove_old(self, keep: frozenset[int]) -> None:
-        valid = [name for name in listed(self._run) if name not in self._corrupt]
-        for name in valid[: -self._keep]:
-            if name.step not in keep:
-                # The manifest is removed first: a partly removed folder must not look like a corrupt checkpoint.
-                self._run.remove(f"{name.folder}/manifest.json")
-                self._run.remove(name.folder)
-
-
-class Checkpointer:
-    """Saves the training state together with the log's records since the last checkpoint.
-
-    A failed write (a full disk, for instance) is retried with the next checkpoint, up to `faults.max_failed_saves`
-    consecutive times.
-    """
-
-    def __init__(self, config: TrainConfig, run: Storage, state: TrainState, log: RunLog) -> None:
-        self._config, self._run, self._state, self._log = config, run, state, log
-        self._writer = CheckpointWriter(run, config.keep_checkpoints, sizes_as_text(state.ema), state.step)
-        self._max_wait_s = min(MAX_WAIT_S, config.faults.collective_timeout_s / 4)
-        self._best = state.stage, state.best
-        """The best validations whose checkpoints were saved, and their stage."""
-        self._unwritten: list[Record] = []
-        """Records handed to the writer, until it has written them."""
-        self._failures = 0
-
-    def __enter__(self) -> "Checkpointer":
-        self._writer.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
-        self._writer.__exit__(kind, *error)
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            self._thread.shutdown()
 
     def save(self, last: bool = False) -> bool:
-        """Saves the state in the background.
+        """Copies the state and writes it in the background.
 
         If the previous write is still under way after some seconds (a slow object store), this checkpoint is skipped,
         except the `last` one of the training. Returns whether it is saved.
@@ -170,7 +75,7 @@ class Checkpointer:
             Diverged: the weights of the previous checkpoint were not finite.
         """
         state = self._state
-        if not last and self._writer.is_writing(self._max_wait_s):
+        if not last and self._is_writing():
             self._log.event(
                 state.step,
                 f"warning: skipped the checkpoint of step {state.step}: the previous one is still being written "
@@ -181,31 +86,35 @@ class Checkpointer:
             return False
         self._wait(self._config.faults.max_failed_saves)
         self._best = state.stage, state.best
-        records = self._unwritten = self._log.take()
-        step = state.step
-        self._writer.save(
-            CheckpointName(step, state.stage),
-            state.ema.state_dict(),
-            state.tensors(),
+        self._unwritten = self._log.take()
+        ema = {f"ema.{name}": value for name, value in state.ema.state_dict().items()}
+        self._pending = self._thread.submit(
+            self._write,
+            CheckpointName(state.step, state.stage),
+            self._copies(ema | state.tensors()),
             state.scalars(),
-            before=lambda: write_segment(self._run, step, records),
-            keep=frozenset({self._config.psnr.steps} | {best.step for best in state.best}),
+            self._unwritten,
+            {state.step, self._config.psnr.steps, *(best.step for best in state.best)},
         )
         return True
 
     def written(self) -> bool:
         """Waits some seconds for the current write; returns whether it has succeeded. Raises like `save`."""
-        if self._writer.is_writing(self._max_wait_s):
-            return False
-        return self._wait(max_failures=self._config.faults.max_failed_saves)
+        return not self._is_writing() and self._wait(self._config.faults.max_failed_saves)
 
     def finish(self) -> None:
         """Waits for the last checkpoint. Raises like `save`, on the first failure."""
         self._wait(max_failures=0)
 
+    def _is_writing(self) -> bool:
+        return self._pending is not None and not futures.wait([self._pending], self._max_wait_s).done
+
     def _wait(self, max_failures: int) -> bool:
+        """Waits for the current write, if there is one; returns whether the last one has succeeded."""
+        pending, self._pending = self._pending, None
         try:
-            if self._writer.wait():
+            if pending is not None:
+                pending.result()
                 self._failures = 0
         except FloatingPointError as error:
             raise Diverged(f"{error}; lower {self._state.stage}.learning_rate") from None
@@ -219,3 +128,39 @@ class Checkpointer:
             self._log.event(self._state.step, f"warning: {text}; retrying at the next checkpoint")
         self._unwritten = []
         return self._failures == 0
+
+    def _copies(self, named: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+        """Copies of the tensors on the CPU; a GPU's are copied there now, and fetched by the call."""
+        if next(iter(named.values())).is_cuda:
+            try:
+                return self._snapshot.take(named)
+            except torch.OutOfMemoryError:
+                self._snapshot = Snapshot()  # No memory for a second copy: fetch at once, which takes longer.
+        copied = {name: value.detach().to("cpu", copy=True) for name, value in named.items()}
+        return lambda: copied
+
+    def _write(
+        self,
+        name: CheckpointName,
+        copies: Callable[[], dict[str, Tensor]],
+        scalars: dict[str, Any],
+        records: list[Record],
+        keep: set[int],
+    ) -> None:
+        """Runs in the thread. `keep`: steps whose checkpoints are kept in addition to the newest."""
+        write_segment(self._run, name.step, records)
+        tensors = copies()
+        ema = {key.removeprefix("ema."): tensors.pop(key) for key in [*tensors] if key.startswith("ema.")}
+        try:
+            write(self._run, Checkpoint(name, ema, tensors, scalars), sizes_as_text(self._state.ema))
+        except BaseException:
+            # On a full disk an incomplete checkpoint would block the next attempt.
+            self._run.remove(name.folder)
+            raise
+        self._corrupt.discard(name)
+        valid = [each for each in listed(self._run) if each not in self._corrupt]
+        for old in valid[: -self._config.keep_checkpoints]:
+            if old.step not in keep:
+                # The manifest is removed first: a partly removed folder must not look like a corrupt checkpoint.
+                self._run.remove(f"{old.folder}/manifest.json")
+                self._run.remove(old.folder)
