@@ -89,16 +89,25 @@ def comparison_strips(
     strips = {}
     for each in sets:
         for image in each.images[:STRIPS]:
-            y, x = most_detailed(image.lr)
-            lr = np.ascontiguousarray(image.lr[y : y + CROP_PX, x : x + CROP_PX])
-            hr = image.hr[scale * y : scale * (y + CROP_PX), scale * x : scale * (x + CROP_PX)]
-            results = [upscale(generator, lr, device=device) for generator in generators]
-            nearest = lr.repeat(scale, axis=0).repeat(scale, axis=1)
-            strips[each.key(image.name)] = _strip([nearest, bicubic_upscale(lr, scale), *results, hr])
+            crops = detailed_crops(image, generators, scale, device)
+            gap = np.full((crops[0].shape[0], 4, 3), 255, np.uint8)
+            strips[each.key(image.name)] = np.hstack([part for crop in crops for part in (gap, crop)][1:])
     return strips
 
 
-def most_detailed(lr: Image) -> tuple[int, int]:
+def detailed_crops(
+    image: ValidationImage, generators: Sequence[RRDBNet], scale: int, device: torch.device
+) -> list[Image]:
+    """LR, bicubic, each generator's SR, HR of the crop with the most detail, all at the size of the HR crop."""
+    y, x = _most_detailed(image.lr)
+    lr = np.ascontiguousarray(image.lr[y : y + CROP_PX, x : x + CROP_PX])
+    hr = image.hr[scale * y : scale * (y + CROP_PX), scale * x : scale * (x + CROP_PX)]
+    results = [upscale(generator, lr, device=device) for generator in generators]
+    nearest = lr.repeat(scale, axis=0).repeat(scale, axis=1)
+    return [nearest, bicubic_upscale(lr, scale), *results, hr]
+
+
+def _most_detailed(lr: Image) -> tuple[int, int]:
     """Corner of the square crop whose neighboring pixels differ most."""
     gray = lr.mean(axis=2)
     stride = CROP_PX // 2
@@ -113,8 +122,3 @@ def most_detailed(lr: Image) -> tuple[int, int]:
         return float(np.abs(np.diff(crop, axis=0)).mean() + np.abs(np.diff(crop, axis=1)).mean())
 
     return max(corners, key=detail)
-
-
-def _strip(images: Sequence[Image]) -> Image:
-    gap = np.full((images[0].shape[0], 4, 3), 255, np.uint8)
-    return np.concatenate([part for image in images for part in (image, gap)][:-1], axis=1)

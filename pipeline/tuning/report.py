@@ -3,14 +3,12 @@
 import base64
 import io
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import jinja2
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image as PillowImage
 
+from pipeline.imaging import Image
 from pipeline.metrics.names import METRICS, label_of, metric_of
 from pipeline.run_folder import TrialOutcome
 from pipeline.tuning.config import TuneConfig
@@ -20,22 +18,12 @@ from pipeline.tuning.space import shown
 MAX_NAMES = 4
 
 
-@dataclass(frozen=True)
-class Crops:
-    """The same crop of one validation image in several versions."""
-
-    image: str
-    """Name of the validation image."""
-    versions: tuple[tuple[str, NDArray[np.uint8]], ...]
-    """Label and (H, W, 3) RGB."""
-
-
 def render_report(
     settings: TuneConfig,
     trials: Sequence[TrialOutcome],
     ranking: Ranking,
     figures: Sequence[tuple[str, str, bytes]],
-    crops: Sequence[Crops],
+    crops: Mapping[str, Mapping[str, Image]],
     first_point: str = "",
 ) -> bytes:
     """The page.
@@ -45,7 +33,7 @@ def render_report(
         trials: all ended trials, in the ranking's order.
         ranking: their comparison.
         figures: title, explanation and SVG of each figure.
-        crops: what the best trials make of the validation images.
+        crops: a crop of every shown validation image, by what upscaled it.
         first_point: run name of the trial of the first of tune.points.
     """
     environment = jinja2.Environment(
@@ -81,7 +69,7 @@ def render_report(
         summary=summary(settings, trials, ranking),
         best=ranking.best,
         figures=[(title, text, _data_uri(content, "svg+xml")) for title, text, content in figures],
-        crops=[(each.image, [(label, _webp(pixels)) for label, pixels in each.versions]) for each in crops],
+        crops=[(name, [(each, _webp(pixels)) for each, pixels in crop.items()]) for name, crop in crops.items()],
         settings=json.dumps(settings.model_dump(mode="json"), indent=1),
     ).encode()  # fmt: skip
 
@@ -145,9 +133,9 @@ def _metric(trial: TrialOutcome, name: str) -> str:
     return _text(name, trial.metrics[name]) if name in trial.metrics else "–"
 
 
-def _webp(pixels: NDArray[np.uint8]) -> str:
+def _webp(pixels: Image) -> str:
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "WEBP", lossless=True)
+    PillowImage.fromarray(pixels).save(buffer, "WEBP", lossless=True)
     return _data_uri(buffer.getvalue(), "webp")
 
 

@@ -3,18 +3,17 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-import numpy as np
 import optuna
 import torch
 
-from pipeline.imaging import bicubic_upscale, upscale
+from pipeline.imaging import Image
 from pipeline.model import RRDBNet
 from pipeline.run_folder import TrialOutcome
 from pipeline.storage import Storage
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training.state import build_generator
-from pipeline.training.validation import CROP_PX, most_detailed
-from pipeline.training.validation_sets import ValidationImage, find_sets, open_sets
+from pipeline.training.validation import detailed_crops
+from pipeline.training.validation_sets import find_sets, open_sets
 from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.figure import (
     as_png,
@@ -26,7 +25,7 @@ from pipeline.tuning.figure import (
 )
 from pipeline.tuning.proposals import study
 from pipeline.tuning.ranking import Ranking
-from pipeline.tuning.report import Crops, render_report
+from pipeline.tuning.report import render_report
 from pipeline.tuning.space import points
 from pipeline.tuning.trial_queue import TrialQueue
 
@@ -99,19 +98,20 @@ def _value(index: int) -> Callable[[optuna.trial.FrozenTrial], float]:
     return lambda trial: float(trial.values[index])
 
 
-def crops(queue: TrialQueue, ranking: Ranking) -> list[Crops]:
-    """The crop with the most detail of the first validation images, as the best trials upscale it."""
-    shown = _shown_trials(queue, ranking)
-    generators = {}
-    for label, trial in shown.items():
-        generator = _generator(queue, trial)
-        if generator is not None:
-            generators[label] = generator
+def crops(queue: TrialQueue, ranking: Ranking) -> dict[str, dict[str, Image]]:
+    """The crop with the most detail of the first validation images, by name and by what upscaled it."""
+    loaded = {label: _generator(queue, trial) for label, trial in _shown_trials(queue, ranking).items()}
+    generators = {label: generator for label, generator in loaded.items() if generator is not None}
     if not generators:
-        return []
+        return {}
+    labels = ("input", "bicubic", *generators, "original")
     # The held-out images, or those of the first of validation.sets.
     sets = open_sets(queue.base, ()) or open_sets(queue.base, find_sets(queue.base))
-    return [_crop(image, generators, queue.base.data.scale) for image in sets[0].images[:SHOWN_IMAGES]]
+    shown = {}
+    for image in sets[0].images[:SHOWN_IMAGES]:
+        crops = detailed_crops(image, [*generators.values()], queue.base.data.scale, torch.device("cpu"))
+        shown[image.name] = dict(zip(labels, crops, strict=True))
+    return shown
 
 
 def _shown_trials(queue: TrialQueue, ranking: Ranking) -> dict[str, TrialOutcome]:
@@ -145,18 +145,3 @@ def _generator(queue: TrialQueue, trial: TrialOutcome) -> RRDBNet | None:
     generator = build_generator(config)
     generator.load_state_dict(weights)
     return generator.eval()
-
-
-def _crop(image: ValidationImage, generators: Mapping[str, RRDBNet], scale: int) -> Crops:
-    y, x = most_detailed(image.lr)
-    lr = np.ascontiguousarray(image.lr[y : y + CROP_PX, x : x + CROP_PX])
-    versions = [
-        ("input", lr.repeat(scale, axis=0).repeat(scale, axis=1)),
-        ("bicubic", bicubic_upscale(lr, scale)),
-        *(
-            (label, upscale(generator, lr, device=torch.device("cpu")))
-            for label, generator in generators.items()
-        ),
-        ("original", image.hr[scale * y : scale * (y + CROP_PX), scale * x : scale * (x + CROP_PX)]),
-    ]
-    return Crops(image.name, tuple(versions))
