@@ -135,14 +135,13 @@ def test_rungs_multiply_and_end_before_the_last_step() -> None:
 
 
 def test_a_trial_must_be_among_the_best_third_at_a_rung() -> None:
-    asha = settings(scheduler="asha", grace_steps=100, reduction_factor=3)
-
-    def weak(own: dict[int, float], *others: dict[int, float], maximize: bool = True) -> bool:
-        return is_weak(asha, 1000, own, others, maximize)
+    def weak(own: dict[int, float], *others: dict[int, float], metric: str = "psnr_y") -> bool:
+        asha = settings(scheduler="asha", grace_steps=100, reduction_factor=3, metrics=[metric])
+        return is_weak(asha, 1000, own, others)
 
     assert not weak({100: 20.0})
     assert weak({100: 20.0}, {100: 21.0})
-    assert not weak({100: 20.0}, {100: 21.0}, maximize=False)
+    assert not weak({100: 20.0}, {100: 21.0}, metric="lpips")
     assert not weak({100: 21.0}, {100: 20.0}, {100: 19.0})
     # Between rungs nothing is decided; values at the rung count, not later ones.
     assert not weak({100: 22.0, 200: 1.0}, {100: 21.0})

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -79,11 +80,8 @@ def study(
 ) -> optuna.Study:
     """The trials as a study in memory."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    directions = [
-        optuna.study.StudyDirection.MAXIMIZE
-        if mode_of(name) == "max"
-        else optuna.study.StudyDirection.MINIMIZE
-        for name in settings.metrics
+    directions: list[Literal["maximize", "minimize"]] = [
+        "maximize" if mode_of(name) == "max" else "minimize" for name in settings.metrics
     ]
     built = optuna.create_study(study_name=settings.name, directions=directions)
     with warnings.catch_warnings():

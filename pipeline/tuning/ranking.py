@@ -3,10 +3,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
+from pipeline.metrics.names import METRICS, metric_of
 from pipeline.run_folder import TrialOutcome
-from pipeline.tuning.config import TuneConfig, mode_of
+from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.constraint import Constraint
 
 # A difference of two means is larger than the noise if it exceeds this many of its standard errors.
@@ -89,12 +91,12 @@ def compare_trials(settings: TuneConfig, trials: Sequence[TrialOutcome]) -> Rank
     candidates = []
     for trial, *repetitions in groups.values():
         means = {
-            name: _mean(
+            name: fmean(
                 [each.metrics[name] - effects[name].get(_seed(each), 0.0) for each in (trial, *repetitions)]
             )
             for name in needed
         }
-        measured = {name: _mean([each.metrics[name] for each in (trial, *repetitions)]) for name in needed}
+        measured = {name: fmean([each.metrics[name] for each in (trial, *repetitions)]) for name in needed}
         if all(constraint.violation(measured) <= 0 for constraint in constraints):
             candidates.append(Candidate(trial, tuple(repetitions), means))
     if not candidates:
@@ -134,7 +136,7 @@ def _is_measured(trial: TrialOutcome, metrics: set[str]) -> bool:
 
 def _cost(means: dict[str, float], metric: str) -> float:
     """A metric as a number that is better when it is smaller."""
-    return -means[metric] if mode_of(metric) == "max" else means[metric]
+    return METRICS[metric_of(metric)].cost(means[metric])
 
 
 def _dominates(one: Candidate, other: Candidate, metrics: Sequence[str]) -> bool:
@@ -147,18 +149,14 @@ def _seed(trial: TrialOutcome) -> Any:
     return trial.values.get("seed") if trial.repeats else None
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
 def _seed_effects(repeated: Sequence[Sequence[TrialOutcome]], metric: str) -> dict[Any, float]:
     """How much better or worse each seed is for the repeated trials on average. Their order does not depend on it."""
     differences: dict[Any, list[float]] = {}
     for group in repeated:
-        mean = _mean([trial.metrics[metric] for trial in group])
+        mean = fmean([trial.metrics[metric] for trial in group])
         for trial in group:
             differences.setdefault(_seed(trial), []).append(trial.metrics[metric] - mean)
-    return {seed: _mean(values) for seed, values in differences.items()}
+    return {seed: fmean(values) for seed, values in differences.items()}
 
 
 def _noise(repeated: Sequence[Sequence[TrialOutcome]], metric: str) -> float:
@@ -170,7 +168,7 @@ def _noise(repeated: Sequence[Sequence[TrialOutcome]], metric: str) -> float:
     squares = 0.0
     for group in repeated:
         values = [trial.metrics[metric] - effects.get(_seed(trial), 0.0) for trial in group]
-        squares += sum((value - _mean(values)) ** 2 for value in values)
+        squares += sum((value - fmean(values)) ** 2 for value in values)
     freedom = sum(len(group) - 1 for group in repeated) - max(0, len(effects) - 1)
     return math.sqrt(squares / max(1, freedom))
 

@@ -4,15 +4,16 @@ The rungs are computed from the validations in the trials' folders, so a resumed
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from pipeline.errors import UserError
+from pipeline.metrics.names import METRICS, metric_of
 from pipeline.training.config import TrainConfig
 from pipeline.training.schedule import due
-from pipeline.tuning.config import TuneConfig, mode_of
+from pipeline.tuning.config import TuneConfig
 
 History = Mapping[int, float]
-"""Value of the metric by step of the compared stage."""
+"""Value of the first of `tune.metrics` by step of the compared stage."""
 
 
 def compared_from(config: TrainConfig) -> int:
@@ -62,16 +63,14 @@ def reason_to_stop(
     def values(history: Mapping[int, Mapping[str, float]]) -> History:
         return {step: metrics[metric] for step, metrics in history.items() if metric in metrics}
 
-    measured, maximize = values(own), mode_of(metric) == "max"
-    if settings.scheduler == "none" or not is_weak(settings, steps, measured, map(values, others), maximize):
+    measured = values(own)
+    if settings.scheduler == "none" or not is_weak(settings, steps, measured, map(values, others)):
         return ""
     step = max(measured)
     return f"stopped early: {metric} {measured[step]:.4f} at step {step} of {steps}"
 
 
-def is_weak(
-    settings: TuneConfig, steps: int, own: History, others: Iterable[History], maximize: bool
-) -> bool:
+def is_weak(settings: TuneConfig, steps: int, own: History, others: Iterable[History]) -> bool:
     """Whether a trial should be stopped after its latest validation.
 
     A trial reaches a rung at its first validation at or after the rung's step. There it must be among the best
@@ -83,21 +82,18 @@ def is_weak(
         steps: number of steps of the compared stage.
         own: validations of this trial.
         others: validations of all other trials, ended or running.
-        maximize: whether a larger value is better.
     """
     latest = max(own, default=0)
     reached = [rung for rung in rungs(settings, steps) if _at(own, rung) == latest]
     if not reached or latest >= steps:
         return False
     rung = reached[-1]
-    sign = 1.0 if maximize else -1.0
-    values = [sign * history[step] for history in others if (step := _at(history, rung)) is not None]
-    value = sign * own[latest]
-    if not math.isfinite(value):
-        return True
-    sorted_values: Sequence[float] = sorted([*filter(math.isfinite, values), value], reverse=True)
-    kept = max(1, len(sorted_values) // settings.reduction_factor)
-    return value < sorted_values[kept - 1]
+    cost = METRICS[metric_of(settings.metrics[0])].cost
+    costs = [cost(history[step]) for history in others if (step := _at(history, rung)) is not None]
+    own_cost = cost(own[latest])
+    sorted_costs = sorted([*filter(math.isfinite, costs), own_cost])
+    kept = max(1, len(sorted_costs) // settings.reduction_factor)
+    return not math.isfinite(own_cost) or own_cost > sorted_costs[kept - 1]
 
 
 def _at(history: History, rung: int) -> int | None:
