@@ -93,10 +93,8 @@ def check_space(settings: TuneConfig, base: TrainConfig) -> list[TrainConfig]:
                         f"tune.space: {name}: {part}={number}: {name} is an integer; give a whole number"
                     )
     spans = settings.space.items()
-    low = {name: _lowest(name, span) if isinstance(span, Range) else span.choice[0] for name, span in spans}
-    high = {
-        name: _highest(name, span) if isinstance(span, Range) else span.choice[-1] for name, span in spans
-    }
+    low = {name: _lowest(name, span) for name, span in spans}
+    high = {name: _highest(name, span) for name, span in spans}
     single = [
         low | {name: choice} for name, span in spans if isinstance(span, Choice) for choice in span.choice
     ]
@@ -162,15 +160,11 @@ def flag_text(value: Any) -> str:
 def _distribution(name: str, span: Range | Choice) -> optuna.distributions.BaseDistribution:
     if isinstance(span, Choice):
         return optuna.distributions.CategoricalDistribution([_encoded(value) for value in span.choice])
-    if _field_type(name) is int:
-        return optuna.distributions.IntDistribution(
-            int(span.low), int(_highest(name, span)), log=span.log, step=int(span.step or 1)
-        )
+    low, high = _lowest(name, span), _highest(name, span)
+    if isinstance(low, int):
+        return optuna.distributions.IntDistribution(low, high, log=span.log, step=int(span.step or 1))
     return optuna.distributions.FloatDistribution(
-        float(span.low),
-        float(_highest(name, span)),
-        log=span.log,
-        step=None if span.step is None else float(span.step),
+        low, high, log=span.log, step=span.step and float(span.step)
     )
 
 
@@ -204,22 +198,22 @@ def axis(name: str, span: Range | Choice) -> list[Any] | None:
     """All values of a field, in order; None if there are infinitely or too many."""
     if isinstance(span, Choice):
         return list(span.choice)
-    is_int = _field_type(name) is int
-    if not is_int and span.step is None:
+    if span.step is None and _field_type(name) is not int:
         return None
     count = _steps(span) + 1
     return [_stepped(name, span, index) for index in range(count)] if count <= MAX_GRID else None
 
 
-def _lowest(name: str, span: Range) -> float | int:
-    return int(span.low) if _field_type(name) is int else float(span.low)
+def _lowest(name: str, span: Range | Choice) -> Any:
+    return span.choice[0] if isinstance(span, Choice) else _stepped(name, span, 0)
 
 
-def _highest(name: str, span: Range) -> float | int:
-    """The largest value that is drawn: `high`, or the last step below it."""
-    if span.step is None:
-        return int(span.high) if _field_type(name) is int else float(span.high)
-    return _stepped(name, span, _steps(span))
+def _highest(name: str, span: Range | Choice) -> Any:
+    """The largest value that is drawn: `high`, or the last step below it; of a choice the last value."""
+    if isinstance(span, Choice):
+        return span.choice[-1]
+    is_continuous = span.step is None and _field_type(name) is not int
+    return float(span.high) if is_continuous else _stepped(name, span, _steps(span))
 
 
 def _steps(span: Range) -> int:
