@@ -37,7 +37,7 @@ def best_config(config: TrainConfig, settings: TuneConfig, best: TrialOutcome) -
     }
     return with_fields(trial_config(config, searched), {
         name: value for name, value in changes.items()
-        if not any(name == each or name.startswith(f"{each}.") for each in searched)
+        if not any(f"{name}.".startswith(f"{each}.") for each in searched)
     })  # fmt: skip
 
 

@@ -101,7 +101,7 @@ def check_space(settings: TuneConfig, base: TrainConfig) -> list[TrainConfig]:
     trials = [trial_config(base, values) for values in [low, high, *single, *points(settings, base)]]
     effective = [_effective_fields(trial) for trial in trials]
     for name, span in spans:
-        if not any(key == name or key.startswith(f"{name}.") for fields in effective for key in fields):
+        if not any(f"{key}.".startswith(f"{name}.") for fields in effective for key in fields):
             raise UserError(
                 f"tune.space: {name} has no effect on what is trained here, or is the same for all trials; remove it"
             )
@@ -273,5 +273,5 @@ def _effective_fields(config: TrainConfig) -> dict[str, Any]:
     return {
         name: value
         for name, value in flat_fields(fields).items()
-        if not any(name == each or name.startswith(f"{each}.") for each in unused)
+        if not any(f"{name}.".startswith(f"{each}.") for each in unused)
     }

@@ -9,6 +9,7 @@ import json
 from typing import Any
 
 from pipeline.run_folder import RESULT
+from pipeline.section import with_fields
 from pipeline.storage import Storage
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training.checkpoint import CheckpointName
@@ -30,7 +31,11 @@ _STAGE_TWO = (
 
 def is_shared(settings: TuneConfig, base: TrainConfig) -> bool:
     """Whether several trials can have the same stage 1: its searched fields have a finite number of values."""
-    searched = [(name, span) for name, span in settings.space.items() if not _is_of_stage_two(name)]
+    searched = [
+        (name, span)
+        for name, span in settings.space.items()
+        if not any(f"{name}.".startswith(f"{each}.") for each in _STAGE_TWO)
+    ]
     return base.psnr.steps > 0 and all(axis(name, span) is not None for name, span in searched)
 
 
@@ -44,25 +49,17 @@ def stage_one_of(trial: TrainConfig, base: TrainConfig, manifest_sha256: str) ->
     """
     if not (trial.psnr.steps and trial.gan.steps):
         return None
-    size = {
-        "discriminator": base.model.discriminator,
-        "discriminator_num_feat": base.model.discriminator_num_feat,
+    has_weights = trial.init.generator is not None
+    changes = {
+        "gan": base.gan.model_dump() | {"steps": 0},
+        "perceptual": base.perceptual.model_dump(),
+        "model.discriminator": base.model.discriminator,
+        "model.discriminator_num_feat": base.model.discriminator_num_feat,
+        "init.discriminator": None,
+        "init.partial": trial.init.partial and has_weights,
+        "init.adopt_sizes": trial.init.adopt_sizes and has_weights,
     }
-    alone = trial.model_copy(
-        update={
-            "gan": base.gan.model_copy(update={"steps": 0}),
-            "perceptual": base.perceptual,
-            "init": trial.init.model_copy(
-                update={
-                    "discriminator": None,
-                    # They need weights.
-                    "partial": trial.init.partial and trial.init.generator is not None,
-                    "adopt_sizes": trial.init.adopt_sizes and trial.init.generator is not None,
-                }
-            ),
-            "model": trial.model.model_copy(update=size),
-        }
-    )
+    alone = with_fields(trial, changes)
     shaping: dict[str, Any] = {
         "fields": learning_fields(alone),
         "init": alone.init.model_dump(mode="json"),
@@ -93,7 +90,3 @@ def adopt(stage_one: Storage, trial: Storage, steps: int) -> None:
     """
     if not checkpoints.listed(trial):
         checkpoints.copy(stage_one, trial, CheckpointName(steps, "psnr"))
-
-
-def _is_of_stage_two(name: str) -> bool:
-    return any(name == each or name.startswith(f"{each}.") for each in _STAGE_TWO)
