@@ -1,9 +1,9 @@
 """One job of a sweep: a trial, or the stage 1 that several trials share."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-from pipeline.run_folder import TrialPlan
+from pipeline.run_folder import TrialOutcome, TrialPlan
 from pipeline.storage import Storage
 from pipeline.training.config import TrainConfig
 
@@ -29,3 +29,9 @@ class Job:
     def steps(self) -> int:
         """The last step."""
         return self.config.psnr.steps + self.config.gan.steps
+
+
+def outcome_of(name: str, plan: TrialPlan, status: str, **details: Any) -> TrialOutcome:
+    """The outcome of a job; `details` are further fields, without which it was not validated."""
+    outcome = TrialOutcome(name, None, plan.values, status, 0, {}, number=plan.number, repeats=plan.repeats)
+    return replace(outcome, **details)

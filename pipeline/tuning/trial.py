@@ -19,7 +19,7 @@ from pipeline.training.console import printing_to_log
 from pipeline.training.run import run_training
 from pipeline.training.stopping import Stopped
 from pipeline.tuning.config import TuneConfig
-from pipeline.tuning.job import Job
+from pipeline.tuning.job import Job, outcome_of
 from pipeline.tuning.rungs import compared_from
 from pipeline.tuning.stage_one import adopt
 
@@ -50,16 +50,7 @@ def train_job(
         callbacks: Ray Train callbacks that report otherwise.
     """
     began = time.monotonic()
-    outcome = TrialOutcome(
-        job.name,
-        None,
-        job.plan.values,
-        "interrupted",
-        0,
-        {},
-        number=job.plan.number,
-        repeats=job.plan.repeats,
-    )
+    outcome = outcome_of(job.name, job.plan, "interrupted")
     with printing_to_log(job.run):
         try:
             _await_lock(job.run)

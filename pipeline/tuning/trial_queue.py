@@ -15,7 +15,7 @@ from pipeline.training.config import TrainConfig
 from pipeline.training.stopping import end_stop_request, request_stop
 from pipeline.tuning import stage_one, sweep_folder
 from pipeline.tuning.config import TuneConfig
-from pipeline.tuning.job import Job
+from pipeline.tuning.job import Job, outcome_of
 from pipeline.tuning.proposals import Validations, as_database, number_of_trials, propose, study
 from pipeline.tuning.ranking import compare_trials
 from pipeline.tuning.rungs import compared_from, reason_to_stop
@@ -133,7 +133,7 @@ class TrialQueue:
 
     def _cannot_start(self, name: str, reason: str, retry: bool = False) -> None:
         self._waiting.remove(name)
-        self._keep(replace(_empty(name, self.plans[name]), status="failed", reason=reason, retry=retry))
+        self._keep(outcome_of(name, self.plans[name], "failed", reason=reason, retry=retry))
 
     def validated(self, name: str, step: int, metrics: dict[str, float]) -> None:
         """A job was validated. Stops it if it is among the weak ones at a rung."""
@@ -156,10 +156,9 @@ class TrialQueue:
         ]
         reason = "" if job.plan.repeats else reason_to_stop(self.settings, job.steps - start, own, others)
         if reason:
-            stopped = replace(
-                _empty(job.name, job.plan), status="stopped", step=start + max(own), reason=reason
-            )
-            self._keep(replace(stopped, metrics=own[max(own)]))
+            last = max(own)
+            details = {"step": start + last, "metrics": own[last], "reason": reason}
+            self._keep(outcome_of(job.name, job.plan, "stopped", **details))
         return bool(reason)
 
     def ended(self, name: str, outcome: TrialOutcome) -> None:
@@ -210,8 +209,7 @@ class TrialQueue:
         step, before = published_step(job.run), self._lost_at.get(name)
         self._lost_at[name] = step
         status = "interrupted" if before is None or step > before else "failed"
-        outcome = replace(_empty(name, job.plan), status=status, reason=without_secrets(reason), retry=True)
-        self.ended(name, outcome)
+        self.ended(name, outcome_of(name, job.plan, status, reason=without_secrets(reason), retry=True))
 
     def stop(self) -> None:
         """Makes all running jobs save and stop; no further job is started."""
@@ -289,10 +287,6 @@ class TrialQueue:
         if self._outside_faults > 1 and not self.stopping:  # the next trials would fail the same way
             self.failure = outcome.reason
             self.stop()
-
-
-def _empty(name: str, plan: TrialPlan) -> TrialOutcome:
-    return TrialOutcome(name, None, plan.values, "", 0, {}, number=plan.number, repeats=plan.repeats)
 
 
 def _because(reason: str) -> str:
