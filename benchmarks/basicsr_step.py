@@ -29,10 +29,10 @@ from torch.nn import functional
 
 from pipeline.model import VGGFeatures
 from pipeline.model.config import ModelConfig
-from pipeline.training.config import TrainConfig
+from pipeline.training.config import GanStage, TrainConfig
 from pipeline.training.distributed import unwrap
 from pipeline.training.state import TrainState, begin_gan, new_state
-from pipeline.training.step import Batch, GanWeights, StepSettings, gan_step, psnr_step
+from pipeline.training.step import Batch, gan_step, psnr_step
 
 LAYER = "conv5_4"
 
@@ -111,7 +111,7 @@ class BasicSR:
     generator_optimizer: torch.optim.Adam
     discriminator_optimizer: torch.optim.Adam | None
     ema_decay: float
-    weights: GanWeights
+    weights: GanStage
     constant_means: bool = True
     """As in BasicSR; see the module's docstring."""
 
@@ -138,7 +138,6 @@ class BasicSR:
             assert fresh is not None
             discriminator = unwrap(fresh).to(dtype=dtype, memory_format=torch.contiguous_format)
             discriminator.load_state_dict(unwrap(state.discriminator).state_dict())
-        gan = config.gan
         return cls(
             generator,
             ema,
@@ -147,7 +146,7 @@ class BasicSR:
             adam(generator),
             adam(discriminator) if discriminator is not None else None,
             config.ema_decay,
-            GanWeights(gan.pixel_weight, gan.perceptual_weight, gan.adversarial_weight),
+            config.gan,
         )
 
     def psnr_step(self, lr: Tensor, hr: Tensor, learning_rate: float) -> dict[str, float]:
@@ -174,11 +173,13 @@ class BasicSR:
             parameter.requires_grad = False
         self.generator_optimizer.zero_grad()
         sr = self.generator(lr)
-        pixel = weights.pixel * functional.l1_loss(sr, hr)
+        pixel = weights.pixel_weight * functional.l1_loss(sr, hr)
         output, target = self.features(sr)[LAYER], self.features(hr.detach())[LAYER]
-        perceptual = weights.perceptual * functional.l1_loss(output, target)
+        perceptual = weights.perceptual_weight * functional.l1_loss(output, target)
         real, fake = discriminator(hr).detach(), discriminator(sr)
-        adversarial = weights.adversarial * (_bce(real - fake.mean(), 0) + _bce(fake - real.mean(), 1)) / 2
+        adversarial = (
+            weights.adversarial_weight * (_bce(real - fake.mean(), 0) + _bce(fake - real.mean(), 1)) / 2
+        )
         (pixel + perceptual + adversarial).backward()
         self.generator_optimizer.step()
 
@@ -248,7 +249,6 @@ def compare_gradients() -> dict[str, float]:
     features = VGGFeatures([LAYER], "random").double()
     lr, hr = torch.rand(3, 3, 16, 16), torch.rand(3, 3, 64, 64)
     batch = Batch(lr, hr, 3)
-    settings = StepSettings(1e-4, config.ema_decay)
 
     def fresh() -> TrainState:
         state = new_state(config, "psnr", torch.device("cpu"))
@@ -287,9 +287,8 @@ def compare_gradients() -> dict[str, float]:
         flat, other_flat = (torch.cat([values[name].flatten() for name in names]) for values in (one, other))
         return float((flat - other_flat).norm() / flat.norm())
 
-    weights = GanWeights(config.gan.pixel_weight, config.gan.perceptual_weight, config.gan.adversarial_weight)
-    stage_1 = ours(lambda state: psnr_step(state, batch, settings))
-    stage_2 = ours(lambda state: gan_step(state, batch, features, {LAYER: 1.0}, weights, settings))
+    stage_1 = ours(lambda state: psnr_step(state, batch, config, 1e-4))
+    stage_2 = ours(lambda state: gan_step(state, batch, features, config, 1e-4))
     basicsr = BasicSR.like(fresh(), config, features)
     results = {"stage 1, generator": difference(stage_1, theirs(basicsr, basicsr.psnr_step), "generator")}
     basicsr = BasicSR.like(fresh(), config, features)

@@ -31,7 +31,7 @@ from pipeline.training.batches import on_device
 from pipeline.training.config import TrainConfig
 from pipeline.training.schedule import learning_rate
 from pipeline.training.state import new_state
-from pipeline.training.step import Batch, StepSettings, psnr_step
+from pipeline.training.step import Batch, psnr_step
 from pipeline.training.validation import validate
 from pipeline.training.validation_config import HELD_OUT
 from pipeline.training.validation_sets import ValidationSet
@@ -68,7 +68,7 @@ def ours(config: TrainConfig, disturbed: bool = False) -> nn.Module:
                 parameter.mul_(1 + 2**-23)
 
     def update(batch: Batch, rate: float) -> None:
-        psnr_step(state, batch, StepSettings(rate, config.ema_decay, config.precision))
+        psnr_step(state, batch, config, rate)
 
     train(config, update)
     return state.ema

@@ -26,7 +26,7 @@ from turns import abba, as_text, machine, ratios, summary
 from pipeline.model import VGGFeatures, set_precision
 from pipeline.training.config import TrainConfig
 from pipeline.training.state import TrainState, begin_gan, new_state
-from pipeline.training.step import Batch, GanWeights, StepSettings, gan_step, psnr_step
+from pipeline.training.step import Batch, gan_step, psnr_step
 
 RATE = 1e-4
 Step = Callable[[], object]
@@ -65,14 +65,13 @@ def our_step(
     lr, hr = images(config, device)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     batch = Batch(lr.to(memory_format=layout), hr.to(memory_format=layout), config.batch_size)
-    settings = StepSettings(RATE, config.ema_decay, "bf16" if precision == "bf16" else "fp32")
-    weights = GanWeights(config.gan.pixel_weight, config.gan.perceptual_weight, config.gan.adversarial_weight)
+    config = config.model_copy(update={"precision": precision})
 
     def step() -> object:
         with _tf32(precision == "tf32"):
             if features is None:
-                return psnr_step(state, batch, settings)
-            return gan_step(state, batch, features, {LAYER: 1.0}, weights, settings)
+                return psnr_step(state, batch, config, RATE)
+            return gan_step(state, batch, features, config, RATE)
 
     return step, state, features
 

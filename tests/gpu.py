@@ -15,7 +15,7 @@ from pipeline.model import set_precision
 from pipeline.training.config import TrainConfig
 from pipeline.training.distributed import unwrap
 from pipeline.training.state import TrainState, begin_gan, new_state
-from pipeline.training.step import Batch, GanWeights, StepSettings, gan_step, psnr_step
+from pipeline.training.step import Batch, gan_step, psnr_step
 
 # Read when cuBLAS starts, which is before the first deterministic test.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -60,7 +60,7 @@ class SmallFeatures(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         x = functional.conv2d(images, self.first.to(images.dtype), padding=1)
-        return {"conv": functional.conv2d(functional.relu(x), self.second.to(images.dtype), padding=1)}
+        return {"conv5_4": functional.conv2d(functional.relu(x), self.second.to(images.dtype), padding=1)}
 
 
 def batch_of(step: int, device: str, dtype: torch.dtype, rank: int = 0, world_size: int = 1) -> Batch:
@@ -98,10 +98,10 @@ def take_step(
     state: TrainState, batch: Batch, features: nn.Module, precision: str = "fp32"
 ) -> dict[str, Tensor]:
     """One step of the state's stage; returns its scalars."""
-    settings = StepSettings(LEARNING_RATE, ema_decay=0.9, precision=precision)
+    config = small_config().model_copy(update={"ema_decay": 0.9, "precision": precision})
     if state.stage == "psnr":
-        return psnr_step(state, batch, settings)
-    return gan_step(state, batch, features, {"conv": 1.0}, GanWeights(1e-2, 1.0, 5e-3), settings)
+        return psnr_step(state, batch, config, LEARNING_RATE)
+    return gan_step(state, batch, features, config, LEARNING_RATE)
 
 
 def first_step(

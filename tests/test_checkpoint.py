@@ -20,7 +20,7 @@ from pipeline.training.config import TrainConfig
 from pipeline.training.run_log import RunLog
 from pipeline.training.snapshot import Snapshot
 from pipeline.training.state import Best, TrainState, begin_gan, new_state
-from pipeline.training.step import Batch, StepSettings, psnr_step
+from pipeline.training.step import Batch, psnr_step
 from pipeline.training.worker import Worker
 
 CPU = torch.device("cpu")
@@ -48,7 +48,7 @@ def trained_state() -> TrainState:
     state = new_state(CONFIG, "psnr", CPU)
     generator = torch.Generator().manual_seed(0)
     lr, hr = torch.rand(2, 3, 8, 8, generator=generator), torch.rand(2, 3, 32, 32, generator=generator)
-    psnr_step(state, Batch(lr, hr, 2), StepSettings(1e-3, 0.9))
+    psnr_step(state, Batch(lr, hr, 2), CONFIG, 1e-3)
     state.step = 1
     return state
 

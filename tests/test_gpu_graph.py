@@ -56,7 +56,7 @@ class Features(SmallFeatures):
     """Under the name of a layer that the configuration accepts."""
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        return {"conv1_1": super().forward(images)["conv"]}
+        return {"conv1_1": super().forward(images)["conv5_4"]}
 
 
 def raw_batch(step: int) -> RawBatch:

@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pipeline.section import with_fields
 from pipeline.training import discriminate, distributed
 from pipeline.training import state as states
 from pipeline.training.meter import Meter
 from pipeline.training.state import begin_gan, new_state
-from pipeline.training.step import Batch, GanWeights, StepSettings, gan_step, psnr_step
+from pipeline.training.step import Batch, gan_step, psnr_step
 
 META = torch.device("meta")
 
@@ -62,13 +63,12 @@ def test_a_step_has_no_tensor_on_the_cpu(
         begin_gan(state, config, META)
     features, meter = SmallFeatures().to(META), Meter(BATCH, META)
     batch = Batch(torch.rand(BATCH, 3, 8, 8, device=META), torch.rand(BATCH, 3, 32, 32, device=META), BATCH)
-    settings = StepSettings(1e-4, 0.999, "fp32", 1.0, "charbonnier", 0.5)
+    fields = {"pixel_loss": "charbonnier", "ms_ssim_weight": 0.5}
+    config = with_fields(config, {"adam.clip_norm": 1.0, "psnr": fields, "gan": fields})
     with _OnlyOnMeta():
         for _ in range(2):
             if stage == "psnr":
-                losses = psnr_step(state, batch, settings)
+                losses = psnr_step(state, batch, config, 1e-4)
             else:
-                losses = gan_step(
-                    state, batch, features, {"conv": 1.0}, GanWeights(1e-2, 1.0, 5e-3), settings
-                )
+                losses = gan_step(state, batch, features, config, 1e-4)
             meter.add(losses, 0.0, 0)

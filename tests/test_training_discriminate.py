@@ -18,7 +18,7 @@ from pipeline.training import state as states
 from pipeline.training.config import TrainConfig
 from pipeline.training.discriminate import PairedDiscriminator
 from pipeline.training.state import begin_gan, new_state
-from pipeline.training.step import Batch, GanWeights, StepSettings, gan_step, psnr_step
+from pipeline.training.step import Batch, gan_step, psnr_step
 
 GPU = pytest.param(
     "cuda",
@@ -226,19 +226,19 @@ def test_a_step_dispatches_a_limited_number_of_operations(
         monkeypatch.setattr(module, "rank", lambda: 0)
     monkeypatch.setattr(states, "distribute", lambda module, *_: module)
     model = {"num_block": 23, "num_feat": 4, "num_grow_ch": 2, "discriminator_num_feat": 4}
-    config = TrainConfig.model_validate({"batch_size": 2 * workers, "crop_px": 32, "model": model})
+    fields = {"batch_size": 2 * workers, "crop_px": 32, "model": model, "precision": precision}
+    config = TrainConfig.model_validate(fields | {"perceptual": {"layers": {"conv1_2": 1.0}}})
     device, features = torch.device("cpu"), VGGFeatures(["conv1_2"], "random")
     state = new_state(config, "psnr", device)
     batch = Batch(torch.rand(2, 3, 8, 8), torch.rand(2, 3, 32, 32), config.batch_size)
-    settings = StepSettings(1e-4, 0.999, precision)
     if stage == "gan":
         begin_gan(state, config, device)
 
     def step() -> None:
         if stage == "gan":
-            gan_step(state, batch, features, {"conv1_2": 1.0}, GanWeights(1e-2, 1.0, 5e-3), settings)
+            gan_step(state, batch, features, config, 1e-4)
         else:
-            psnr_step(state, batch, settings)
+            psnr_step(state, batch, config, 1e-4)
 
     step()
     reductions.clear()

@@ -1,7 +1,6 @@
 """The step: the same on any number of workers, and the same as the plain sequence of operations."""
 
 import copy
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,10 +11,11 @@ from torch.nn import functional
 
 from pipeline.model import RRDBNet, UNetDiscriminator
 from pipeline.model.losses import ms_ssim_loss, relativistic_losses
+from pipeline.section import with_fields
 from pipeline.training.config import TrainConfig
 from pipeline.training.distributed import unwrap
 from pipeline.training.state import TrainState, begin_gan, new_state
-from pipeline.training.step import Batch, GanWeights, StepSettings, gan_step, psnr_step
+from pipeline.training.step import Batch, gan_step, psnr_step
 
 CONFIG = TrainConfig.model_validate(
     {
@@ -25,11 +25,15 @@ CONFIG = TrainConfig.model_validate(
         "model": {"num_block": 1, "num_feat": 8, "num_grow_ch": 4, "discriminator_num_feat": 4},
         "data": {"patch_px": 64},
         "channels_last": False,
+        "ema_decay": 0.9,
     }
 )
-WEIGHTS = GanWeights(pixel=1e-2, perceptual=1.0, adversarial=5e-3)
-SETTINGS = StepSettings(learning_rate=1e-3, ema_decay=0.9)
-OTHER_LOSSES = replace(SETTINGS, pixel_loss="charbonnier", ms_ssim_weight=0.5, gan_loss="vanilla")
+RATE = 1e-3
+OTHER_LOSSES = with_fields(
+    CONFIG,
+    {"psnr.pixel_loss": "charbonnier", "psnr.ms_ssim_weight": 0.5}
+    | {"gan.pixel_loss": "charbonnier", "gan.ms_ssim_weight": 0.5, "gan.loss": "vanilla"},
+)
 
 
 class SmallFeatures(nn.Module):
@@ -43,7 +47,7 @@ class SmallFeatures(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         x = functional.conv2d(images, self.first.to(images.dtype), padding=1)
-        return {"conv": functional.conv2d(functional.relu(x), self.second.to(images.dtype), padding=1)}
+        return {"conv5_4": functional.conv2d(functional.relu(x), self.second.to(images.dtype), padding=1)}
 
 
 def images(step: int) -> tuple[Tensor, Tensor]:
@@ -74,7 +78,7 @@ def double_state(discriminator: str = "vgg") -> TrainState:
 
 
 def steps_of_both_stages(
-    rank: int, world_size: int, discriminator: str, settings: StepSettings
+    rank: int, world_size: int, discriminator: str, config: TrainConfig
 ) -> dict[str, Tensor]:
     """Gradients (as Adam's first moments), buffers and losses of one step of each stage."""
     seen: dict[str, Tensor] = {}
@@ -82,9 +86,9 @@ def steps_of_both_stages(
         state = double_state(discriminator)
         batch = share(rank, world_size, 0)
         if stage == "psnr":
-            losses = psnr_step(state, batch, settings)
+            losses = psnr_step(state, batch, config, RATE)
         else:
-            losses = gan_step(state, batch, SmallFeatures(), {"conv": 1.0}, WEIGHTS, settings)
+            losses = gan_step(state, batch, SmallFeatures(), config, RATE)
         for name, value in state.tensors().items():
             if name.endswith(("exp_avg", "weight_u", "weight_v")) or "running" in name:
                 seen[f"{stage}.{name}"] = value.clone()
@@ -99,19 +103,19 @@ def close(one: Tensor, other: Tensor, tolerance: float = 1e-12) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("world_size", "discriminator", "settings"),
+    ("world_size", "discriminator", "config"),
     [
-        (2, "vgg", SETTINGS),
-        (3, "vgg", SETTINGS),
-        (2, "unet", SETTINGS),
+        (2, "vgg", CONFIG),
+        (3, "vgg", CONFIG),
+        (2, "unet", CONFIG),
         (3, "vgg", OTHER_LOSSES),
     ],
 )
 def test_workers_follow_the_gradients_of_one_worker(
-    world_size: int, discriminator: str, settings: StepSettings
+    world_size: int, discriminator: str, config: TrainConfig
 ) -> None:
-    alone = steps_of_both_stages(0, 1, discriminator, settings)
-    together = run_workers(world_size, steps_of_both_stages, discriminator, settings)
+    alone = steps_of_both_stages(0, 1, discriminator, config)
+    together = run_workers(world_size, steps_of_both_stages, discriminator, config)
     assert len(alone) > 50
     assert any("weight_u" in name for name in alone) == (discriminator == "unet")
     for name, value in alone.items():
@@ -122,21 +126,21 @@ def test_workers_follow_the_gradients_of_one_worker(
                 assert close(value, result[name]), name
 
 
-def plain_image_loss(sr: Tensor, hr: Tensor, settings: StepSettings, weight: float) -> Tensor:
-    if settings == SETTINGS:
+def plain_image_loss(sr: Tensor, hr: Tensor, config: TrainConfig, weight: float) -> Tensor:
+    if config == CONFIG:
         return weight * functional.l1_loss(sr, hr)
     charbonnier = ((sr - hr) ** 2 + 1e-6).sqrt().mean()
-    return weight * charbonnier + settings.ms_ssim_weight * ms_ssim_loss(sr, hr)
+    return weight * charbonnier + config.gan.ms_ssim_weight * ms_ssim_loss(sr, hr)
 
 
-def plain_losses(real: Tensor, fake: Tensor, settings: StepSettings) -> tuple[Tensor, Tensor]:
-    if settings.gan_loss == "relativistic":
+def plain_losses(real: Tensor, fake: Tensor, config: TrainConfig) -> tuple[Tensor, Tensor]:
+    if config.gan.loss == "relativistic":
         return relativistic_losses(real, fake)
     entropy, ones = functional.binary_cross_entropy_with_logits, torch.ones_like(real)
     return entropy(fake, ones), entropy(real, ones) + entropy(fake, torch.zeros_like(fake))
 
 
-def plain_sequence(state: TrainState, settings: StepSettings) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def plain_sequence(state: TrainState, config: TrainConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Both networks' gradients from four separate forward passes of the discriminator, without a cut of the graph."""
     generator, discriminator = (
         copy.deepcopy(unwrap(state.generator)),
@@ -147,12 +151,12 @@ def plain_sequence(state: TrainState, settings: StepSettings) -> tuple[dict[str,
     sr = generator(lr)
     for parameter in discriminator.parameters():
         parameter.requires_grad_(False)
-    content = functional.l1_loss(features(sr)["conv"], features(hr)["conv"].detach())
-    generator_loss, _ = plain_losses(discriminator(hr).detach(), discriminator(sr), settings)
-    (plain_image_loss(sr, hr, settings, 1e-2) + content + 5e-3 * generator_loss).backward()
+    content = functional.l1_loss(features(sr)["conv5_4"], features(hr)["conv5_4"].detach())
+    generator_loss, _ = plain_losses(discriminator(hr).detach(), discriminator(sr), config)
+    (plain_image_loss(sr, hr, config, 1e-2) + content + 5e-3 * generator_loss).backward()
     for parameter in discriminator.parameters():
         parameter.requires_grad_(True)
-    _, discriminator_loss = plain_losses(discriminator(hr), discriminator(sr.detach()), settings)
+    _, discriminator_loss = plain_losses(discriminator(hr), discriminator(sr.detach()), config)
     discriminator_loss.backward()
     return (
         {name: parameter.grad for name, parameter in generator.named_parameters()},
@@ -171,16 +175,16 @@ def converge_spectral_norm(network: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(
-    ("discriminator", "settings"),
-    [("vgg", SETTINGS), ("unet", SETTINGS), ("vgg", OTHER_LOSSES), ("unet", OTHER_LOSSES)],
+    ("discriminator", "config"),
+    [("vgg", CONFIG), ("unet", CONFIG), ("vgg", OTHER_LOSSES), ("unet", OTHER_LOSSES)],
 )
-def test_a_step_gives_the_gradients_of_the_plain_sequence(discriminator: str, settings: StepSettings) -> None:
+def test_a_step_gives_the_gradients_of_the_plain_sequence(discriminator: str, config: TrainConfig) -> None:
     state = double_state(discriminator)
     assert state.discriminator is not None
     assert isinstance(unwrap(state.discriminator), UNetDiscriminator) == (discriminator == "unet")
     converge_spectral_norm(state.discriminator)
-    expected_generator, expected_discriminator = plain_sequence(state, settings)
-    gan_step(state, share(0, 1, 0), SmallFeatures(), {"conv": 1.0}, WEIGHTS, settings)
+    expected_generator, expected_discriminator = plain_sequence(state, config)
+    gan_step(state, share(0, 1, 0), SmallFeatures(), config, RATE)
     beta1 = CONFIG.adam.beta1
     tensors = state.tensors()
     for kind, expected in (("generator", expected_generator), ("discriminator", expected_discriminator)):
@@ -202,9 +206,9 @@ def test_a_step_with_non_finite_gradients_changes_nothing(stage: str, discrimina
 
     def step(batch: Batch) -> None:
         if stage == "psnr":
-            psnr_step(state, batch, SETTINGS)
+            psnr_step(state, batch, CONFIG, RATE)
         else:
-            gan_step(state, batch, SmallFeatures(), {"conv": 1.0}, WEIGHTS, SETTINGS)
+            gan_step(state, batch, SmallFeatures(), CONFIG, RATE)
 
     step(share(0, 1, 0))
     before = {name: value.clone() for name, value in everything(state).items()}
@@ -226,7 +230,7 @@ def test_stage_two_starts_from_the_ema_weights() -> None:
     state = new_state(CONFIG, "psnr", torch.device("cpu"))
     for step in range(3):
         lr, hr = images(step)
-        psnr_step(state, Batch(lr.float(), hr.float(), 8), SETTINGS)
+        psnr_step(state, Batch(lr.float(), hr.float(), 8), CONFIG, RATE)
     ema = {name: value.clone() for name, value in state.ema.state_dict().items()}
     assert any(not torch.equal(value, ema[name]) for name, value in state.generator.state_dict().items())
     begin_gan(state, CONFIG, torch.device("cpu"))
@@ -238,26 +242,26 @@ def test_stage_two_starts_from_the_ema_weights() -> None:
 
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_the_discriminator_has_its_own_learning_rate(as_tensor: bool) -> None:
-    def change(settings: StepSettings, kind: str) -> float:
+    def change(config: TrainConfig, rate: float | Tensor, kind: str) -> float:
         state = double_state()
         network = unwrap(getattr(state, kind))
         before = copy.deepcopy(network.state_dict())
-        gan_step(state, share(0, 1, 0), SmallFeatures(), {"conv": 1.0}, WEIGHTS, settings)
+        gan_step(state, share(0, 1, 0), SmallFeatures(), config, rate)
         # Adam's first update of a weight is the learning rate, in the direction of the gradient.
         return max(float((value - before[name]).abs().max()) for name, value in network.named_parameters())
 
     rate = torch.tensor(1e-3, dtype=torch.float64) if as_tensor else 1e-3
-    own = replace(SETTINGS, learning_rate=rate, discriminator_rate=0.1)
-    assert change(own, "discriminator") == pytest.approx(1e-4, rel=1e-4)
-    assert change(own, "generator") == pytest.approx(1e-3, rel=1e-4)
-    assert change(SETTINGS, "discriminator") == pytest.approx(1e-3, rel=1e-4)
+    own = with_fields(CONFIG, {"gan.learning_rate": 1e-3, "gan.discriminator_learning_rate": 1e-4})
+    assert change(own, rate, "discriminator") == pytest.approx(1e-4, rel=1e-4)
+    assert change(own, rate, "generator") == pytest.approx(1e-3, rel=1e-4)
+    assert change(CONFIG, RATE, "discriminator") == pytest.approx(1e-3, rel=1e-4)
 
 
 def test_ema_weights_decay_towards_the_generator() -> None:
     state = new_state(CONFIG, "psnr", torch.device("cpu"))
     before = state.ema.conv_last.weight.clone()
     lr, hr = images(0)
-    psnr_step(state, Batch(lr.float(), hr.float(), 8), SETTINGS)
+    psnr_step(state, Batch(lr.float(), hr.float(), 8), CONFIG, RATE)
     generator = state.generator
     assert isinstance(generator, RRDBNet)
     expected = 0.9 * before + 0.1 * generator.conv_last.weight
@@ -268,9 +272,10 @@ def test_clipping_bounds_the_step_but_not_the_reported_norm() -> None:
     lr, hr = images(0)
     batch = Batch(lr.float(), hr.float(), 8)
     free, clipped = (new_state(CONFIG, "psnr", torch.device("cpu")) for _ in range(2))
-    norm = psnr_step(free, batch, SETTINGS)["gradient_norm_generator"]
+    norm = psnr_step(free, batch, CONFIG, RATE)["gradient_norm_generator"]
     limit = float(norm) / 10
-    reported = psnr_step(clipped, batch, StepSettings(1e-3, 0.9, clip_norm=limit))["gradient_norm_generator"]
+    clipping = with_fields(CONFIG, {"adam.clip_norm": limit})
+    reported = psnr_step(clipped, batch, clipping, RATE)["gradient_norm_generator"]
     assert torch.equal(norm, reported)
     key = "generator_optimizer.conv_last.weight.exp_avg"
     assert torch.allclose(clipped.tensors()[key] * 10, free.tensors()[key], rtol=1e-4)
@@ -280,10 +285,8 @@ def test_bf16_keeps_weights_losses_and_logits_in_float32() -> None:
     state = new_state(CONFIG, "psnr", torch.device("cpu"))
     begin_gan(state, CONFIG, torch.device("cpu"))
     lr, hr = images(0)
-    losses = gan_step(
-        state, Batch(lr.float(), hr.float(), 8), SmallFeatures(), {"conv": 1.0}, WEIGHTS,
-        StepSettings(1e-3, 0.9, precision="bf16"),
-    )  # fmt: skip
+    config = CONFIG.model_copy(update={"precision": "bf16"})
+    losses = gan_step(state, Batch(lr.float(), hr.float(), 8), SmallFeatures(), config, RATE)
     assert {value.dtype for value in losses.values()} == {torch.float32}
     assert {value.dtype for value in state.generator.parameters()} == {torch.float32}
     assert all(torch.isfinite(value) for value in losses.values())
@@ -302,8 +305,8 @@ def test_bf16_gradients_differ_from_float32_by_rounding_only(monkeypatch: pytest
     def gradients(kind: str, precision: str, lr: Tensor, hr: Tensor) -> Tensor:
         state = new_state(CONFIG, "psnr", torch.device("cpu"))
         begin_gan(state, CONFIG, torch.device("cpu"))
-        settings = StepSettings(1e-3, 0.9, precision=precision)
-        gan_step(state, Batch(lr, hr, 8), SmallFeatures(), {"conv": 1.0}, WEIGHTS, settings)
+        config = CONFIG.model_copy(update={"precision": precision})
+        gan_step(state, Batch(lr, hr, 8), SmallFeatures(), config, RATE)
         moments = [
             value
             for name, value in state.tensors().items()

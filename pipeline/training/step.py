@@ -4,7 +4,7 @@ Both functions return this worker's scalars as tensors on the device, without a 
 workers is the value over the global batch.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.model.losses import (
-    PixelKind,
     ms_ssim_loss,
     perceptual_loss,
     pixel_loss,
     relativistic_losses,
     vanilla_losses,
 )
+from pipeline.training.config import GanStage, PsnrStage, TrainConfig
 from pipeline.training.distributed import global_means, share_mean, unwrap
 from pipeline.training.state import TrainState
 
@@ -35,56 +35,31 @@ class Batch:
     """Samples in the step over all workers."""
 
 
-@dataclass(frozen=True)
-class StepSettings:
-    """Settings of both stages' steps."""
-
-    learning_rate: float | Tensor
-    """A tensor on the device if the step is captured as a CUDA graph, which would keep a number forever."""
-    ema_decay: float
-    precision: str = "fp32"
-    """`fp32` or `tf32` (set in the process by `set_precision`), or `bf16`: convolutions in bfloat16; losses, logits and
-    the generator's output in float32."""
-    clip_norm: float | None = None
-    """Upper limit of each network's gradient norm; None: no clipping."""
-    pixel_loss: PixelKind = "l1"
-    ms_ssim_weight: float = 0.0
-    gan_loss: str = "relativistic"
-    """`relativistic` or `vanilla`."""
-    discriminator_rate: float = 1.0
-    """The discriminator's learning rate as a multiple of the generator's."""
-
-    def autocast(self, device: torch.device) -> AbstractContextManager[None]:
-        """The context of the networks' forward passes."""
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
-
-
-@dataclass(frozen=True)
-class GanWeights:
-    """Weights of the generator's three losses (ESRGAN, eq. 3)."""
-
-    pixel: float
-    perceptual: float
-    adversarial: float
-
-
-def psnr_step(state: TrainState, batch: Batch, settings: StepSettings) -> dict[str, Tensor]:
+def psnr_step(
+    state: TrainState, batch: Batch, config: TrainConfig, learning_rate: float | Tensor
+) -> dict[str, Tensor]:
     """One update of the generator on the pixel loss, and MS-SSIM if it has a weight (stage 1).
 
     A step with a non-finite gradient changes nothing but the count of skipped steps.
+
+    Args:
+        state: of stage 1.
+        batch: this worker's samples.
+        config: of the run.
+        learning_rate: a tensor on the device if the step is captured as a CUDA graph, which would keep a number.
 
     Returns:
         Losses and gradient_norm_generator, each a scalar.
     """
     mean = share_mean(batch.global_size)
-    with settings.autocast(batch.lr.device):
+    with _autocast(config, batch.lr.device):
         sr = state.generator(batch.lr)
-    loss, losses = _image_losses(sr, batch.hr, mean, 1.0, settings)
+    loss, losses = _image_losses(sr, batch.hr, mean, 1.0, config.psnr)
     loss.backward()
-    norm, finite = _gradient_norm(state.generator, settings.clip_norm)
-    _update(state.generator_optimizer, settings.learning_rate, finite)
+    norm, finite = _gradient_norm(state.generator, config.adam.clip_norm)
+    _update(state.generator_optimizer, learning_rate, finite)
     state.count_skipped(finite)
-    _update_ema(state.ema, state.generator, settings.ema_decay, finite)
+    _update_ema(state.ema, state.generator, config.ema_decay, finite)
     return losses | {"gradient_norm_generator": norm}
 
 
@@ -92,9 +67,8 @@ def gan_step(
     state: TrainState,
     batch: Batch,
     features: nn.Module | None,
-    feature_weights: Mapping[str, float],
-    weights: GanWeights,
-    settings: StepSettings,
+    config: TrainConfig,
+    learning_rate: float | Tensor,
 ) -> dict[str, Tensor]:
     """One update of the generator and one of the discriminator (stage 2).
 
@@ -108,43 +82,42 @@ def gan_step(
         state: of stage 2.
         batch: this worker's samples.
         features: the network of the perceptual loss, image to features by layer; unused if its weight is 0.
-        feature_weights: weight of each layer in the perceptual loss.
-        weights: of the generator's losses.
-        settings: of the step.
+        config: of the run.
+        learning_rate: the generator's; a tensor as for `psnr_step`.
 
     Returns:
         Losses, mean logits, the discriminator's accuracy (0 to 1) and gradient norms, each a scalar.
     """
     assert state.discriminator is not None
     assert state.discriminator_optimizer is not None
-    mean = share_mean(batch.global_size)
+    mean, gan = share_mean(batch.global_size), config.gan
     discriminator = state.discriminator
     # Batch norm's running statistics, or spectral norm's singular vectors: each forward pass updates them.
     buffers = list(unwrap(discriminator).buffers())
     saved_buffers = [buffer.clone() for buffer in buffers]
 
-    with settings.autocast(batch.lr.device):
+    with _autocast(config, batch.lr.device):
         sr = state.generator(batch.lr)
 
     # Gradient of the losses on pixels and features at the generator's output; this frees their graph.
     cut = sr.detach().requires_grad_()
-    content, losses = _image_losses(cut, batch.hr, mean, weights.pixel, settings)
+    content, losses = _image_losses(cut, batch.hr, mean, gan.pixel_weight, gan)
     perceptual = content.new_zeros(())
-    if weights.perceptual:
+    if gan.perceptual_weight:
         assert features is not None
-        with settings.autocast(batch.lr.device):
+        with _autocast(config, batch.lr.device):
             with torch.no_grad():
                 target = features(batch.hr)
             output = features(cut)
-        perceptual = perceptual_loss(output, target, feature_weights, mean)
-        content = content + weights.perceptual * perceptual
+        perceptual = perceptual_loss(output, target, config.perceptual.layers, mean)
+        content = content + gan.perceptual_weight * perceptual
     (gradient,) = torch.autograd.grad(content, cut)
 
     # The fake logits are returned twice: the generator's loss must not reach the discriminator's parameters, nor the
     # discriminator's loss the generator.
-    with settings.autocast(batch.lr.device):
+    with _autocast(config, batch.lr.device):
         real, fake, fake_for_generator = discriminator(batch.hr, sr)
-    if settings.gan_loss == "relativistic":
+    if gan.loss == "relativistic":
         mean_real, mean_fake, mean_for_generator = global_means(real, fake, fake_for_generator)
         _, discriminator_loss = relativistic_losses(real, fake, mean, (mean_real, mean_fake))
         generator_loss, _ = relativistic_losses(
@@ -154,17 +127,18 @@ def gan_step(
         mean_real = mean_fake = real.new_zeros(())
         _, discriminator_loss = vanilla_losses(real, fake, mean)
         generator_loss, _ = vanilla_losses(real, fake_for_generator, mean)
-    total = discriminator_loss + weights.adversarial * generator_loss
+    total = discriminator_loss + gan.adversarial_weight * generator_loss
     torch.autograd.backward([total, sr], [None, gradient])
 
-    generator_norm, generator_finite = _gradient_norm(state.generator, settings.clip_norm)
-    discriminator_norm, discriminator_finite = _gradient_norm(discriminator, settings.clip_norm)
+    generator_norm, generator_finite = _gradient_norm(state.generator, config.adam.clip_norm)
+    discriminator_norm, discriminator_finite = _gradient_norm(discriminator, config.adam.clip_norm)
     finite = generator_finite & discriminator_finite
-    _update(state.generator_optimizer, settings.learning_rate, finite)
-    _update(state.discriminator_optimizer, settings.learning_rate * settings.discriminator_rate, finite)
+    discriminator_share = (gan.discriminator_learning_rate or gan.learning_rate) / gan.learning_rate
+    _update(state.generator_optimizer, learning_rate, finite)
+    _update(state.discriminator_optimizer, learning_rate * discriminator_share, finite)
     _restore_unless(finite, buffers, saved_buffers)
     state.count_skipped(finite)
-    _update_ema(state.ema, state.generator, settings.ema_decay, finite)
+    _update_ema(state.ema, state.generator, config.ema_decay, finite)
 
     with torch.no_grad():
         return losses | {
@@ -181,15 +155,20 @@ def gan_step(
         }
 
 
+def _autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[None]:
+    """The context of the networks' forward passes."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+
+
 def _image_losses(
-    sr: Tensor, hr: Tensor, mean: Callable[[Tensor], Tensor], pixel_weight: float, settings: StepSettings
+    sr: Tensor, hr: Tensor, mean: Callable[[Tensor], Tensor], pixel_weight: float, stage: PsnrStage | GanStage
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of the losses on pixels, and each of them by its name in the records."""
-    pixel = pixel_loss(sr, hr, mean, settings.pixel_loss)
+    pixel = pixel_loss(sr, hr, mean, stage.pixel_loss)
     total, losses = pixel_weight * pixel, {"loss_pixel": pixel.detach()}
-    if settings.ms_ssim_weight:
+    if stage.ms_ssim_weight:
         ms_ssim = ms_ssim_loss(sr, hr, mean)
-        total, losses["loss_ms_ssim"] = total + settings.ms_ssim_weight * ms_ssim, ms_ssim.detach()
+        total, losses["loss_ms_ssim"] = total + stage.ms_ssim_weight * ms_ssim, ms_ssim.detach()
     return total, losses
 
 

@@ -17,7 +17,7 @@ from pipeline.training.batches import on_device
 from pipeline.training.config import TrainConfig
 from pipeline.training.schedule import stage_rate
 from pipeline.training.state import TrainState
-from pipeline.training.step import Batch, GanWeights, StepSettings, gan_step, psnr_step
+from pipeline.training.step import Batch, gan_step, psnr_step
 from pipeline.training.worker import Worker
 
 # Steps that may wait on the device. Without a limit the host would run ahead to the end of the logging interval:
@@ -34,9 +34,6 @@ class Stepper:
         self._config = config
         self._worker = worker
         self._features = features
-        self._weights = GanWeights(
-            config.gan.pixel_weight, config.gan.perceptual_weight, config.gan.adversarial_weight
-        )
         self._captures = (
             worker.device.type == "cuda" and worker.world_size == 1 and config.cuda_graph == "auto"
         )
@@ -103,16 +100,9 @@ class Stepper:
         return self._losses
 
     def _step(self, state: TrainState, batch: Batch, rate: float | Tensor) -> dict[str, Tensor]:
-        config = self._config
-        stage = config.psnr if state.stage == "psnr" else config.gan
-        settings = StepSettings(
-            rate, config.ema_decay, config.precision, config.adam.clip_norm,
-            stage.pixel_loss, stage.ms_ssim_weight, config.gan.loss,
-            (config.gan.discriminator_learning_rate or config.gan.learning_rate) / config.gan.learning_rate,
-        )  # fmt: skip
         if state.stage == "psnr":
-            return psnr_step(state, batch, settings)
-        return gan_step(state, batch, self._features, config.perceptual.layers, self._weights, settings)
+            return psnr_step(state, batch, self._config, rate)
+        return gan_step(state, batch, self._features, self._config, rate)
 
 
 @contextmanager
