@@ -92,7 +92,6 @@ def _train(
         meter = Meter(config.batch_size, worker.device)
         while state.step < last:
             if state.stage == "psnr" and state.step >= config.psnr.steps:
-                validator.keep_stage_one(state)
                 begin_gan(state, config, worker.device)
                 log.initialized(state, load_initial("discriminator", state, config, run))
                 validator.begin_stage_two(state)

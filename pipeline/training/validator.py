@@ -45,11 +45,6 @@ class Validator:
         self._stage_one: list[RRDBNet] | None = None
         """Stage 1's result, shown next to stage 2's; empty if it is unreadable, None if it was not read yet."""
 
-    def keep_stage_one(self, state: TrainState) -> None:
-        """Keeps stage 1's result, at its end, for the strips of stage 2."""
-        if self._worker.is_main and self._config.psnr.steps and self._sets:
-            self._stage_one = [copy.deepcopy(state.ema)]
-
     def validate(self, state: TrainState) -> None:
         """Measures the EMA weights and updates `state.validation` and `state.best`; the first time, also bicubic."""
         if not self._sets:
@@ -76,7 +71,9 @@ class Validator:
             self._log.images(state.step, comparison_strips(generators, self._sets, scale, device))
 
     def begin_stage_two(self, state: TrainState) -> None:
-        """Logs the metrics of the generator that stage 2 starts from next to bicubic's."""
+        """Keeps stage 1's result for the strips of stage 2, and logs its metrics next to bicubic's."""
+        if self._worker.is_main and self._config.psnr.steps and self._sets:
+            self._stage_one = [copy.deepcopy(state.ema)]
         if state.validation is None or state.validation.step != state.step:
             return  # no validation images
         metrics, bicubic = state.validation.metrics, state.bicubic
