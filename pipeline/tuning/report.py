@@ -44,21 +44,19 @@ def render_report(
     rows = []
     for trial in trials:
         candidate = ranking.of(trial.run_name)
+        repeated = candidate if candidate and candidate.repetitions else None
         rows.append(
             {
-                "name": trial.run_name,
+                "trial": trial,
                 "marks": marks(trial, settings, ranking, first_point),
-                "status": trial.status,
-                "values": [shown(trial.values.get(name)) for name in fields],
+                "fields": [shown(trial.values.get(name)) for name in fields],
                 "metrics": [_metric(trial, name) for name in settings.metrics],
-                "seeds": candidate.count if candidate else 1,
-                "means": [_text(name, candidate.means[name]) for name in settings.metrics]
-                if candidate and candidate.count > 1
+                "means": [
+                    f"{_text(name, repeated.means[name])} over {repeated.count} seeds"
+                    for name in settings.metrics
+                ]
+                if repeated
                 else [],
-                "step": trial.step,
-                "seconds": f"{trial.seconds:.0f}",
-                "reason": trial.reason,
-                "seed": trial.values.get("seed") if trial.repeats else None,
             }
         )
     return environment.get_template("report.html.j2").render(
