@@ -18,10 +18,11 @@ from pipeline.run_folder import GROUP, Fault, Refusal, TrainingResult
 from pipeline.storage import Storage
 from pipeline.tracking.spool import Event, read_segment, segment_steps
 from pipeline.training import checkpoint as checkpoints
-from pipeline.training import faults, stopping
+from pipeline.training import faults
 from pipeline.training.advice import INTERVALS, Advisor
 from pipeline.training.faults import Decision, RestartPolicy
 from pipeline.training.state import TrainState
+from pipeline.training.stopping import STOP, saving_on_sigterm
 
 
 def died(step: int) -> Fault:
@@ -149,7 +150,7 @@ def test_sigterm_saves_and_the_next_attempt_resumes_there(
     def stopped_at_step_4(log: RunLog, state: TrainState, values: Any) -> None:
         if state.step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
-            while not stopping.stop_requested(run):
+            while not STOP.is_open(run):
                 threading.Event().wait(0.01)
         interval(log, state, values)
 
@@ -159,7 +160,7 @@ def test_sigterm_saves_and_the_next_attempt_resumes_there(
     assert ended.value.code == 128 + signal.SIGTERM
     # Requested while step 4 is logged, agreed on at the end of the next interval.
     assert [str(name) for name in checkpoints.listed(run)] == ["psnr-00000005"]
-    assert not stopping.stop_requested(run)
+    assert not STOP.is_open(run)
     assert json.loads(run.read_bytes("tracking/mlflow.json"))["status"] == "KILLED"
 
     monkeypatch.setattr(RunLog, "interval", interval)
@@ -175,10 +176,10 @@ def test_a_grace_time_that_is_too_short_ends_the_run_at_once(
 ) -> None:
     monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", "3")
     run = Storage(str(tmp_path))
-    with stopping.saving_on_sigterm(run), pytest.raises(SystemExit) as ended:
+    with saving_on_sigterm(run), pytest.raises(SystemExit) as ended:
         signal.raise_signal(signal.SIGTERM)
     assert ended.value.code == 128 + signal.SIGTERM
-    assert not stopping.stop_requested(run)
+    assert not STOP.is_open(run)
 
 
 def full_disk(times: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ from pipeline.tracking.config import TrackingConfig
 from pipeline.tracking.run import open_parent, open_run, require_tracking
 from pipeline.tracking.spool import published_step
 from pipeline.training import faults
-from pipeline.training.stopping import request_stop, stop_requested
+from pipeline.training.stopping import STOP
 from pipeline.tuning import sweep_folder
 from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.figure import as_png, tradeoff_figure
@@ -219,10 +219,10 @@ def test_a_sweep_stops_its_trials_when_its_hours_are_over_or_a_stop_is_requested
         if name == "stop":
             listener.on_step_end(0, [])
             assert not queue.stopping
-            request_stop(queue.sweep)
+            STOP.make(queue.sweep)
         listener.on_step_end(0, [])
         assert queue.stopping
-        assert stop_requested(job.run)
+        assert STOP.is_open(job.run)
         assert queue.next() is None
 
 

@@ -31,7 +31,7 @@ from pipeline.tracking.pending import send_unsent
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training import faults
 from pipeline.training.run import run_training
-from pipeline.training.stopping import request_stop
+from pipeline.training.stopping import STOP
 from pipeline.tuning import sweep_folder
 from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.ranking import compare_trials
@@ -336,7 +336,7 @@ def test_weak_trials_are_stopped_and_the_rungs_survive_a_resume(folder: Path) ->
         run_job(killed, job)
     weak = killed.next()
     assert weak is not None
-    arguments = (weak, killed.settings, None, lambda metrics: request_stop(weak.run))
+    arguments = (weak, killed.settings, None, lambda metrics: STOP.make(weak.run))
     thread = threading.Thread(target=train_job, args=arguments)
     thread.start()
     thread.join()

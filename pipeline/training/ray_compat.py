@@ -27,7 +27,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from pipeline.run_folder import REFUSAL
 from pipeline.storage import Storage
-from pipeline.training.stopping import end_save_request, request_save, save_requested
+from pipeline.training.stopping import SAVE
 
 __all__ = [
     "CheckedTorchConfig",
@@ -199,7 +199,7 @@ class _SaveFirst(ElasticScalingPolicy):
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         if self._requested:
             self._requested = False
-            end_save_request(self._run)
+            SAVE.end(self._run)
         return super().make_decision_for_non_running_worker_group()
 
     def make_decision_for_running_worker_group(self, *status: Any, **named: Any) -> ScalingDecision:
@@ -214,13 +214,13 @@ class _SaveFirst(ElasticScalingPolicy):
         if saved or not isinstance(decision, ResizeDecision):
             return decision
         with suppress(OSError):  # storage cannot be written: retried at the next interval
-            request_save(self._run)
+            SAVE.make(self._run)
             self._requested = True
             print(f"saving a checkpoint before resizing to {decision.num_workers} workers", flush=True)
         return NoopDecision()
 
     def _is_pending(self) -> bool:
         try:
-            return save_requested(self._run)
+            return SAVE.is_open(self._run)
         except OSError:
             return True

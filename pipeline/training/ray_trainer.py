@@ -35,7 +35,7 @@ from pipeline.training.ray_compat import (
     remove_orphaned_placement_groups,
     reports,
 )
-from pipeline.training.stopping import end_save_request, save_requested, stop_requested
+from pipeline.training.stopping import SAVE, STOP
 from pipeline.training.validation_sets import ImageFile, ValidationSet, file_set, open_sets
 from pipeline.training.worker import Worker
 
@@ -72,7 +72,7 @@ def fit(
     while True:
         # A controller that died while its workers were starting would keep their CPUs.
         remove_orphaned_placement_groups()
-        end_save_request(run)
+        SAVE.end(run)
         failure = None
         try:
             _trainer(config, run, sets, callbacks).fit()
@@ -166,8 +166,8 @@ def _worker_loop(loop_config: Mapping[str, Any]) -> None:
         device=device,
         report=lambda metrics: ray.train.report(dict(metrics)),
         preempted=lambda: ray.train.get_preemption_info() is not None,
-        stopping=lambda: context.get_world_rank() == 0 and stop_requested(run),
-        resizing=lambda: isinstance(config.workers, tuple) and save_requested(run),
+        stopping=lambda: context.get_world_rank() == 0 and STOP.is_open(run),
+        resizing=lambda: isinstance(config.workers, tuple) and SAVE.is_open(run),
         ready_to_resize=lambda: _await_resize(config, run),
         reason=faults.restart_reason(run, earlier, context.get_world_size())
         if context.get_world_rank() == 0
@@ -219,7 +219,7 @@ def _await_resize(config: TrainConfig, run: Storage) -> None:
 
     Further steps would be lost. The other ranks wait for rank 0 in their next collective.
     """
-    end_save_request(run)
+    SAVE.end(run)
     time.sleep(min(RESIZE_S, config.faults.collective_timeout_s / 2))
 
 

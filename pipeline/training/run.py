@@ -27,7 +27,7 @@ from pipeline.training.initial import origins, resolve_for_run, save_copies
 from pipeline.training.loop import train
 from pipeline.training.selection import select_key, with_selection
 from pipeline.training.state import Stage, new_state
-from pipeline.training.stopping import Stopped, saving_on_sigterm, stop_requested
+from pipeline.training.stopping import STOP, Stopped, saving_on_sigterm
 from pipeline.training.validation_sets import ValidationSet, find_sets, open_sets
 from pipeline.training.worker import Worker
 
@@ -207,7 +207,7 @@ def _tracked_training(
                     f"{left} segments of metrics could not be sent; {send_later(run)}",
                     flush=True,
                 )
-        if stop_requested(run) and not _is_trained(config, run):
+        if STOP.is_open(run) and not _is_trained(config, run):
             raise Stopped(f"run {config.run_name} stopped at step {published_step(run)}")
         result = conclude(config, run, sender.tracked, text, manifest, sets)
         status = "FINISHED"
@@ -241,7 +241,7 @@ def _train(
             local_cache=config.data.local_cache,
         )
         device = torch.device("cuda" if config.use_gpu else "cpu")
-        worker = Worker(device=device, report=report, stopping=lambda: stop_requested(run))
+        worker = Worker(device=device, report=report, stopping=lambda: STOP.is_open(run))
         try:
             train(config, worker, run, feed, open_sets(config, sets))
         except (Diverged, OutOfMemory) as error:

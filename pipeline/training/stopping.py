@@ -5,11 +5,10 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from pipeline.storage import Storage
 
-FILE = "stop"
-SAVE_FILE = "save"
 # Default grace period of `ray job stop` (override: RAY_JOB_STOP_WAIT_TIME_S in the job's environment).
 RAY_JOB_GRACE_S = 3.0
 DEFAULT_GRACE_S = 30.0  # of Kubernetes and Slurm
@@ -21,45 +20,40 @@ class Stopped(Exception):
     """A run ended before its last step because a stop was requested; it resumes from the checkpoint that it saved."""
 
 
-def request_stop(run: Storage) -> None:
-    """Requests that the workers save and stop at the end of their interval. Raises OSError."""
-    run.write_bytes(FILE, b"")
+@dataclass(frozen=True)
+class Request:
+    """A request to the workers of a run, which see it at the end of an interval."""
+
+    file: str
+    """Present in the run's folder while the request is open."""
+
+    def make(self, run: Storage) -> None:
+        """Raises OSError."""
+        run.write_bytes(self.file, b"")
+
+    def is_open(self, run: Storage) -> bool:
+        """Whether it was made and has not ended."""
+        return run.exists(self.file)
+
+    def end(self, run: Storage) -> None:
+        """Ends the request: it was met, or is no longer needed."""
+        run.remove(self.file)
 
 
-def end_stop_request(run: Storage) -> None:
-    """Ends the request: the run may be started again."""
-    run.remove(FILE)
-
-
-def stop_requested(run: Storage) -> bool:
-    """Whether a graceful stop was requested."""
-    return run.exists(FILE)
-
-
-def request_save(run: Storage) -> None:
-    """Requests a checkpoint at the end of the workers' interval. Raises OSError."""
-    run.write_bytes(SAVE_FILE, b"")
-
-
-def save_requested(run: Storage) -> bool:
-    """Whether a requested checkpoint is still to be written."""
-    return run.exists(SAVE_FILE)
-
-
-def end_save_request(run: Storage) -> None:
-    """Ends the request: the checkpoint was written, or is no longer needed."""
-    run.remove(SAVE_FILE)
+STOP = Request("stop")
+"""To save and stop."""
+SAVE = Request("save")
+"""To save a checkpoint before the worker group is resized."""
 
 
 def grace_s() -> float:
     """Seconds between SIGTERM and SIGKILL, as far as known."""
-    set_by_user = os.environ.get("RAY_JOB_STOP_WAIT_TIME_S")
-    if set_by_user is not None:
-        try:
-            return float(set_by_user)
-        except ValueError:
-            return RAY_JOB_GRACE_S
-    return RAY_JOB_GRACE_S if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else DEFAULT_GRACE_S
+    try:
+        return float(os.environ["RAY_JOB_STOP_WAIT_TIME_S"])
+    except KeyError:
+        return RAY_JOB_GRACE_S if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else DEFAULT_GRACE_S
+    except ValueError:
+        return RAY_JOB_GRACE_S
 
 
 @contextmanager
@@ -73,7 +67,7 @@ def saving_on_sigterm(run: Storage) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    run.remove(FILE)
+    STOP.end(run)
     requested = threading.Event()
     code = 128 + signal.SIGTERM
 
@@ -87,7 +81,7 @@ def saving_on_sigterm(run: Storage) -> Iterator[None]:
         requested.set()
         print(f"SIGTERM: saving, then stopping (within {seconds:.0f} s)", flush=True)
         # In a thread: storage takes locks, which a signal handler must not wait for.
-        threading.Thread(target=request_stop, args=(run,), daemon=True).start()
+        threading.Thread(target=STOP.make, args=(run,), daemon=True).start()
         signal.setitimer(signal.ITIMER_REAL, seconds - _SHUTDOWN_S)
 
     before = signal.signal(signal.SIGTERM, request), signal.signal(signal.SIGALRM, end)
@@ -99,4 +93,4 @@ def saving_on_sigterm(run: Storage) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGTERM, before[0])
         signal.signal(signal.SIGALRM, before[1])
-        run.remove(FILE)
+        STOP.end(run)

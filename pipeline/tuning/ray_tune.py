@@ -19,7 +19,7 @@ from pipeline.metrics.names import METRICS, metric_of
 from pipeline.run_folder import OUTCOME
 from pipeline.tracking.run import TrackedRun
 from pipeline.training.config import TrainConfig
-from pipeline.training.stopping import stop_requested
+from pipeline.training.stopping import STOP
 from pipeline.tuning.job import Job
 from pipeline.tuning.status import status_lines
 from pipeline.tuning.trial import train_job
@@ -215,7 +215,7 @@ class Listener(tune.Callback):
                 flush=True,
             )
             queue.stop()
-        if not queue.stopping and stop_requested(queue.sweep):
+        if not queue.stopping and STOP.is_open(queue.sweep):
             queue.stop()
 
 

@@ -12,7 +12,7 @@ from pipeline.storage import Storage
 from pipeline.tracking.spool import published_step, validations
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training.config import TrainConfig
-from pipeline.training.stopping import end_stop_request, request_stop
+from pipeline.training.stopping import STOP
 from pipeline.tuning import stage_one, sweep_folder
 from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.job import Job, outcome_of
@@ -65,9 +65,9 @@ class TrialQueue:
         """The step at which every job was started by this submission."""
         self._waiting = [name for name in self.plans if name not in self.outcomes]
         for name in self._waiting:
-            end_stop_request(sweep / f"trials/{name}")
+            STOP.end(sweep / f"trials/{name}")
         for name in sweep.names(stage_one.FOLDER):
-            end_stop_request(sweep / f"{stage_one.FOLDER}/{name}")
+            STOP.end(sweep / f"{stage_one.FOLDER}/{name}")
         self.histories = {name: self._history(name) for name in self.plans}
         """Validations of every trial by step of the compared stage."""
         self._failed_stages: dict[str, TrialOutcome] = {}
@@ -146,7 +146,7 @@ class TrialQueue:
             return
         self.histories.setdefault(name, {})[step - start] = metrics
         if self._is_stopped(job):
-            request_stop(job.run)
+            STOP.make(job.run)
 
     def _is_stopped(self, job: Job) -> bool:
         """Whether a trial ends here: it is among the weak ones at the rung of its latest validation."""
@@ -199,7 +199,7 @@ class TrialQueue:
     def _again(self, job: Job) -> None:
         """Lets an interrupted job start again, unless the sweep is stopping."""
         if not self.stopping:
-            end_stop_request(job.run)
+            STOP.end(job.run)
             if job.kind == "trial":
                 self._waiting.append(job.name)
 
@@ -215,7 +215,7 @@ class TrialQueue:
         """Makes all running jobs save and stop; no further job is started."""
         self.stopping = True
         for job in self.running.values():
-            request_stop(job.run)
+            STOP.make(job.run)
 
     def database(self) -> bytes:
         """The searched trials as Optuna's SQLite file."""
