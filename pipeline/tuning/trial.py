@@ -73,15 +73,15 @@ def train_job(
                 retry=isinstance(error, OSError | StorageFull) or _has_lost_workers(job.run, error),
             )
     if outcome.status != "finished":
-        step, metrics = latest(job.config, validations(job.run))
+        step, metrics = max(_measured(job).items(), default=(0, {}))
         outcome = replace(outcome, step=step, metrics=metrics)
     return replace(outcome, seconds=round(time.monotonic() - began, 1))
 
 
-def latest(config: TrainConfig, measured: Mapping[int, dict[str, float]]) -> tuple[int, dict[str, float]]:
-    """Step and metrics of the last validation of the compared stage; (0, {}) without one."""
-    steps = [step for step in measured if step > compared_from(config)]
-    return (max(steps), measured[max(steps)]) if steps else (0, {})
+def _measured(job: Job) -> dict[int, dict[str, float]]:
+    """Metrics of the validations of the compared stage, by step."""
+    start = compared_from(job.config)
+    return {step: metrics for step, metrics in validations(job.run).items() if step > start}
 
 
 def _train(
@@ -90,17 +90,16 @@ def _train(
     report: Callable[[Mapping[str, float]], None],
     callbacks: Sequence[Any],
 ) -> TrainingResult:
-    # A sweep that resumes after an upgrade compares trials, not bits.
-    options: dict[str, Any] = {
-        "parent_run_id": parent_run_id,
-        "compare_versions": False,
-        "initial_from": job.config.storage.rpartition("/")[0],
-    }
-    if job.config.worker_range[1] > 0:
-        return run_training(job.config, callbacks=callbacks, **options)
     torch.set_num_threads(max(1, int(job.config.cpus_per_worker)))
     try:
-        return run_training(job.config, report=report, **options)
+        return run_training(
+            job.config,
+            report=report,
+            callbacks=callbacks,
+            parent_run_id=parent_run_id,
+            compare_versions=False,  # a sweep that resumes after an upgrade compares trials, not bits
+            initial_from=job.config.storage.rpartition("/")[0],
+        )
     finally:
         if job.config.use_gpu and not _is_gpu_unusable(job.config):
             torch.cuda.empty_cache()  # the process trains further trials
@@ -126,7 +125,7 @@ def _is_gpu_unusable(config: TrainConfig) -> bool:
 def _finished(job: Job, settings: TuneConfig, outcome: TrialOutcome, result: TrainingResult) -> TrialOutcome:
     """The outcome of a trial that reached its last step; `tune.value` decides which validation it is compared by."""
     step, metrics = result.step, result.final_metrics
-    measured = {at: values for at, values in validations(job.run).items() if at > compared_from(job.config)}
+    measured = _measured(job)
     if settings.value == "best":
         metrics = result.metrics
         step = max((at for at, values in measured.items() if values == metrics), default=step)
