@@ -8,10 +8,9 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -146,26 +145,19 @@ def private_ray(environment: dict[str, str]) -> Iterator[tuple[str, str]]:
 
 def free_ports(count: int) -> list[int]:
     """Ports without a listener."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
+    with ExitStack() as stack:
+        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [server.getsockname()[1] for server in servers]
 
 
 def _wait_for(dashboard: str, ray: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    while time.monotonic() < deadline:
-        if ray.poll() is not None:
-            break
+    while time.monotonic() < deadline and ray.poll() is None:
         try:
             with opener.open(f"{dashboard}/api/jobs/", timeout=5):
                 return
-        except (urllib.error.URLError, OSError):
+        except OSError:
             time.sleep(0.5)
     tail = " ".join(log.read_text().split()[-60:])
     raise RuntimeError(f"Ray did not start within {START_TIMEOUT_S} s: {tail}")
