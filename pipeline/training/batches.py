@@ -1,15 +1,23 @@
-"""Moves loader batches to the device and converts them to float; optional channel shuffling."""
+"""Opens the feed, moves its batches to the device and converts them to float; optional channel shuffling."""
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.data.feed import RawBatch
+from pipeline.data.feed import Feed, RawBatch
 from pipeline.data.feed.samples import channel_orders, rank_share
 from pipeline.training.config import TrainConfig
 from pipeline.training.step import Batch
 from pipeline.training.worker import Worker
+
+
+def feed_of(config: TrainConfig, worker: Worker) -> Feed:
+    """This rank's share of every step."""
+    root, local_cache = config.data.root, config.data.local_cache
+    return Feed(
+        root, config.seed, config.batch_size, config.crop_px, worker.rank, worker.world_size, local_cache
+    )
 
 
 def on_device(raw: RawBatch, config: TrainConfig, worker: Worker, step: int) -> Batch:

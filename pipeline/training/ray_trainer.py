@@ -15,13 +15,13 @@ import torch
 from pydantic import TypeAdapter
 from ray.train.v2.api.callback import UserCallback
 
-from pipeline.data.feed import Feed
 from pipeline.data.feed.ray_feed import with_transport
 from pipeline.errors import StorageFull, UserError
 from pipeline.run_folder import REFUSAL, Fault, FaultKind, Refusal
 from pipeline.storage import Storage
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training import faults
+from pipeline.training.batches import feed_of
 from pipeline.training.checks import prepare_worker
 from pipeline.training.config import TrainConfig
 from pipeline.training.console import printing_to_log
@@ -181,15 +181,7 @@ def _train(config: TrainConfig, run: Storage, worker: Worker, files: Any) -> Non
     """Opens the worker's files and enters the loop."""
     try:
         feed = with_transport(
-            Feed(
-                config.data.root,
-                config.seed,
-                config.batch_size,
-                config.crop_px,
-                worker.rank,
-                worker.world_size,
-                config.data.local_cache,
-            ),
+            feed_of(config, worker),
             config.data.feed,
             gathered(ray.get_runtime_context().get_node_id()),
             config.cpus_per_worker,

@@ -8,7 +8,6 @@ import torch
 import yaml
 
 from pipeline.data import Manifest, check_source, has_manifest, load_manifest, plans_held_out, prepare
-from pipeline.data.feed import Feed
 from pipeline.errors import UserError
 from pipeline.run_folder import IDENTITY, RESULT, SWEEP, RunIdentity, TrainingResult
 from pipeline.section import flat_fields
@@ -18,6 +17,7 @@ from pipeline.tracking.sender import Sender
 from pipeline.tracking.spool import published_step
 from pipeline.tracking.upload import initial_tags
 from pipeline.training import checkpoint as checkpoints
+from pipeline.training.batches import feed_of
 from pipeline.training.checks import check_before_start, require_fitting_data, with_absolute_paths
 from pipeline.training.conclude import conclude, send_later
 from pipeline.training.config import TrainConfig
@@ -233,17 +233,10 @@ def _train(
     if _is_trained(config, run):
         return
     if config.worker_range[1] == 0:
-        feed = Feed(
-            config.data.root,
-            config.seed,
-            config.batch_size,
-            config.crop_px,
-            local_cache=config.data.local_cache,
-        )
         device = torch.device("cuda" if config.use_gpu else "cpu")
         worker = Worker(device=device, report=report, stopping=lambda: STOP.is_open(run))
         try:
-            train(config, worker, run, feed, open_sets(config, sets))
+            train(config, worker, run, feed_of(config, worker), open_sets(config, sets))
         except (Diverged, OutOfMemory) as error:
             raise UserError(str(error)) from None
     else:
