@@ -12,7 +12,16 @@ from pipeline.run_folder import TrialOutcome, TrialPlan
 from pipeline.training.config import TrainConfig
 from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.proposals import as_database, number_of_trials, propose, startup_trials, study
-from pipeline.tuning.space import check_space, flag_text, from_optuna, grid, points, to_optuna, trial_config
+from pipeline.tuning.space import (
+    check_space,
+    flag_text,
+    from_optuna,
+    grid,
+    points,
+    to_optuna,
+    trial_config,
+    trial_name,
+)
 
 BASE = TrainConfig.model_validate({"gan": {"steps": 100}, "psnr": {"steps": 100}})
 PAPER = {"gan.pixel_weight": 1e-2, "gan.adversarial_weight": 5e-3}
@@ -32,7 +41,7 @@ def proposals(
     """Plans, each proposed after the earlier ones have ended; their PSNR is their adversarial weight."""
     plans = list(known or [])
     for number in range(len(plans), count):
-        outcomes = {plan.number: ended(plan) for plan in plans}
+        outcomes = {trial_name(plan.values): ended(plan) for plan in plans}
         values = propose(settings, base, plans, outcomes, {})
         if values is None:
             break
@@ -250,8 +259,9 @@ def test_invalid_settings_are_refused(changes: dict[str, Any], message: str) -> 
 def test_the_study_opens_as_an_sqlite_file(tmp_path: Path) -> None:
     settings = sweep(WEIGHTS, trials=3)
     plans = proposals(settings, 3)
-    outcomes = {plan.number: ended(plan) for plan in plans[:2]}
-    content = as_database(study(settings, plans, outcomes, {2: {10: {"psnr_y": 20.0}}}))
+    outcomes = {trial_name(plan.values): ended(plan) for plan in plans[:2]}
+    validations = {trial_name(plans[2].values): {10: {"psnr_y": 20.0}}}
+    content = as_database(study(settings, plans, outcomes, validations))
     (tmp_path / "study.db").write_bytes(content)
     with sqlite3.connect(tmp_path / "study.db") as database:
         states = database.execute("select state from trials order by number").fetchall()

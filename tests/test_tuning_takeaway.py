@@ -21,6 +21,7 @@ from pipeline.tuning.best_config import best_config, best_yaml
 from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.ranking import compare_trials
 from pipeline.tuning.report import marks, summary
+from pipeline.tuning.space import trial_name
 from pipeline.tuning.takeaway import importances, sweep_files
 
 
@@ -116,12 +117,12 @@ def test_trials_with_equal_values_have_no_importances() -> None:
     settings = TuneConfig.model_validate({"space": {"crop_px": {"low": 32, "high": 64}}})
     plans = [TrialPlan(number, {"crop_px": 32 + number}) for number in range(9)]
     ended = [
-        TrialOutcome(f"trial-{plan.number}", None, plan.values, "finished", 1, {"psnr_y": 20.0},
+        TrialOutcome(trial_name(plan.values), None, plan.values, "finished", 1, {"psnr_y": 20.0},
                      number=plan.number)
         for plan in plans
     ]  # fmt: skip
     queue: Any = SimpleNamespace(
-        plans={f"trial-{plan.number}": plan for plan in plans},
+        plans={trial_name(plan.values): plan for plan in plans},
         outcomes={each.run_name: each for each in ended},
     )
     assert importances(settings, queue) == {}

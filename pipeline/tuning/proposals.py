@@ -21,10 +21,19 @@ from pipeline.run_folder import TrialOutcome, TrialPlan
 from pipeline.training.config import TrainConfig
 from pipeline.tuning.config import TuneConfig, mode_of
 from pipeline.tuning.constraint import Constraint
-from pipeline.tuning.space import Values, distributions, from_optuna, grid, is_valid, points, to_optuna
+from pipeline.tuning.space import (
+    Values,
+    distributions,
+    from_optuna,
+    grid,
+    is_valid,
+    points,
+    to_optuna,
+    trial_name,
+)
 
-Validations = Mapping[int, Mapping[int, Mapping[str, float]]]
-"""Metrics by step of the compared stage, by number of the trial."""
+Validations = Mapping[str, Mapping[int, Mapping[str, float]]]
+"""Metrics by step of the compared stage, by name of the trial."""
 # Invalid and repeated proposals are drawn again; then the first value that is left in a finite space is used.
 DRAWS = 50
 _STATES = {"finished": TrialState.COMPLETE, "stopped": TrialState.PRUNED, "failed": TrialState.FAIL}
@@ -40,7 +49,7 @@ def propose(
     settings: TuneConfig,
     base: TrainConfig,
     plans: Sequence[TrialPlan],
-    outcomes: Mapping[int, TrialOutcome],
+    outcomes: Mapping[str, TrialOutcome],
     validations: Validations,
 ) -> Values | None:
     """Valid values that differ from those of all earlier trials; None if there are none left.
@@ -49,8 +58,8 @@ def propose(
         settings: the sweep's.
         base: the training configuration.
         plans: the earlier trials, without repetitions.
-        outcomes: of the ended ones, by number.
-        validations: metrics by step of the compared stage, by number of the trial.
+        outcomes: of the ended ones, by name.
+        validations: of all of them.
     """
     earlier = [plan.values for plan in plans]
     chosen = [values for values in points(settings, base) if values not in earlier]
@@ -75,7 +84,7 @@ def propose(
 def study(
     settings: TuneConfig,
     plans: Sequence[TrialPlan],
-    outcomes: Mapping[int, TrialOutcome],
+    outcomes: Mapping[str, TrialOutcome],
     validations: Validations,
 ) -> optuna.Study:
     """The trials as a study in memory."""
@@ -89,9 +98,8 @@ def study(
         built.set_metric_names(list(settings.metrics))
     for plan in plans:
         with suppress(ValueError):  # a plan of an earlier version, with values outside the space
-            built.add_trial(
-                _frozen(settings, plan, outcomes.get(plan.number), validations.get(plan.number, {}))
-            )
+            name = trial_name(plan.values)
+            built.add_trial(_frozen(settings, plan, outcomes.get(name), validations.get(name, {})))
     return built
 
 

@@ -123,9 +123,9 @@ def run_sweep(
 def _run(queue: TrialQueue, parent: TrackedRun) -> None:
     name = queue.settings.name
     if queue.plans:
+        ended = len(queue.outcomes)
         print(
-            f"resuming sweep {name}: {len(queue.outcomes)} trials have ended, {queue.resumed} resume",
-            flush=True,
+            f"resuming sweep {name}: {ended} trials have ended, {len(queue.plans) - ended} resume", flush=True
         )
     if queue.total < queue.settings.trials:
         print(

@@ -79,7 +79,7 @@ def _means(trials: Sequence[TrialOutcome], ranking: Ranking) -> list[TrialOutcom
 def importances(settings: TuneConfig, queue: TrialQueue) -> dict[str, dict[str, float]]:
     """Share of every metric's variance that each field explains; empty with too few trials, or without variance."""
     searched = [plan for plan in queue.plans.values() if not plan.repeats]
-    built = study(settings, searched, {each.number: each for each in queue.outcomes.values()}, {})
+    built = study(settings, searched, queue.outcomes, {})
     complete = built.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
     if len(complete) < MIN_IMPORTANCE_TRIALS:
         return {}

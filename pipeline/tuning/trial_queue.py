@@ -16,7 +16,7 @@ from pipeline.training.stopping import STOP
 from pipeline.tuning import stage_one, sweep_folder
 from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.job import Job, outcome_of
-from pipeline.tuning.proposals import Validations, as_database, number_of_trials, propose, study
+from pipeline.tuning.proposals import as_database, number_of_trials, propose, study
 from pipeline.tuning.ranking import compare_trials
 from pipeline.tuning.rungs import compared_from, reason_to_stop
 from pipeline.tuning.space import Values, trial_config, trial_name
@@ -57,7 +57,6 @@ class TrialQueue:
                 OUTCOME.at(name=outcome.run_name).remove(sweep)
             elif outcome.run_name in self.plans:
                 self.outcomes[outcome.run_name] = outcome
-        self.resumed = len(self.plans) - len(self.outcomes)
         self.running: dict[str, Job] = {}
         self.steps: dict[str, int] = {}
         """The latest known step of every job."""
@@ -219,7 +218,7 @@ class TrialQueue:
 
     def database(self) -> bytes:
         """The searched trials as Optuna's SQLite file."""
-        return as_database(study(self.settings, self._searched(), *self._results()))
+        return as_database(study(self.settings, self._searched(), self.outcomes, self.histories))
 
     def _fill(self) -> None:
         """Proposes trials for the free slots, and repetitions after the last one has ended."""
@@ -228,7 +227,7 @@ class TrialQueue:
             searched = self._searched()
             if len(searched) >= self.total:
                 break
-            values = propose(self.settings, self.base, searched, *self._results())
+            values = propose(self.settings, self.base, searched, self.outcomes, self.histories)
             if values is None:
                 print(f"no other valid values are left after {len(searched)} trials", flush=True)
                 self._exhausted = True
@@ -257,10 +256,6 @@ class TrialQueue:
 
     def _searched(self) -> list[TrialPlan]:
         return [plan for plan in self.plans.values() if not plan.repeats]
-
-    def _results(self) -> tuple[dict[int, TrialOutcome], Validations]:
-        outcomes = {self.plans[name].number: outcome for name, outcome in self.outcomes.items()}
-        return outcomes, {self.plans[name].number: history for name, history in self.histories.items()}
 
     def job(self, name: str) -> Job:
         """The job of a trial that was proposed. Raises UserError: its values are invalid."""
