@@ -1,6 +1,6 @@
 """Prepares a data set from images: Parquet shards and a manifest. Resumes an interrupted attempt."""
 
-import argparse
+from argparse import Namespace
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -18,17 +18,17 @@ FIRST = (
     "data.patch_px",
     "data.patch_stride_px",
 )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's own flags."""
-    parser.add_argument("--strict", action="store_true", help="Fail at the first rejected image.")
-    parser.add_argument(
-        "--verify", action="store_true", help="Verify the data set: read it again and list what is corrupt."
-    )
-    parser.add_argument(
-        "--show", metavar="OUT.png", help="Draw patches with their low resolution, source and detail score."
-    )
+FLAGS = {
+    "--strict": {"action": "store_true", "help": "Fail at the first rejected image."},
+    "--verify": {
+        "action": "store_true",
+        "help": "Verify the data set: read it again and list what is corrupt.",
+    },
+    "--show": {
+        "metavar": "OUT.png",
+        "help": "Draw patches with their low resolution, source and detail score.",
+    },
+}
 
 
 def main(argv: list[str]) -> None:
@@ -40,9 +40,7 @@ def main(argv: list[str]) -> None:
     from pipeline.data.ingest.prepare import describe
     from pipeline.storage import absolute
 
-    config, options = load_config(
-        argv, description=__doc__ or "", add_arguments=add_arguments, first_fields=FIRST
-    )
+    config, options = load_config(argv, description=__doc__ or "", own_flags=FLAGS, first_fields=FIRST)
     command.require_writable_file(options.show, "--show")
     data = config.data.model_copy(update={"root": absolute(config.data.root)})
     if options.verify:
@@ -56,7 +54,7 @@ def main(argv: list[str]) -> None:
         print(f"contact sheet: {options.show}")
 
 
-def _prepare(data: "DataConfig", options: argparse.Namespace, on_ray: bool) -> None:
+def _prepare(data: "DataConfig", options: Namespace, on_ray: bool) -> None:
     from pipeline.data import check_source, load_manifest, prepare
     from pipeline.errors import require_package
 

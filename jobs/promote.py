@@ -1,22 +1,18 @@
 """Makes a version of the registered model the champion, and prints the previous one."""
 
-import argparse
 from pathlib import Path
 
 from pipeline import command
 
 DEMO = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's flags."""
-    parser.add_argument(
-        "--model-version",
-        type=int,
-        required=True,
-        metavar="N",
-        help="The version of tracking.model_name that becomes the champion.",
-    )
+FLAGS = {
+    "--model-version": {
+        "type": int,
+        "required": True,
+        "metavar": "N",
+        "help": "The version of tracking.model_name that becomes the champion.",
+    }
+}
 
 
 def main(argv: list[str]) -> None:
@@ -31,7 +27,7 @@ def main(argv: list[str]) -> None:
         argv,
         description=__doc__ or "",
         default_file=DEMO,
-        add_arguments=add_arguments,
+        own_flags=FLAGS,
         first_fields=("storage", "tracking.uri", "tracking.model_name"),
     )
     name = config.tracking.model_name

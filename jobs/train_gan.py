@@ -1,21 +1,17 @@
 """Trains ESRGAN: stage 1 on the pixel loss, stage 2 with a discriminator. Run again to resume."""
 
-import argparse
 from dataclasses import asdict
 from pathlib import Path
 
 from pipeline import command
 
 DEMO = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's own flags."""
-    parser.add_argument(
-        "--accept-changes",
-        action="store_true",
-        help="Resume a run although its configuration, its data set or package versions have changed.",
-    )
+FLAGS = {
+    "--accept-changes": {
+        "action": "store_true",
+        "help": "Resume a run although its configuration, its data set or package versions have changed.",
+    }
+}
 
 
 def main(argv: list[str]) -> None:
@@ -26,9 +22,7 @@ def main(argv: list[str]) -> None:
     from pipeline.training.conclude import result_lines
     from pipeline.training.run import run_training
 
-    config, options = load_config(
-        argv, description=__doc__ or "", default_file=DEMO, add_arguments=add_arguments
-    )
+    config, options = load_config(argv, description=__doc__ or "", default_file=DEMO, own_flags=FLAGS)
     result = run_training(
         config, accept_changes=options.accept_changes, prepare_command=options.prepare_command
     )

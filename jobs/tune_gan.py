@@ -1,21 +1,18 @@
 """Runs a sweep over loss weights and residual scaling. Each trial is a complete training run; run again to resume."""
 
-import argparse
 from dataclasses import asdict
 from pathlib import Path
 
 from pipeline import command
 
 DEMO = Path(__file__).resolve().parent.parent / "configs" / "tune_demo.yaml"
-
-
-def _flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--retry-failed",
-        action="store_true",
-        help="Also repeat the trials that failed in training; those that lost their process or could not write are "
+FLAGS = {
+    "--retry-failed": {
+        "action": "store_true",
+        "help": "Also repeat the trials that failed in training; those that lost their process or could not write are "
         "repeated anyway.",
-    )
+    }
+}
 
 
 def main(argv: list[str]) -> None:
@@ -23,7 +20,7 @@ def main(argv: list[str]) -> None:
     command.announce("sweep: loading libraries and the configuration")
     from pipeline.config import load_config
 
-    config, options = load_config(argv, description=__doc__ or "", default_file=DEMO, add_arguments=_flags)
+    config, options = load_config(argv, description=__doc__ or "", default_file=DEMO, own_flags=FLAGS)
     from pipeline.tuning.result import result_lines, trial_table
     from pipeline.tuning.sweep import run_sweep
 

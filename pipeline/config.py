@@ -7,8 +7,9 @@ import os
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -62,7 +63,7 @@ def load_config(
     *,
     description: str,
     default_file: Path | None = None,
-    add_arguments: Callable[[argparse.ArgumentParser], object] | None = None,
+    own_flags: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     environment: Mapping[str, str] | None = None,
     first_fields: Sequence[str] = FIRST_FIELDS,
 ) -> tuple[Config, argparse.Namespace]:
@@ -72,7 +73,7 @@ def load_config(
         argv: arguments without the program's name.
         description: first paragraph of --help.
         default_file: read when --config is not given.
-        add_arguments: adds the command's own flags.
+        own_flags: the command's own flags, with their arguments of argparse.
         environment: instead of os.environ.
         first_fields: those that --help lists; --help-all lists all.
 
@@ -90,8 +91,8 @@ def load_config(
     default_text = f" (default: {default_file.name})" if default_file else ""
     parser.add_argument("--config", metavar="FILE", help=f"YAML file with the fields below{default_text}.")
     parser.add_argument("--json", metavar="FILE", help="Also write the result to this file.")
-    if add_arguments:
-        add_arguments(parser)
+    for flag, arguments in own_flags.items():
+        parser.add_argument(flag, **arguments)
     file = _config_file(argv) or default_file
     sources: list[tuple[str, dict[str, Any]]] = [
         ("environment", _environment_values(environment)),
