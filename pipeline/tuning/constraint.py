@@ -5,7 +5,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-_FORM = re.compile(r"^\s*([A-Za-z0-9_./-]+)\s*(>=|<=)\s*([-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?)\s*$")
+_FORM = re.compile(
+    r"\s*([A-Za-z0-9_./-]+)\s*(>=|<=)\s*([-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)\s*"
+)
 
 
 @dataclass(frozen=True)
@@ -19,13 +21,10 @@ class Constraint:
     @staticmethod
     def parse(text: str) -> "Constraint":
         """The condition in `text`. Raises ValueError."""
-        match = _FORM.match(text)
-        try:
-            assert match
-            assert math.isfinite(float(match[3]))
-            return Constraint(match[1], match[2] == ">=", float(match[3]))
-        except (AssertionError, ValueError):
-            raise ValueError(f"constraints: {text!r}: write METRIC >= NUMBER or METRIC <= NUMBER") from None
+        match = _FORM.fullmatch(text)
+        if match is None or math.isinf(float(match[3])):
+            raise ValueError(f"constraints: {text!r}: write METRIC >= NUMBER or METRIC <= NUMBER")
+        return Constraint(match[1], match[2] == ">=", float(match[3]))
 
     def violation(self, metrics: Mapping[str, float]) -> float:
         """How far the condition is from being met: positive if it is not met. Raises KeyError."""
