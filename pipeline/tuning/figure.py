@@ -11,7 +11,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from pipeline.metrics.names import axis_label
+from pipeline.metrics.names import axis_label, label_of
 from pipeline.run_folder import TrialOutcome
 from pipeline.tuning.config import Range, TuneConfig, mode_of
 from pipeline.tuning.ranking import Ranking
@@ -137,28 +137,21 @@ def parallel_figure(trials: Sequence[TrialOutcome], settings: TuneConfig) -> Fig
 
 
 def importance_figure(importances: Mapping[str, Mapping[str, float]]) -> Figure:
-    """Bars: the share of each metric's variance that each field explains.
+    """Bars for each metric: the share of its variance that each field explains.
 
     Args:
         importances: share by field, by metric.
     """
-    fields = list(next(iter(importances.values())))
-    figure = Figure(
-        figsize=(7.2, 0.8 + 0.45 * len(fields) * max(1, len(importances) * 0.6)), layout="constrained"
-    )
-    axes = figure.add_subplot()
-    height = 0.8 / len(importances)
-    for number, (metric, shares) in enumerate(importances.items()):
-        places = [index + number * height for index in range(len(fields))]
-        bars = axes.barh(places, [shares[field] for field in fields], height * 0.9, label=axis_label(metric),
-                         color=(BLUE, RED, GRAY)[number % 3])  # fmt: skip
-        axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
-    axes.set_yticks([index + 0.4 - height / 2 for index in range(len(fields))], fields)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.08)
-    axes.set_xlabel("share of the variance")
-    if len(importances) > 1:
-        axes.legend(fontsize=8)
+    count, fields = len(importances), len(next(iter(importances.values())))
+    figure = Figure(figsize=(2.2 + 3.4 * count, 1.0 + 0.4 * fields), layout="constrained")
+    panels = figure.subplots(1, count, sharey=True, squeeze=False)[0]
+    for panel, (metric, shares) in zip(panels, importances.items(), strict=True):
+        bars = panel.barh(list(shares), list(shares.values()), color=BLUE)
+        panel.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
+        panel.set_xlim(0, 1.15)
+        panel.set_xlabel("share of the variance")
+        panel.set_title(label_of(metric), fontsize=10)
+    panels[0].invert_yaxis()
     return figure
 
 
