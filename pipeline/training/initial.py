@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from operator import attrgetter
 from typing import Any
 
@@ -80,19 +81,16 @@ def resolve(
     for network in NETWORKS:
         source = getattr(config.init, network)
         if source is not None:
-            earlier = stored.get(network)
-            if earlier is not None and earlier.source != source:
-                earlier = None
+            same = network in stored and stored[network].source == source
+            earlier = stored[network] if same else None
             if earlier is not None and begun and network not in needed:
                 initial[network] = Initial(earlier, None, stored=True)
             else:
                 initial[network] = _find(config, network, folder, earlier, begun, shared)
     if config.init.adopt_sizes:
-        sizes: dict[str, Any] = {}
-        for network, weights in initial.items():
-            sizes |= _sizes(config, network, weights)
+        sizes = [_sizes(config, network, weights).items() for network, weights in initial.items()]
         config = with_fields(
-            config, {name: size for name, size in sizes.items() if name.startswith("model.")}
+            config, {name: size for name, size in chain(*sizes) if name.startswith("model.")}
         )
     require_fit(config, initial)
     return config, initial
