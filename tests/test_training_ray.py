@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import ray.train
+import ray.train.torch
 import tiny
 import torch
 from ray.exceptions import RayActorError
@@ -29,7 +30,7 @@ from pipeline.storage import Storage
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training import faults
 from pipeline.training.faults import Diverged, OutOfMemory
-from pipeline.training.ray_compat import CheckedTorchConfig, SavingTrainer
+from pipeline.training.ray_compat import SavingTrainer
 from pipeline.training.ray_trainer import _kind
 from pipeline.training.run import TrainingResult, run_training
 
@@ -183,12 +184,8 @@ def test_divergence_is_one_line_after_a_second_attempt(ray_cluster: str, folder:
     assert [fault.kind for fault in noted] == ["diverged", "diverged"]
 
 
-def test_a_refusal_ends_workers_that_wait_in_a_collective(
-    ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_refusal_ends_workers_that_wait_in_a_collective(ray_cluster: str, tmp_path: Path) -> None:
     """A worker that ended normally would leave the others in it until the time-out, with NCCL."""
-    # As Ray's progress bars do: no default of ours may be a function that cannot be pickled then.
-    monkeypatch.setattr("builtins.print", lambda *values, **options: None)
     run, began = Storage(str(tmp_path / "run")), time.monotonic()
 
     def work() -> None:
@@ -205,7 +202,7 @@ def test_a_refusal_ends_workers_that_wait_in_a_collective(
         work,
         run=run,
         scaling_config=ray.train.ScalingConfig(num_workers=2),
-        torch_config=CheckedTorchConfig(backend="gloo", timeout_s=3600),
+        torch_config=ray.train.torch.TorchConfig(backend="gloo", timeout_s=3600),
         run_config=ray.train.RunConfig(
             storage_path=str(tmp_path), failure_config=ray.train.FailureConfig(max_failures=-1)
         ),

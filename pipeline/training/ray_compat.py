@@ -117,17 +117,13 @@ class PreemptionNotice(WorkerGroupCallback):
             self._watcher = None
 
 
-def _raise(reason: str) -> None:
-    raise RuntimeError(reason)
-
-
-@dataclass
+@dataclass(kw_only=True)
 class CheckedTorchConfig(TorchConfig):
     """A TorchConfig that calls a function on every worker before they join their process group."""
 
-    prepare_worker: Callable[[], str] = str
+    prepare_worker: Callable[[], str]
     """Returns why its worker cannot train; empty if it can."""
-    refuse: Callable[[str], None] = _raise
+    refuse: Callable[[str], None]
     """Called in the controller with the first reason; raises."""
 
     @property
