@@ -80,13 +80,3 @@ def is_trained(run: Storage, steps: int) -> bool:
         and result.step == steps
         and CheckpointName(steps, "psnr") in checkpoints.listed(run)
     )
-
-
-def adopt(stage_one: Storage, trial: Storage, steps: int) -> None:
-    """Copies the last checkpoint of stage 1 to a trial that has no checkpoint yet.
-
-    Raises:
-        CorruptCheckpoint: the shared checkpoint cannot be used.
-    """
-    if not checkpoints.listed(trial):
-        checkpoints.copy(stage_one, trial, CheckpointName(steps, "psnr"))

@@ -12,8 +12,8 @@ from pipeline.errors import StorageFull, UserError, without_secrets
 from pipeline.run_folder import TrainingResult, TrialOutcome
 from pipeline.storage import Storage, only_writer
 from pipeline.tracking.spool import validations
+from pipeline.training import checkpoint as checkpoints
 from pipeline.training import faults
-from pipeline.training.checkpoint import CorruptCheckpoint
 from pipeline.training.config import TrainConfig
 from pipeline.training.console import printing_to_log
 from pipeline.training.run import run_training
@@ -21,7 +21,6 @@ from pipeline.training.stopping import Stopped
 from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.job import Job, outcome_of
 from pipeline.tuning.rungs import compared_from
-from pipeline.tuning.stage_one import adopt
 
 # A process of an earlier submission may need so long to notice that its driver is gone.
 LOCK_S = 60.0
@@ -137,9 +136,14 @@ def _finished(job: Job, settings: TuneConfig, outcome: TrialOutcome, result: Tra
 
 
 def _adopt(job: Job) -> None:
+    """Copies the last checkpoint of the shared stage 1 to a trial that has no checkpoint yet."""
+    if checkpoints.listed(job.run):
+        return
     try:
-        adopt(Storage(job.stage_one), job.run, job.config.psnr.steps)
-    except CorruptCheckpoint as error:
+        checkpoints.copy(
+            Storage(job.stage_one), job.run, checkpoints.CheckpointName(job.config.psnr.steps, "psnr")
+        )
+    except checkpoints.CorruptCheckpoint as error:
         print(f"training stage 1 again: the shared checkpoint is unreadable ({error})", flush=True)
 
 
