@@ -132,12 +132,6 @@ def claim(run: Storage, old: RunIdentity | None, new: RunIdentity, changes: Sequ
     return new
 
 
-def set_tracking_run(run: Storage, identity: RunIdentity, tracking_run_id: str) -> None:
-    """Records MLflow's id of the run."""
-    if identity.tracking_run_id != tracking_run_id:
-        IDENTITY.write(run, replace(identity, tracking_run_id=tracking_run_id))
-
-
 def has_begun(run: Storage) -> bool:
     """Whether a run has something to lose: a checkpoint or a result."""
     return checkpoints.can_resume(run) or run.exists(RESULT.path)

@@ -22,7 +22,7 @@ from pipeline.training.checks import check_before_start, require_fitting_data, w
 from pipeline.training.conclude import conclude, send_later
 from pipeline.training.config import TrainConfig
 from pipeline.training.faults import Diverged, OutOfMemory
-from pipeline.training.identity import check_resume, claim, diff, identity_of, set_tracking_run
+from pipeline.training.identity import check_resume, claim, diff, identity_of
 from pipeline.training.initial import origins, resolve_for_run, save_copies
 from pipeline.training.loop import train
 from pipeline.training.selection import select_key, with_selection
@@ -193,8 +193,8 @@ def _tracked_training(
         parent_run_id=parent_run_id,
         run_id=identity.tracking_run_id,
     )
-    if tracked is not None:
-        set_tracking_run(run, identity, tracked.run_id)
+    if tracked is not None and identity.tracking_run_id != tracked.run_id:
+        IDENTITY.write(run, replace(identity, tracking_run_id=tracked.run_id))
     status, reason = "FAILED", ""
     sender = Sender(run, config.tracking, tracked, published_step=lambda: published_step(run))
     try:
