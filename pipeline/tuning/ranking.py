@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+
 from pipeline.metrics.names import METRICS, metric_of
 from pipeline.run_folder import TrialOutcome
 from pipeline.tuning.config import TuneConfig
@@ -79,7 +81,12 @@ def compare_trials(settings: TuneConfig, trials: Sequence[TrialOutcome]) -> Rank
     metrics = settings.metrics
     constraints = [Constraint.parse(text) for text in settings.constraints]
     needed = {*metrics, *(each.metric for each in constraints)}
-    finished = [trial for trial in trials if trial.status == "finished" and _is_measured(trial, needed)]
+    finished = [
+        trial
+        for trial in trials
+        if trial.status == "finished"
+        and all(math.isfinite(trial.metrics.get(name, math.nan)) for name in needed)
+    ]
     groups = {
         trial.run_name: [trial, *(each for each in finished if each.repeats == trial.run_name)]
         for trial in finished
@@ -103,7 +110,7 @@ def compare_trials(settings: TuneConfig, trials: Sequence[TrialOutcome]) -> Rank
         return Ranking()
     # Equal values: the earlier trial first.
     candidates.sort(key=lambda each: (_cost(each.means, metrics[0]), each.trial.number))
-    noise = {name: _noise(repeated, name) for name in metrics} if repeated else {}
+    noise = {name: _noise(repeated, name, effects[name]) for name in metrics} if repeated else {}
     front = [each for each in candidates if not any(_dominates(other, each, metrics) for other in candidates)]
     best = knee(front, metrics) if len(metrics) > 1 else candidates[0]
     return Ranking(
@@ -119,19 +126,10 @@ def compare_trials(settings: TuneConfig, trials: Sequence[TrialOutcome]) -> Rank
 
 def knee(front: Sequence[Candidate], metrics: Sequence[str]) -> Candidate:
     """The point of the front that is closest to the best value of every metric, each scaled to the front's extent."""
-    costs = [[_cost(each.means, name) for name in metrics] for each in front]
-    lowest = [min(column) for column in zip(*costs, strict=True)]
-    extent = [(max(column) - min(column)) or 1.0 for column in zip(*costs, strict=True)]
-
-    def distance(index: int) -> float:
-        return math.dist([(cost - low) / span for cost, low, span in zip(costs[index], lowest, extent, strict=True)],
-                         [0.0] * len(metrics))  # fmt: skip
-
-    return front[min(range(len(front)), key=distance)]
-
-
-def _is_measured(trial: TrialOutcome, metrics: set[str]) -> bool:
-    return all(math.isfinite(trial.metrics.get(name, math.nan)) for name in metrics)
+    costs = np.array([[_cost(each.means, name) for name in metrics] for each in front])
+    extent = np.ptp(costs, axis=0)
+    scaled = (costs - costs.min(axis=0)) / np.where(extent > 0, extent, 1.0)
+    return front[int(np.linalg.norm(scaled, axis=1).argmin())]
 
 
 def _cost(means: dict[str, float], metric: str) -> float:
@@ -159,12 +157,8 @@ def _seed_effects(repeated: Sequence[Sequence[TrialOutcome]], metric: str) -> di
     return {seed: fmean(values) for seed, values in differences.items()}
 
 
-def _noise(repeated: Sequence[Sequence[TrialOutcome]], metric: str) -> float:
-    """Standard deviation between seeds of a trial's value, without the effect that a seed has on all trials.
-
-    With one repeated trial only, that effect cannot be separated and is included.
-    """
-    effects = _seed_effects(repeated, metric) if len(repeated) > 1 else {}
+def _noise(repeated: Sequence[Sequence[TrialOutcome]], metric: str, effects: dict[Any, float]) -> float:
+    """Standard deviation between seeds of a trial's value, without the effect that a seed has on all trials."""
     squares = 0.0
     for group in repeated:
         values = [trial.metrics[metric] - effects.get(_seed(trial), 0.0) for trial in group]
