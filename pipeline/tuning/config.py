@@ -128,9 +128,8 @@ class TuneConfig(Section):
             )
         for metric, mode in zip(self.metrics, self.modes, strict=False):
             if metric_of(metric) in METRICS and mode != mode_of(metric):
-                raise ValueError(
-                    f"modes: {metric} is better when {_LARGER[mode_of(metric)]}; use {mode_of(metric)}"
-                )
+                better = "larger" if mode == "min" else "smaller"
+                raise ValueError(f"modes: {metric} is better when {better}; use {mode_of(metric)}")
         for text in self.constraints:
             Constraint.parse(text)
         if self.scheduler == "asha" and len(self.metrics) > 1:
@@ -148,9 +147,6 @@ def _span(name: str, value: object) -> Range | Choice:
         return validated(Choice, value) if "choice" in value else validated(Range, value)
     except UserError as error:
         raise ValueError(f"{name}: {error}") from None
-
-
-_LARGER = {"max": "larger", "min": "smaller"}
 
 
 def mode_of(metric: str) -> Literal["max", "min"]:

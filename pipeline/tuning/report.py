@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import jinja2
@@ -74,10 +75,8 @@ def render_report(
 
 def summary(settings: TuneConfig, trials: Sequence[TrialOutcome], ranking: Ranking) -> list[str]:
     """What was found, in plain sentences."""
-    counts = {
-        status: sum(each.status == status for each in trials) for status in ("finished", "stopped", "failed")
-    }
-    listed = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+    counts = Counter(trial.status for trial in trials)
+    listed = ", ".join(f"{counts[each]} {each}" for each in ("finished", "stopped", "failed") if counts[each])
     lines = [f"{len(trials)} trials: {listed}."]
     best = ranking.of(ranking.best)
     if best is None:
