@@ -144,10 +144,8 @@ def listed(run: Storage) -> list[CheckpointName]:
 
 def chosen_by(run: Storage) -> str | None:
     """The metric of the best validation in the newest checkpoint of stage 2, such as Set14/lpips; not verified."""
-    names = [name for name in listed(run) if name.stage == "gan"]
-    if not names:
-        return None
     with suppress(OSError, ValueError, KeyError, IndexError, TypeError):
+        names = [name for name in listed(run) if name.stage == "gan"]
         state = CHECKPOINT_STATE.parse(run.read_bytes(f"{names[-1].folder}/state.json"))
         return str(state["best"][0]["metric"])
     return None
@@ -166,15 +164,13 @@ def newest(run: Storage) -> Checkpoint | None:
             return read(run, name)
         except CorruptCheckpoint as error:
             logger.warning("skipping corrupt checkpoint: %s", error)
-    if names:
+    folders = run.names(FOLDER)
+    if names or len(folders) > 1:
+        corrupt = f"all {len(names)} checkpoints are corrupt"
+        incomplete = f"none of {len(folders)} checkpoints has its manifest.json"
         raise UserError(
-            f"{run.path(FOLDER)}: all {len(names)} checkpoints are corrupt; restore one, "
-            "or remove the run's folder to start again"
-        )
-    if len(folders := run.names(FOLDER)) > 1:
-        raise UserError(
-            f"{run.path(FOLDER)}: none of {len(folders)} checkpoints has its manifest.json; restore one, "
-            "or remove the run's folder to start again"
+            f"{run.path(FOLDER)}: {corrupt if names else incomplete}; restore one, or remove the run's folder to start "
+            "again"
         )
     return None
 

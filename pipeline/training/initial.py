@@ -158,14 +158,12 @@ def _find(
     try:
         return _read(config, network)
     except UserError as error:
-        if earlier is None:
-            raise
-        try:
-            copy = _copy(folder, network, earlier)
-        except UserError:
-            raise error from None
-        print(f"{error}; using the copy in {folder.path(_file(network))}", flush=True)
-        return copy
+        if earlier is not None:
+            with suppress(UserError):
+                copy = _copy(folder, network, earlier)
+                print(f"{error}; using the copy in {folder.path(_file(network))}", flush=True)
+                return copy
+        raise
 
 
 def _read(config: TrainConfig, network: str) -> Initial:
