@@ -62,14 +62,9 @@ def result_lines(settings: TuneConfig, result: SweepResult) -> list[str]:
         lines.append(f"Pareto front: {', '.join(result.front)}")
     best = result.best
     if best is None:
-        conditions = " and ".join(settings.constraints)
         finished = any(trial.status == "finished" for trial in result.trials)
-        lines.append(
-            f"best: none; no trial meets {conditions}"
-            if finished
-            else "best: none; no trial has finished yet"
-        )
-        return lines
+        reason = f"meets {' and '.join(settings.constraints)}" if finished else "has finished yet"
+        return [*lines, f"best: none; no trial {reason}"]
     lines.append(f"figure: {result.figure}")
     if len(result.tied) > 1:
         lines.append(f"the differences between {', '.join(result.tied)} are within the noise between seeds")

@@ -145,11 +145,9 @@ def digest(text: str) -> str:
 
 def shown(value: Any) -> str:
     """A value for a table."""
-    if isinstance(value, bool) or value is None:
-        return json.dumps(value)
-    return (
-        f"{value:.4g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
-    )
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def flag_text(value: Any) -> str:
@@ -170,11 +168,7 @@ def _distribution(name: str, span: Range | Choice) -> optuna.distributions.BaseD
 
 def _encoded(value: Any) -> Any:
     """A choice in the form that Optuna stores: its own value, or JSON text of a list or a mapping."""
-    return (
-        value
-        if value is None or isinstance(value, bool | int | float | str)
-        else json.dumps(value, sort_keys=True)
-    )
+    return value if isinstance(value, int | float | str | None) else json.dumps(value, sort_keys=True)
 
 
 def _decoded(name: str, span: Range | Choice, value: Any) -> Any:

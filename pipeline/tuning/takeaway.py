@@ -135,12 +135,10 @@ def _generator(queue: TrialQueue, trial: TrialOutcome) -> RRDBNet | None:
     """The EMA weights that a trial's value was measured on; None if the checkpoint is gone."""
     config = queue.job(trial.run_name).config
     run = Storage(config.storage) / trial.run_name
-    name = next((each for each in checkpoints.listed(run) if each.step == trial.step), None)
-    if name is None:
-        return None
+    names = [name for name in checkpoints.listed(run) if name.step == trial.step]
     try:
-        weights = checkpoints.read(run, name).ema
-    except checkpoints.CorruptCheckpoint:
+        weights = checkpoints.read(run, names[0]).ema
+    except (IndexError, checkpoints.CorruptCheckpoint):
         return None
     generator = build_generator(config)
     generator.load_state_dict(weights)
