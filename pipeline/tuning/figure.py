@@ -109,30 +109,22 @@ def parallel_figure(trials: Sequence[TrialOutcome], settings: TuneConfig) -> Fig
     figure = Figure(figsize=(max(5.0, 1.9 * len(columns)), 4.2), layout="constrained")
     axes = figure.add_subplot()
     values = [trial.metrics[metric] for trial in finished]
-    color = Normalize(min(values), max(values) if max(values) > min(values) else min(values) + 1)
+    color = Normalize(min(values), max(values))
     colors = matplotlib.colormaps["viridis" if mode_of(metric) == "max" else "viridis_r"]
-    for index, value in enumerate(values):
-        axes.plot(
-            range(len(columns)),
-            [column[0][index] for column in scaled],
-            color=colors(color(value)),
-            linewidth=1.6,
-        )
-    for position, (_, (low, high)) in enumerate(scaled):
+    for value, line in zip(values, zip(*(places for places, _ in scaled), strict=True), strict=True):
+        axes.plot(line, color=colors(color(value)), linewidth=1.6)
+    for position, (_, ends) in enumerate(scaled):
         axes.axvline(position, color="#999999", linewidth=0.8, zorder=0)
-        axes.annotate(
-            high, (position, 1.0), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8
-        )
-        axes.annotate(
-            low, (position, 0.0), xytext=(0, -13), textcoords="offset points", ha="center", fontsize=8
-        )
+        for text, y, offset in zip(ends, (0.0, 1.0), (-13, 6), strict=True):
+            axes.annotate(
+                text, (position, y), xytext=(0, offset), textcoords="offset points", ha="center", fontsize=8
+            )
     names = [name if name in settings.space else axis_label(name) for name, _ in columns]
     axes.set_xticks(range(len(columns)), [name.replace(".", ".\n", 1) for name in names], fontsize=8)
     axes.tick_params(axis="x", pad=16, length=0)
     axes.set_yticks([])
     axes.set_ylim(-0.02, 1.02)
-    for side in axes.spines.values():
-        side.set_visible(False)
+    axes.spines[:].set_visible(False)
     return figure
 
 
