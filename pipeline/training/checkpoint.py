@@ -16,7 +16,7 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow
 import safetensors
@@ -36,12 +36,21 @@ _FILES = ("generator.safetensors", "training.safetensors", "state.json")
 logger = logging.getLogger(__name__)
 
 
+Stage = Literal["psnr", "gan"]
+
+
 @dataclass(frozen=True, order=True)
 class CheckpointName:
     """Stage and step of a checkpoint; ordered by step."""
 
     step: int
-    stage: str
+    stage: Stage
+
+    @staticmethod
+    def parse(text: str) -> "CheckpointName | None":
+        """The inverse of `str`; None if the text is not the name of a checkpoint."""
+        match = _NAME.match(text)
+        return CheckpointName(int(match[2]), "gan" if match[1] == "gan" else "psnr") if match else None
 
     def __str__(self) -> str:
         return f"{self.stage}-{self.step:08d}"
@@ -134,12 +143,8 @@ def copy(source: Storage, target: Storage, name: CheckpointName) -> None:
 
 def listed(run: Storage) -> list[CheckpointName]:
     """All checkpoints that have a manifest, the oldest first; integrity is verified by `read`."""
-    found = []
-    for name in run.names(FOLDER):
-        match = _NAME.match(name)
-        if match and run.exists(f"{FOLDER}/{name}/manifest.json"):
-            found.append(CheckpointName(int(match[2]), match[1]))
-    return sorted(found)
+    names = map(CheckpointName.parse, run.names(FOLDER))
+    return sorted(name for name in names if name and run.exists(f"{name.folder}/manifest.json"))
 
 
 def chosen_by(run: Storage) -> str | None:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 
 import torch
-import torch.distributed as dist
 
 from pipeline.data.feed import Feed
 from pipeline.errors import UserError
@@ -13,18 +12,18 @@ from pipeline.model import set_deterministic, set_precision
 from pipeline.storage import Storage
 from pipeline.tracking.spool import discard_after
 from pipeline.training import checkpoint as checkpoints
-from pipeline.training.checkpoint import CheckpointName
+from pipeline.training.checkpoint import CheckpointName, Stage
 from pipeline.training.checkpointer import Checkpointer
 from pipeline.training.checks import perceptual_features
 from pipeline.training.config import TrainConfig
-from pipeline.training.distributed import world_size
+from pipeline.training.distributed import gathered
 from pipeline.training.faults import Diverged, OutOfMemory
 from pipeline.training.initial import load_initial
 from pipeline.training.meter import Meter
 from pipeline.training.run_log import RunLog
 from pipeline.training.schedule import due
 from pipeline.training.selection import select_key
-from pipeline.training.state import Stage, TrainState, begin_gan, new_state, of_metric
+from pipeline.training.state import TrainState, begin_gan, new_state, of_metric
 from pipeline.training.stepper import Stepper
 from pipeline.training.validation_sets import ValidationSet, deciding_images
 from pipeline.training.validator import Validator
@@ -136,13 +135,8 @@ def _resume_or_begin(
     """The state of the newest valid checkpoint, the same on all ranks; else a new one."""
     # All ranks read at the same time: none waits for another's download in a collective.
     checkpoint = checkpoints.newest(run) if worker.is_main else checkpoints.newest_if_valid(run)
-    name = checkpoint.name if checkpoint else None
-    if world_size() > 1:
-        code = torch.tensor([name.step, name.stage == "gan"] if name else [-1, 0], device=worker.device)
-        dist.broadcast(code, 0)
-        step, is_gan = code.tolist()
-        name = CheckpointName(step, "gan" if is_gan else "psnr") if step >= 0 else None
-    stage: Stage = "gan" if name and name.stage == "gan" else "psnr"
+    name = CheckpointName.parse(gathered(str(checkpoint.name) if checkpoint else "")[0])  # rank 0's
+    stage: Stage = name.stage if name else "psnr"
     state = new_state(config, stage, worker.device)
     if name is not None:
         if checkpoint is None or checkpoint.name != name:

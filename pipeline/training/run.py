@@ -26,7 +26,7 @@ from pipeline.training.identity import check_resume, claim, diff, identity_of
 from pipeline.training.initial import origins, resolve_for_run, save_copies
 from pipeline.training.loop import train
 from pipeline.training.selection import select_key, with_selection
-from pipeline.training.state import Stage, new_state
+from pipeline.training.state import new_state
 from pipeline.training.stopping import STOP, Stopped, saving_on_sigterm
 from pipeline.training.validation_sets import ValidationSet, find_sets, open_sets
 from pipeline.training.worker import Worker
@@ -258,6 +258,5 @@ def _require_loadable(config: TrainConfig, run: Storage) -> None:
     """Loads the newest checkpoint into a changed configuration, before it replaces the run's. Raises UserError."""
     newest = checkpoints.newest(run)
     if newest is not None:
-        stage: Stage = "gan" if newest.name.stage == "gan" else "psnr"
-        state = new_state(config, stage, torch.device("cpu"))
+        state = new_state(config, newest.name.stage, torch.device("cpu"))
         state.load(newest.ema, newest.tensors, newest.scalars)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,10 @@ from pipeline.metrics import METRICS, metric_of
 from pipeline.model import RRDBNet, UNetDiscriminator, VGGStyleDiscriminator
 from pipeline.model.seeding import seeded
 from pipeline.model.trunk import use_kernels
+from pipeline.training.checkpoint import Stage
 from pipeline.training.config import AdamConfig, TrainConfig
 from pipeline.training.discriminate import PairedDiscriminator
 from pipeline.training.distributed import distribute, unwrap
-
-Stage = Literal["psnr", "gan"]
 
 
 @dataclass(frozen=True)
