@@ -80,9 +80,7 @@ def conclude(
 def result_lines(result: TrainingResult, model: str | None) -> list[str]:
     """The last lines of a run: its checkpoint, and the registered model with its metrics next to bicubic's.
 
-    Args:
-        result: of the run.
-        model: the registered version, models:/NAME/VERSION; None if nothing was registered.
+    `model`: the registered version, models:/NAME/VERSION; None if nothing was registered.
     """
     metrics = comparison(result.metrics, result.bicubic_metrics) or "not validated"
     lines = [

@@ -40,7 +40,7 @@ def train(
     Args:
         config: equal on all ranks.
         worker: runtime context of this process.
-        run: the run's folder, readable by all ranks.
+        run: readable by all ranks.
         feed: this rank's share of every step.
         sets: validation images; empty: no validation.
 

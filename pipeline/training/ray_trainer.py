@@ -58,7 +58,6 @@ def fit(
 
     Args:
         config: with absolute paths.
-        run: the run's folder.
         sets: files of `validation.sets`.
         callbacks: further listeners of reports (a trial's link to Ray Tune).
 

@@ -43,9 +43,6 @@ def psnr_step(
     A step with a non-finite gradient changes nothing but the count of skipped steps.
 
     Args:
-        state: of stage 1.
-        batch: this worker's samples.
-        config: of the run.
         learning_rate: a tensor on the device if the step is captured as a CUDA graph, which would keep a number.
 
     Returns:
@@ -79,10 +76,7 @@ def gan_step(
     A step with a non-finite gradient in either network changes nothing but the count of skipped steps.
 
     Args:
-        state: of stage 2.
-        batch: this worker's samples.
         features: the network of the perceptual loss, image to features by layer; unused if its weight is 0.
-        config: of the run.
         learning_rate: the generator's; a tensor as for `psnr_step`.
 
     Returns:

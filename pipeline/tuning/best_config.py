@@ -18,12 +18,8 @@ _LENGTH = ("log_every_steps", "checkpoint_every_steps", "validate_every_steps")
 def best_config(config: TrainConfig, settings: TuneConfig, best: TrialOutcome) -> TrainConfig:
     """The sweep's configuration with the best trial's values, and the steps and schedules of the published recipe.
 
-    A stage that the sweep skips stays skipped, and a field that was searched keeps its best value.
-
-    Args:
-        config: the sweep's configuration, with absolute paths.
-        settings: the sweep's.
-        best: the best trial.
+    A stage that the sweep skips stays skipped, and a field that was searched keeps its best value. The paths of
+    `config` are absolute.
     """
     full = TrainConfig()
     changes: dict[str, Any] = {name: getattr(full, name) for name in _LENGTH}

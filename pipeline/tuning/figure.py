@@ -129,11 +129,7 @@ def parallel_figure(trials: Sequence[TrialOutcome], settings: TuneConfig) -> Fig
 
 
 def importance_figure(importances: Mapping[str, Mapping[str, float]]) -> Figure:
-    """Bars for each metric: the share of its variance that each field explains.
-
-    Args:
-        importances: share by field, by metric.
-    """
+    """Bars for each metric: the share of its variance that each field explains."""
     count, fields = len(importances), len(next(iter(importances.values())))
     figure = Figure(figsize=(2.2 + 3.4 * count, 1.0 + 0.4 * fields), layout="constrained")
     panels = figure.subplots(1, count, sharey=True, squeeze=False)[0]

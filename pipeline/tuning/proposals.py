@@ -55,8 +55,6 @@ def propose(
     """Valid values that differ from those of all earlier trials; None if there are none left.
 
     Args:
-        settings: the sweep's.
-        base: the training configuration.
         plans: the earlier trials, without repetitions.
         outcomes: of the ended ones, by name.
         validations: of all of them.

@@ -131,11 +131,7 @@ class Listener(tune.Callback):
     """Passes on what happens to the jobs, and prints the state of the sweep every few minutes."""
 
     def __init__(self, queue: TrialQueue, poll_s: float = POLL_S) -> None:
-        """
-        Args:
-            queue: the sweep's jobs.
-            poll_s: seconds between two checks of the time limit and of requests to stop.
-        """
+        """`poll_s`: seconds between two checks of the time limit and of requests to stop."""
         self._queue, self._poll_s = queue, poll_s
         self._began = self._polled = self._printed = time.monotonic()
         self.failure: UserError | None = None

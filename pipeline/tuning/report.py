@@ -30,9 +30,7 @@ def render_report(
     """The page.
 
     Args:
-        settings: the sweep's.
         trials: all ended trials, in the ranking's order.
-        ranking: their comparison.
         figures: title, explanation and SVG of each figure.
         crops: a crop of every shown validation image, by what upscaled it.
         first_point: run name of the trial of the first of tune.points.

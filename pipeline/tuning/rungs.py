@@ -78,7 +78,6 @@ def is_weak(settings: TuneConfig, steps: int, own: History, others: Iterable[His
     compared with each other's best.
 
     Args:
-        settings: the sweep's.
         steps: number of steps of the compared stage.
         own: validations of this trial.
         others: validations of all other trials, ended or running.

@@ -43,7 +43,6 @@ def stage_one_of(trial: TrainConfig, base: TrainConfig, manifest_sha256: str) ->
     """The run that trains a trial's stage 1, named by everything that shapes it; None if the trial has only one stage.
 
     Args:
-        trial: the trial's configuration.
         base: the sweep's, from which the run has the unused fields of stage 2.
         manifest_sha256: digest of the data set's manifest.
     """

@@ -7,9 +7,7 @@ from pipeline.tuning.trial_queue import TrialQueue
 def status_lines(queue: TrialQueue, elapsed_s: float) -> list[str]:
     """How many trials have ended, how long the others will take, and a line for each running job.
 
-    Args:
-        queue: the sweep's jobs.
-        elapsed_s: seconds since this submission began.
+    `elapsed_s`: seconds since this submission began.
     """
     steps = {name: max(queue.steps[name], published_step(job.run)) for name, job in queue.running.items()}
     lines = []

@@ -55,7 +55,6 @@ def run_sweep(
 
     Args:
         config: the trials' configuration, except for the searched fields.
-        settings: what is searched.
         prepare_command: refuse a missing data set with this command in the message, instead of preparing it.
         retry_failed: also repeat the trials that failed in training; those that lost their process or could not write
             are repeated anyway.
@@ -245,13 +244,7 @@ def _processes(queue: TrialQueue) -> str:
 def conclude(queue: TrialQueue, config: TrainConfig, parent: TrackedRun) -> SweepResult:
     """Compares the ended trials, writes the files of the result and logs them to MLflow.
 
-    Args:
-        queue: the ended queue.
-        config: the configuration of the sweep, with absolute paths.
-        parent: the sweep's run in MLflow.
-
-    Raises:
-        UserError: no trial has finished.
+    The paths of `config`, the sweep's configuration, are absolute. Raises UserError: no trial has finished.
     """
     settings, sweep = queue.settings, queue.sweep
     trials = []

@@ -45,8 +45,6 @@ def identity_of(
 
     Args:
         base: the trials' configuration, except for the searched fields.
-        settings: the sweep's.
-        manifest_sha256: digest of the data set's manifest.
         sets: the further images of validation.
         initial: the trials' given initial weights, by network.
         weights: sha256 of further weights, by what they are.

@@ -36,13 +36,7 @@ MIN_IMPORTANCE_TRIALS = 8
 
 
 def sweep_files(queue: TrialQueue, ranking: Ranking, trials: Sequence[TrialOutcome]) -> dict[str, bytes]:
-    """The files that a sweep ends with, by name.
-
-    Args:
-        queue: the ended queue.
-        ranking: comparison of its trials.
-        trials: the ended trials, in the ranking's order.
-    """
+    """The files that a sweep ends with, by name; `trials` are in the ranking's order."""
     settings = queue.settings
     drawn, first_point = _means(trials, ranking), _first_point(queue)
     tradeoff = tradeoff_figure(drawn, settings, ranking)

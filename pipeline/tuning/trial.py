@@ -42,8 +42,6 @@ def train_job(
         Exception: the fault has made the process's GPU unusable, so the process must end.
 
     Args:
-        job: what to train.
-        settings: the sweep's.
         parent_run_id: MLflow's id of the sweep's run.
         report: called after every validation with its metrics and `step`, if the job trains in this process.
         callbacks: Ray Train callbacks that report otherwise.

@@ -28,10 +28,7 @@ class TrialQueue:
     """The trials of a sweep.
 
     Args:
-        settings: what is searched.
         base: the trials' configuration, except for the searched fields.
-        sweep: the sweep's folder.
-        manifest_sha256: digest of the data set's manifest.
         slots: maximum number of concurrent jobs.
         retry_failed: also repeat the trials that failed in training.
     """
