@@ -9,7 +9,7 @@ from pipeline.run_folder import TrialOutcome
 from pipeline.section import flat_fields, with_fields
 from pipeline.training.config import TrainConfig
 from pipeline.tuning.config import TuneConfig
-from pipeline.tuning.space import trial_config
+from pipeline.tuning.space import shown_metrics, trial_config
 
 # What a sweep shortens. The defaults of these fields are those of the published recipe.
 _LENGTH = ("log_every_steps", "checkpoint_every_steps", "validate_every_steps")
@@ -42,7 +42,7 @@ def best_yaml(config: TrainConfig, settings: TuneConfig, best: TrialOutcome) -> 
     values = best_config(config, settings, best).model_dump(mode="json")
     if MASK in (values["tracking"]["uri"] or ""):
         del values["tracking"]["uri"]  # it has a password: set ESRGAN_TRACKING__URI
-    measured = ", ".join(f"{name} {best.metrics[name]:.4f}" for name in settings.metrics)
+    measured = shown_metrics(best.metrics, settings.metrics)
     head = [
         f"The best trial of the sweep {settings.name}: {best.run_name}, {measured} at step {best.step}.",
         "The sweep's configuration with the values of this trial, and the steps and schedules of the published recipe.",

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from pipeline.run_folder import TrialOutcome
 from pipeline.tuning.config import TuneConfig
-from pipeline.tuning.space import flag_text, shown
+from pipeline.tuning.space import flag_text, shown, shown_metrics
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,9 @@ def result_lines(settings: TuneConfig, result: SweepResult) -> list[str]:
     lines = [f"{trial.run_name}: {trial.reason}" for trial in result.trials if trial.status == "failed"]
     for name, means in result.means.items():
         count = 1 + sum(trial.repeats == name and trial.status == "finished" for trial in result.trials)
-        measured = ", ".join(f"{metric} {means[metric]:.4f}" for metric in metrics)
-        lines.append(f"{name}: {measured}, mean of {count} seeds")
+        lines.append(f"{name}: {shown_metrics(means, metrics)}, mean of {count} seeds")
     if result.noise:
-        noise = ", ".join(f"{name} {value:.4f}" for name, value in result.noise.items())
+        noise = shown_metrics(result.noise, metrics)
         lines.append(f"noise (standard deviation between seeds): {noise}")
     if len(result.front) > 1:
         lines.append(f"Pareto front: {', '.join(result.front)}")
@@ -70,7 +69,7 @@ def result_lines(settings: TuneConfig, result: SweepResult) -> list[str]:
         lines.append(f"the differences between {', '.join(result.tied)} are within the noise between seeds")
     values = " ".join(f"--{name} {flag_text(value)}" for name, value in best.values.items())
     means = result.means.get(best.run_name, best.metrics)
-    measured = ", ".join(f"{name} {means[name]:.4f}" for name in metrics)
+    measured = shown_metrics(means, metrics)
     kind = "knee of the Pareto front" if len(metrics) > 1 else "best"
     lines.append(f"{kind}: {best.run_name} with {measured} at step {best.step}: {values}")
     return lines

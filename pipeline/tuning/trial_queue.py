@@ -19,7 +19,7 @@ from pipeline.tuning.job import Job, outcome_of
 from pipeline.tuning.proposals import as_database, number_of_trials, propose, study
 from pipeline.tuning.ranking import compare_trials
 from pipeline.tuning.rungs import compared_from, reason_to_stop
-from pipeline.tuning.space import Values, trial_config, trial_name
+from pipeline.tuning.space import Values, shown_metrics, trial_config, trial_name
 
 logger = logging.getLogger(__name__)
 
@@ -135,8 +135,7 @@ class TrialQueue:
         """A job was validated. Stops it if it is among the weak ones at a rung."""
         job = self.running[name]
         self.steps[name] = step
-        shown = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items())
-        print(f"{name} step {step}/{job.steps}: {shown}", flush=True)
+        print(f"{name} step {step}/{job.steps}: {shown_metrics(metrics, metrics)}", flush=True)
         start = compared_from(job.config)
         if job.kind != "trial" or step <= start:
             return
@@ -180,11 +179,7 @@ class TrialQueue:
         outcome = replace(outcome, run_id=outcome.run_id or sweep_folder.tracking_run_id(job.run))
         self.histories[name] = self._history(name) or self.histories.get(name, {})
         self._keep(outcome)
-        shown = ", ".join(
-            f"{metric} {outcome.metrics[metric]:.4f}"
-            for metric in self.settings.metrics
-            if metric in outcome.metrics
-        )
+        shown = shown_metrics(outcome.metrics, self.settings.metrics)
         count = sum(not each.repeats for each in self.outcomes.values())
         print(
             f"{name} {outcome.status} at step {outcome.step}/{job.steps}: {shown}{_because(outcome.reason)} "
