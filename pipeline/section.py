@@ -129,12 +129,8 @@ def _explain(
         return f"{where}{name}: {message}{more}" if name else f"{where}{message}{more}"
     if first["type"] == "missing":
         return f"{where}{name}: missing{more}"
-    return f"{where}{name}={first['input']!r}: {_plain(first)}{more}"
-
-
-def _plain(detail: Any) -> str:
-    message = str(detail["msg"]).removeprefix("Input ").removeprefix("Value error, ")
-    return message[0].lower() + message[1:]
+    message = str(first["msg"]).removeprefix("Input ")
+    return f"{where}{name}={first['input']!r}: {message[0].lower()}{message[1:]}{more}"
 
 
 def _field_path(section: type[BaseModel], path: Sequence[str]) -> tuple[list[str], type[BaseModel] | None]:
