@@ -57,7 +57,8 @@ def test_a_runs_checkpoint_is_recorded(tmp_path: Path, weights: Path) -> None:
     content = weights.read_bytes()
     (folder / "generator.safetensors").write_bytes(content)
     entry = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-    (folder / "manifest.json").write_text(json.dumps({"files": {"generator.safetensors": entry}}))
+    content_of = {"format": 1, "files": {"generator.safetensors": entry}}
+    (folder / "manifest.json").write_text(json.dumps(content_of))
     assert evaluated(tmp_path, "--model", folder)["origin"] == str(folder)
 
 
