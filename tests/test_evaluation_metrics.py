@@ -20,8 +20,10 @@ from PIL import Image
 from torchvision.models import alexnet
 
 from pipeline.data.ingest.image_set import find_pairs
+from pipeline.errors import UserError
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.models import interpolated, open_model
+from pipeline.evaluation.ray_workers import map_on_ray
 from pipeline.evaluation.scoring import Scorer, Settings
 from pipeline.imaging import bicubic_upscale, matlab_bicubic_downscale, psnr, ssim, upscale
 from pipeline.metrics import CONSISTENCY_AND_DETAIL, FIDELITY, MetricSet
@@ -162,6 +164,15 @@ def test_ray_workers_give_the_same_numbers(tmp_path: Path, ray_cluster: str) -> 
     pairs, _ = find_pairs(str(tmp_path / "hr"), None, 4)
     scorer = Scorer(models, Settings(), MetricSet([*FIDELITY, "feature_distance"]))
     assert evaluate(scorer, pairs, workers=1).as_json() == evaluate(scorer, pairs).as_json()
+
+
+@pytest.mark.ray
+def test_an_error_on_a_ray_worker_is_raised_without_its_traceback(ray_cluster: str) -> None:
+    def refuse(name: str) -> None:
+        raise UserError(f"{name}: too small")
+
+    with pytest.raises(UserError, match=r"^a\.png: too small$"):
+        list(map_on_ray(refuse, ["a.png"], 1))
 
 
 def test_a_model_with_non_finite_output_is_an_error_without_results(tmp_path: Path) -> None:

@@ -44,6 +44,11 @@ def chunks_of(content: bytes) -> dict[bytes, bytes]:
     return {kind: content[first:end] for kind, first, end in png.chunks(content)}
 
 
+def test_a_truncated_image_with_transparency_is_reported_as_that() -> None:
+    with pytest.raises(PhotoRejected, match="truncated"):
+        read_source(encoded(np.full((64, 64, 4), 9, np.uint8), "TIFF")[:-500], 200.0)
+
+
 def test_hidden_black_does_not_bleed_into_a_bright_disc() -> None:
     y, x = np.mgrid[0:64, 0:64]
     disc = (x - 32) ** 2 + (y - 32) ** 2 < 400
