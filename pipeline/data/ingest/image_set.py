@@ -126,7 +126,7 @@ def _found(
     return [Pair(name, path, None) for name, path in hr_paths.items()], []
 
 
-def read_pair(pair: Pair, scale: int, border: int, max_megapixels: float = 200.0) -> tuple[Image, Image]:
+def read_pair(pair: Pair, scale: int, border: int) -> tuple[Image, Image]:
     """An HR image, cut to a multiple of the scale, and its LR image; both uint8 (H, W, 3).
 
     Without an LR file the HR image is downscaled by MATLAB's bicubic. With one, the HR image may exceed `scale` times
@@ -136,13 +136,12 @@ def read_pair(pair: Pair, scale: int, border: int, max_megapixels: float = 200.0
         pair: the files.
         scale: of the LR image.
         border: pixels that metrics exclude at each edge; the image must be large enough for SSIM without them.
-        max_megapixels: larger images are rejected.
 
     Raises:
         PhotoRejected: with the reason.
     """
-    hr = _read(pair.hr, max_megapixels)
-    lr = None if pair.lr is None else _read(pair.lr, max_megapixels)
+    hr = _read(pair.hr)
+    lr = None if pair.lr is None else _read(pair.lr)
     height, width = (size // scale * scale for size in hr.shape[:2])
     if lr is not None and lr.shape[:2] != (height // scale, width // scale):
         raise PhotoRejected(size_mismatch((hr.shape[1], hr.shape[0]), (lr.shape[1], lr.shape[0]), scale))
@@ -165,10 +164,10 @@ def size_mismatch(hr: tuple[int, int], lr: tuple[int, int], scale: int) -> str:
     )
 
 
-def _read(path: str, max_megapixels: float) -> Image:
+def _read(path: str) -> Image:
     folder, _, name = path.rpartition("/")
     try:
-        return read_photo(Storage(folder or "/").read_bytes(name), max_megapixels).pixels
+        return read_photo(Storage(folder or "/").read_bytes(name)).pixels
     except PhotoRejected as error:
         raise PhotoRejected(f"{name}: {error}") from None
     except (OSError, pyarrow.ArrowException) as error:
