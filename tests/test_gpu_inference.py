@@ -64,3 +64,13 @@ def test_psnr_and_ssim_on_the_device_equal_those_on_the_cpu(device: str) -> None
         a, b = (planes(images, channel) for images in pair)
         assert float(batch_psnr(a, b)) == pytest.approx(psnr(sr, hr, 4, channel), abs=1e-9)  # type: ignore[arg-type]
         assert float(batch_ssim(a, b)) == pytest.approx(ssim(sr, hr, 4, channel), abs=1e-9)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_16_bit_images_are_upscaled_on_the_device(device: str) -> None:
+    set_precision("fp32")
+    lr = photo(30, 41).astype(np.uint16) * 257
+    expected = upscale(generator(), lr, device="cpu")
+    found = upscale(generator(), lr, tile_px=20, device=device)
+    assert found.dtype == np.uint16
+    assert levels(found, expected).max() <= 257  # a level of 8 bits
