@@ -76,15 +76,15 @@ def fill_disk(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Storage, "write_bytes", full)
 
 
-def test_three_outages_and_a_full_disk_change_nothing_in_mlflow(
+def test_outages_and_a_full_disk_change_nothing_in_mlflow(
     tmp_path: Path, running: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = TrackingConfig(uri=running.uri)
     disturbed, quiet = Storage(str(tmp_path)) / "disturbed", Storage(str(tmp_path)) / "quiet"
     tracked = open_small(config, disturbed, "disturbed")
     with Sender(disturbed, config, tracked, published_step=lambda: newest(disturbed), poll_s=0.05) as sender:
-        for step in range(10, 101, 10):
-            if step in (20, 50, 80):
+        for step in range(10, 81, 10):
+            if step in (20, 50):
                 running.kill()
             if step == 50:  # The write fails as a whole, and the interval is trained again.
                 fill_disk(monkeypatch)
@@ -92,7 +92,7 @@ def test_three_outages_and_a_full_disk_change_nothing_in_mlflow(
                     train(disturbed, step)
                 monkeypatch.undo()
             train(disturbed, step)
-            if step in (30, 60, 90):
+            if step in (30, 60):
                 running.start()
             if step == 60:
                 wait_until(lambda: disturbed.exists("tracking/sent.json"))
@@ -100,15 +100,15 @@ def test_three_outages_and_a_full_disk_change_nothing_in_mlflow(
     finish_run(tracked, "FINISHED")
 
     undisturbed = open_small(config, quiet, "quiet")
-    for step in range(10, 101, 10):
+    for step in range(10, 81, 10):
         train(quiet, step)
     with Sender(quiet, config, undisturbed, published_step=lambda: newest(quiet)) as sender:
         assert sender.flush(300) == 0
 
     logged = everything(tracked)
     assert logged == everything(undisturbed)
-    assert [point[0] for point in logged["curves"]["loss/pixel"]] == list(range(1, 101))
-    assert len(logged["images"]) == 10 * 2
+    assert [point[0] for point in logged["curves"]["loss/pixel"]] == list(range(1, 81))
+    assert len(logged["images"]) == 8 * 2
     assert client_of(tracked).get_run(tracked.run_id).info.status == "FINISHED"
 
 
@@ -119,20 +119,19 @@ def test_a_server_killed_within_a_segment_gets_it_once(
     run = Storage(str(tmp_path)) / "middle"
     tracked = open_small(config, run, "middle")
     write_segments(run, 20)
-    real, kills = upload._log_images, [10, 20]
+    real, kills = upload._log_images, []
 
     def kill_server_after_the_images(*args) -> None:
-        if kills:
-            kills.pop()
+        if not kills:
+            kills.append("once")
             real(*args)  # The images are logged, sent.json is not written.
             running.kill()
         real(*args)
 
     monkeypatch.setattr(upload, "_log_images", kill_server_after_the_images)
     with Sender(run, config, tracked, published_step=lambda: 20, poll_s=0.05) as sender:
-        for remaining in (1, 0):
-            wait_until(lambda: len(kills) == remaining and not running.alive)  # noqa: B023
-            running.start()
+        wait_until(lambda: not running.alive)
+        running.start()
         assert sender.flush(300) == 0
     logged = everything(tracked)
     assert [point[0] for point in logged["curves"]["loss/pixel"]] == list(range(1, 21))
