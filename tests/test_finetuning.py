@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stage_one(folder: Path) -> TrainingResult:
     """A registered generator after 40 steps of stage 1."""
     changes = {"psnr.steps": 40, "psnr.learning_rate": 2e-3, "gan.steps": 0, "validate_every_steps": 40}
-    return train(folder, run_name="one", **changes)
+    return train(folder, run_name="one", **changes, **{"tracking.register_model": True})
 
 
 def published(path: Path) -> str:
@@ -63,7 +63,7 @@ def test_fine_tuning_begins_with_evaluates_metrics_and_resumes_exactly_without_t
 ) -> None:
     source = published(tmp_path / "published.pth")
     expected = evaluated(folder, source, tmp_path / "out")
-    changes = {"init.generator": source, "init.adopt_sizes": True}
+    changes = {"init.generator": source, "init.adopt_sizes": True, "tracking.uri": "none"}
     undisturbed = train(folder, run_name="whole", **changes)
     run = Storage(str(folder / "runs" / "whole"))
     first = at_step_zero(run)
@@ -72,7 +72,7 @@ def test_fine_tuning_begins_with_evaluates_metrics_and_resumes_exactly_without_t
     )
     for name, line in (("early", "step 1/12"), ("later", "step 5/12"), ("gan", "step 9/12")):
         again = published(tmp_path / f"{name}.pth")
-        changes = {"run_name": name, "init.generator": again, "init.adopt_sizes": True}
+        changes = {**changes, "run_name": name, "init.generator": again}
         run_until(command("train_gan", folder, fields(folder, **changes)), line, environment())
         Path(again).unlink()
         result = train(folder, **changes)
@@ -85,7 +85,9 @@ def test_the_origin_is_recorded_in_the_run_in_mlflow_and_in_the_card(
 ) -> None:
     uri = f"sqlite:///{folder}/runs/mlflow.db"
     source = f"models:/esrgan-x4/{stage_one.model_version}"
-    result = train(folder, run_name="registered", **{"init.generator": source})
+    result = train(
+        folder, run_name="registered", **{"init.generator": source, "tracking.register_model": True}
+    )
     digest = generator_sha256(load_generator(pull_generator(source, uri))[0].state_dict())
     identity = IDENTITY.read(Storage(str(folder / "runs" / "registered")))
     assert identity is not None
@@ -158,7 +160,7 @@ def trained(folder: Path, name: str, **changes: Any) -> TrainingResult:
     settings = {
         "psnr.steps": 100, "gan.steps": 0, "psnr.learning_rate": 3e-3, "batch_size": 8, "ema_decay": 0.95,
         "validate_every_steps": 100, "log_every_steps": 50, "checkpoint_every_steps": 100, "model.num_block": 2,
-        "model.num_feat": 16, "model.num_grow_ch": 8, "tracking.register_model": False,
+        "model.num_feat": 16, "model.num_grow_ch": 8,
     }  # fmt: skip
     return train(folder, run_name=name, **{**settings, **changes})
 

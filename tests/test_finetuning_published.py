@@ -58,7 +58,7 @@ def test_fine_tuning_from_x4plus_anime_begins_with_its_metrics_and_resumes_exact
     expected = evaluated(folder, source, tmp_path / "out")
     changes = {
         "init.generator": source, "init.adopt_sizes": True, "psnr.steps": 4, "gan.steps": 0, "batch_size": 2,
-        "psnr.learning_rate": 1e-5, "tracking.register_model": False,
+        "psnr.learning_rate": 1e-5, "tracking.uri": "none",
     }  # fmt: skip
     undisturbed = train(folder, run_name="whole", **changes)
     run = Storage(str(folder / "runs" / "whole"))

@@ -27,7 +27,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("minimal")
     write_photos(folder / "photos", 3, 96, seed=1)
     write_photos(folder / "held_out", 2, 64, seed=2)
-    flags = command("train_gan", folder, fields(folder))[2:]
+    flags = command("train_gan", folder, fields(folder, **{"tracking.register_model": True}))[2:]
     minimal_job("prepare_data", folder, *flags)
     return folder, minimal_job("train_gan", folder, *flags)
 

@@ -56,7 +56,7 @@ def files_with(folder: Path, *secrets: str) -> list[str]:
 
 
 def test_a_run_and_its_resumption_with_another_password(folder: Path, server: Server) -> None:
-    values = fields(folder)
+    values = fields(folder, **{"tracking.register_model": True})
     program = command("train_gan", folder, values)
     run_until(program, "[psnr] step 4/12", environment(with_password(server.uri, SECRET)))
     printed = run("train_gan", folder, values, with_password(server.uri, OTHER))
@@ -78,7 +78,7 @@ def test_an_outage_is_reported_without_the_password(
     flush = Sender.flush
     monkeypatch.setattr(Sender, "flush", lambda self, timeout_s: flush(self, 1.0))
     monkeypatch.setenv("ESRGAN_TRACKING__URI", with_password(f"http://127.0.0.1:{free_port()}", SECRET))
-    values = fields(folder, **{"tracking.if_unreachable": "spool"})
+    values = fields(folder, **{"tracking.if_unreachable": "spool", "tracking.register_model": True})
     assert exit_code("train_gan", *command("train_gan", folder, values)[2:]) == 0
     printed = "".join(capfd.readouterr()) + caplog.text
     assert "metrics are stored in" in printed

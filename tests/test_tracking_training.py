@@ -50,11 +50,11 @@ def test_a_server_unreachable_until_after_the_end_loses_neither_metrics_nor_the_
 ) -> None:
     flush = Sender.flush
     server = Server(tmp_path)
-    changes = {"tracking.uri": server.uri, "tracking.if_unreachable": "spool"}
+    changes = {"tracking.uri": server.uri, "tracking.register_model": True}
     # Only here flush() cannot succeed: the undisturbed run below gets all the time that a busy machine needs.
     with monkeypatch.context() as patch:
         patch.setattr(Sender, "flush", lambda self, timeout_s: flush(self, 1.0))
-        result = train(folder, run_name="unreachable", **changes)
+        result = train(folder, run_name="unreachable", **changes, **{"tracking.if_unreachable": "spool"})
     assert (result.run_id, result.model_version, result.step) == (None, None, 12)
     run = Storage(str(folder / "runs" / "unreachable"))
     lines = [line for line in capsys.readouterr().out.splitlines() if "send_metrics.py" in line]
@@ -65,7 +65,7 @@ def test_a_server_unreachable_until_after_the_end_loses_neither_metrics_nor_the_
     server.start()
     try:
         send_metrics.main(["--run", run.uri])
-        undisturbed = train(folder, run_name="quiet", **{"tracking.uri": server.uri})
+        undisturbed = train(folder, run_name="quiet", **changes)
         client = MlflowClient(server.uri, server.uri)
         late = json.loads(run.read_bytes("result.json"))
         assert (late["model_version"], undisturbed.model_version) == (1, 2)
@@ -84,7 +84,9 @@ def test_a_run_on_s3_registers_a_model_with_its_card(
     uri = new_database(tmp_path)
     with s3_bucket(monkeypatch) as bucket:
         result = train(
-            folder, storage=f"{bucket}/runs", **{"tracking.uri": uri, "data.root": str(tmp_path / "data")}
+            folder,
+            storage=f"{bucket}/runs",
+            **{"tracking.uri": uri, "tracking.register_model": True, "data.root": str(tmp_path / "data")},
         )
         assert result.model_version == 1
         assert not (Storage(f"{bucket}/runs") / "tiny").exists("tracking/candidate")

@@ -112,9 +112,9 @@ def test_a_model_that_cannot_be_registered_is_found_before_the_start(
     with pytest.raises(
         UserError, match=r"tracking\.register_model=true .*: the package onnx is not installed"
     ):
-        check_before_start(load(tmp_path), run)
-    for field, value in (("tracking.register_model", False), ("tracking.uri", "none")):
-        check_before_start(load(tmp_path, **{field: value}), run)
+        check_before_start(load(tmp_path, **{"tracking.register_model": True}), run)
+    for changes in ({}, {"tracking.register_model": True, "tracking.uri": "none"}):
+        check_before_start(load(tmp_path, **changes), run)
 
 
 @pytest.mark.parametrize("changes", [{}, {"init.generator": "compact-x4"}])

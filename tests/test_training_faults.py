@@ -102,7 +102,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(folder: Path, **changes: Any) -> TrainingResult:
-    return tiny.train(folder, **{"tracking.register_model": False, **changes})
+    return tiny.train(folder, **changes)
 
 
 def events(run: Storage) -> list[str]:

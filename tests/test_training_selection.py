@@ -166,7 +166,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Trai
         "psnr.steps": 20, "gan.steps": 8, "psnr.learning_rate": 2e-3, "gan.learning_rate": 1e-2,
         "gan.pixel_weight": 0.0, "gan.adversarial_weight": 0.0, "keep_checkpoints": 1, "log_every_steps": 10,
         "checkpoint_every_steps": 100, "validate_every_steps": 2,
-        "validation.metrics": ["psnr_y", "feature_distance"],
+        "validation.metrics": ["psnr_y", "feature_distance"], "tracking.register_model": True,
     }  # fmt: skip
     names = ("psnr_y", "feature_distance")
     return folder, {

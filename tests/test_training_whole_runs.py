@@ -101,7 +101,7 @@ def test_psnr_rises_and_passes_bicubic(tmp_path: Path) -> None:
         **{
             "psnr.steps": 400, "gan.steps": 0, "psnr.learning_rate": 3e-3, "model.num_feat": 16,
             "model.num_grow_ch": 8, "batch_size": 8, "ema_decay": 0.95, "log_every_steps": 100,
-            "checkpoint_every_steps": 100, "validate_every_steps": 100, "tracking.register_model": False,
+            "checkpoint_every_steps": 100, "validate_every_steps": 100,
         },
     )  # fmt: skip
     values = validated_psnr(Storage(str(tmp_path / "runs" / "tiny")))
@@ -113,7 +113,9 @@ def test_psnr_rises_and_passes_bicubic(tmp_path: Path) -> None:
 
 def test_scale_2_from_images_to_a_registered_model(tmp_path: Path) -> None:
     uri = new_database(tmp_path)
-    result = tiny.train(write_sets(tmp_path), **{"data.scale": 2, "tracking.uri": uri})
+    result = tiny.train(
+        write_sets(tmp_path), **{"data.scale": 2, "tracking.uri": uri, "tracking.register_model": True}
+    )
     assert result.model_version == 1
     run = Storage(str(tmp_path / "runs" / "tiny"))
     best = next(

@@ -236,7 +236,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
         "Set14": write_pairs(folder / "set14"),
     }
     changes = {"validation.sets": sets, "validation.select_on": "Set14"}
-    return folder, train(folder, **changes)
+    return folder, train(folder, **changes, **{"tracking.register_model": True})
 
 
 def test_each_set_has_its_metrics_and_images(trained: tuple[Path, Any]) -> None:
@@ -294,7 +294,7 @@ def test_images_of_another_content_do_not_count_when_a_run_is_resumed(trained: t
 def test_workers_of_ray_train_measure_the_sets_that_the_driver_has_found(trained: tuple[Path, Any]) -> None:
     folder, alone = trained
     sets = {"Set5": str(folder / "set5"), "Set14": str(folder / "set14")}
-    changes = {"validation.sets": sets, "validation.select_on": "Set14", "tracking.register_model": False}
+    changes = {"validation.sets": sets, "validation.select_on": "Set14"}
     assert train(folder, run_name="on-ray", workers=1, **changes).metrics == alone.metrics
 
 

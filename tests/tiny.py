@@ -52,6 +52,7 @@ def fields(folder: Path, **changes: Any) -> dict[str, Any]:
         "gan.select_by": "psnr_y",
         "perceptual.weights": "random",
         "perceptual.layers": {"conv1_2": 1.0},
+        "tracking.register_model": False,  # it takes as long as the training
         "ema_decay": 0.8,
         "log_every_steps": 1,
         "checkpoint_every_steps": 2,
