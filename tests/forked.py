@@ -51,13 +51,14 @@ def _run_script(
         atexit._run_exitfuncs()  # multiprocessing does not call them; Ray stops its processes in one
 
 
-def _start(
+def start(
     program: list[str],
     outputs: tuple[str, str],
     folder: Path | None = None,
     environment: dict[str, str] | None = None,
     prepare: Callable[[], None] | None = None,
 ) -> ForkServerProcess:
+    """Starts a script with its arguments as the leader of a process group, which appends to two files."""
     arguments = (program, folder or Path.cwd(), environment or dict(os.environ), outputs, prepare)
     process = CONTEXT.Process(target=_run_script, args=arguments)
     process.start()
@@ -73,7 +74,7 @@ def run(
     """Runs a script with its arguments to its end; the process calls `prepare` first."""
     with tempfile.TemporaryDirectory() as temporary:
         outputs = f"{temporary}/stdout", f"{temporary}/stderr"
-        process = _start(program, outputs, folder, environment, prepare)
+        process = start(program, outputs, folder, environment, prepare)
         process.join()
         assert process.exitcode is not None
         return subprocess.CompletedProcess(
@@ -86,7 +87,7 @@ def run_until(program: list[str], text: str, environment: dict[str, str] | None 
     with tempfile.TemporaryDirectory() as temporary:
         fifo = Path(temporary) / "lines"
         os.mkfifo(fifo)
-        process = _start(program, (str(fifo), str(fifo)), environment=environment)
+        process = start(program, (str(fifo), str(fifo)), environment=environment)
         assert process.pid is not None
         log = []
         with fifo.open() as lines:
