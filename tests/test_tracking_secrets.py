@@ -88,10 +88,19 @@ def test_an_outage_is_reported_without_the_password(
 
 @pytest.mark.ray
 @pytest.mark.parametrize("job", ["train_gan", "tune_gan"])
-def test_ray_writes_no_password_next_to_the_runs(folder: Path, server: Server, job: str) -> None:
+def test_ray_writes_no_password_next_to_the_runs(
+    ray_cluster: str,
+    folder: Path,
+    server: Server,
+    job: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     space = {"gan.adversarial_weight": {"low": 1e-4, "high": 5e-2}}
     sweep = {"tune.name": "sweep", "tune.trials": 1, "tune.space": space} if job == "tune_gan" else {}
+    monkeypatch.setenv("ESRGAN_TRACKING__URI", with_password(server.uri, SECRET))
     values = fields(folder, workers=1, **sweep)
-    printed = run(job, folder, values, with_password(server.uri, SECRET))
-    assert SECRET not in printed
+    assert exit_code(job, *command(job, folder, values)[2:]) == 0
+    assert SECRET not in "".join(capfd.readouterr()) + caplog.text
     assert files_with(folder, SECRET) == files_with(server.folder, SECRET) == []
