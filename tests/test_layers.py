@@ -159,6 +159,15 @@ def test_ray_is_imported_only_at_the_edge() -> None:
         assert not uses_ray or name in RAY_FILES or name.startswith(RAY_FOLDERS), path
 
 
+def test_internals_of_ray_are_imported_in_one_module() -> None:
+    users = [
+        path.name
+        for path in modules()
+        if any(name.startswith("ray.") and ("._" in name or ".core." in name) for name in imported(path))
+    ]
+    assert users == ["ray_compat.py"]
+
+
 def test_mlflow_is_imported_only_in_tracking() -> None:
     for path in modules():
         uses_mlflow = any(module.split(".")[0] == "mlflow" for module in imported(path))

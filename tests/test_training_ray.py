@@ -19,7 +19,6 @@ import ray.train.torch
 import tiny
 import torch
 from ray.exceptions import RayActorError
-from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from tiny import write_sets
 
@@ -30,7 +29,7 @@ from pipeline.storage import Storage
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training import faults
 from pipeline.training.faults import Diverged, OutOfMemory
-from pipeline.training.ray_compat import SavingTrainer
+from pipeline.training.ray_compat import SavingTrainer, WorkerGroupCallback
 from pipeline.training.ray_trainer import _kind
 from pipeline.training.run import TrainingResult, run_training
 

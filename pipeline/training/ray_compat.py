@@ -34,6 +34,8 @@ __all__ = [
     "PlacementGroupCleanup",
     "PreemptionNotice",
     "SavingTrainer",
+    "WorkerGroupCallback",
+    "cause_of",
     "remove_orphaned_placement_groups",
     "reports",
 ]
@@ -60,6 +62,11 @@ def remove_orphaned_placement_groups(of_actor: str | None = None) -> None:
         if orphaned and group.state != PlacementGroupTableData.REMOVED:
             logger.warning("removing the placement group of Ray Train controller %s", creator.hex())
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """The exception that training raised, without Ray Train's wrapper."""
+    return getattr(error, "_base_exc", None) or getattr(error, "cause", None) or error
 
 
 class PlacementGroupCleanup(WorkerGroupCallback, ControllerCallback):

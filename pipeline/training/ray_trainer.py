@@ -32,6 +32,7 @@ from pipeline.training.ray_compat import (
     PlacementGroupCleanup,
     PreemptionNotice,
     SavingTrainer,
+    cause_of,
     remove_orphaned_placement_groups,
     reports,
 )
@@ -230,7 +231,7 @@ class _FaultLog(UserCallback):
         )
         kind = _kind(error)
         # Without the rank: an error that all ranks have is the same error, whichever is reported first.
-        text = str(_cause(error)) if kind == "diverged" else f"a worker stopped: {_last_line(error)}"
+        text = str(cause_of(error)) if kind == "diverged" else f"a worker stopped: {_last_line(error)}"
         fault = _record(run, kind, text)
         with _output(run, self._is_trial):
             print(
@@ -246,7 +247,7 @@ _ROOT_CAUSES: tuple[FaultKind, ...] = ("died", "diverged", "error")
 def _kind(error: Exception) -> FaultKind:
     if _is_death(error):
         return "died"
-    return "diverged" if isinstance(_cause(error), faults.Diverged | faults.OutOfMemory) else "error"
+    return "diverged" if isinstance(cause_of(error), faults.Diverged | faults.OutOfMemory) else "error"
 
 
 def _is_death(error: BaseException) -> bool:
@@ -254,17 +255,12 @@ def _is_death(error: BaseException) -> bool:
     return isinstance(failure, ray.exceptions.RayActorError)
 
 
-def _cause(error: BaseException) -> BaseException:
-    """The exception that training raised, without Ray Train's wrapper."""
-    return getattr(error, "_base_exc", None) or getattr(error, "cause", None) or error
-
-
 def _last_line(error: BaseException) -> str:
     """The error in one line."""
     if _is_death(error):
         return "its process ended"
-    lines = [line.strip() for line in str(_cause(error)).splitlines() if line.strip()]
-    return f"{type(_cause(error)).__name__}: {lines[-1] if lines else ''}"[:400]
+    lines = [line.strip() for line in str(cause_of(error)).splitlines() if line.strip()]
+    return f"{type(cause_of(error)).__name__}: {lines[-1] if lines else ''}"[:400]
 
 
 def _record(run: Storage, kind: FaultKind, text: str) -> Fault:
