@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from pipeline.errors import UserError
-from pipeline.model import RRDBNet, save_generator
+from pipeline.model import RRDBNet, decode_generator, save_generator
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,6 +27,11 @@ def write_generator(path: Path, seed: int = 0, **sizes: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_generator(generator, path)
     return path
+
+
+def load_generator(path: str | Path) -> tuple[RRDBNet, dict[str, str]]:
+    """The generator in a file, and information on it."""
+    return decode_generator(Path(path), str(path))
 
 
 def write_overflowing_generator(path: Path) -> Path:

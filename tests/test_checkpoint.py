@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from evaluation_helpers import load_generator
 
 from pipeline.errors import UserError
-from pipeline.model import load_generator
 from pipeline.storage import Storage
 from pipeline.tracking.spool import Event, read_segment
 from pipeline.training import checkpoint as checkpoints

@@ -6,10 +6,18 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from evaluation_helpers import exit_code, job, synthetic_image, user_error, write_generator, write_image
+from evaluation_helpers import (
+    exit_code,
+    job,
+    load_generator,
+    synthetic_image,
+    user_error,
+    write_generator,
+    write_image,
+)
 
 from pipeline.evaluation.models import interpolated, open_model
-from pipeline.model import generator_sha256, load_generator
+from pipeline.model import generator_sha256
 
 
 @pytest.fixture

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from evaluation_helpers import job
+from evaluation_helpers import job, load_generator
 from mlflow import MlflowClient
 from test_training_run import curve, environment
 from tiny import command, fields, flags, run_until, train, write_photos, write_sets
 
 from pipeline.config import load_config
 from pipeline.errors import UserError
-from pipeline.model import RRDBNet, generator_sha256, load_generator, seeded
+from pipeline.model import RRDBNet, generator_sha256, seeded
 from pipeline.run_folder import IDENTITY, TrainingResult
 from pipeline.storage import Storage
 from pipeline.tracking.lookup import pull_generator

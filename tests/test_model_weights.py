@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from evaluation_helpers import load_generator
 from safetensors import safe_open
 from torch import Tensor
 
@@ -17,7 +18,6 @@ from pipeline.model import (
     RRDBNet,
     decode_generator,
     generator_sha256,
-    load_generator,
     save_generator,
     seeded,
 )

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import tracking_helpers
+from evaluation_helpers import load_generator
 from mlflow import MlflowClient
 from tracking_helpers import (
     DATA,
@@ -25,7 +26,7 @@ from tracking_helpers import (
 )
 
 from pipeline.errors import UserError
-from pipeline.model import generator_sha256, load_generator, save_generator
+from pipeline.model import generator_sha256, save_generator
 from pipeline.storage import Storage
 from pipeline.tracking import logged_model, registry
 from pipeline.tracking.config import TrackingConfig

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from evaluation_helpers import load_generator
 from gloo import run_workers
 from metrics_helpers import random_backbone, write_backbone
 from s3 import s3_bucket
@@ -21,7 +22,7 @@ from tracking_helpers import new_database
 from pipeline.data import HeldOutPhoto, load_manifest, read_held_out
 from pipeline.imaging import bicubic_upscale, matlab_bicubic_downscale, psnr, ssim, upscale
 from pipeline.metrics import METRICS, MetricSet, weights
-from pipeline.model import RRDBNet, load_generator, seeded
+from pipeline.model import RRDBNet, seeded
 from pipeline.storage import Storage
 from pipeline.tracking.spool import Metrics, read_segment, segment_steps
 from pipeline.training import checkpoint as checkpoints

@@ -10,4 +10,4 @@ from pipeline.model.lite0 import LITE0_LAYERS, Lite0Features
 from pipeline.model.losses import relativistic_losses
 from pipeline.model.rrdbnet import RRDBNet
 from pipeline.model.seeding import seeded
-from pipeline.model.weights import decode_generator, generator_sha256, load_generator, save_generator
+from pipeline.model.weights import decode_generator, generator_sha256, save_generator

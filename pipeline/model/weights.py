@@ -96,11 +96,12 @@ def sizes_as_text(generator: RRDBNet) -> dict[str, str]:
     }
 
 
-def load_generator(path: str | os.PathLike[str]) -> tuple[RRDBNet, dict[str, str]]:
-    """A generator in float32 on the CPU; the sizes are read from the file.
+def decode_generator(source: bytes | Path, name: str) -> tuple[RRDBNet, dict[str, str]]:
+    """A generator in float32 on the CPU, from a file's content or path; the sizes are read from the file.
 
     Reads .safetensors and .pth (unpickling tensors and numpy numbers only). The state dict may be the file itself or
     one of the entries in `weight_forms.WRAPPERS`, with BasicSR's names or those of the two older ESRGAN repositories.
+    `name` is its name in error messages.
 
     Returns:
         The network, and information on it: the header's entries, the sizes, and `residual_scale_source`, which is
@@ -109,11 +110,6 @@ def load_generator(path: str | os.PathLike[str]) -> tuple[RRDBNet, dict[str, str
     Raises:
         UserError: no such file, not readable as weights, not finite, or not an RRDBNet.
     """
-    return decode_generator(Path(path), str(path))
-
-
-def decode_generator(source: bytes | Path, name: str) -> tuple[RRDBNet, dict[str, str]]:
-    """`load_generator` for a file's path or content; `name` is its name in error messages."""
     state, metadata = read_generator_tensors(source, name)
     if other := other_network(state):
         raise UserError(f"{name}: {other}")
