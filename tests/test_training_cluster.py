@@ -1,4 +1,4 @@
-"""A worker group that shrinks and grows with the cluster, on a Ray of three nodes on this machine."""
+"""Nodes that come and go: an elastic worker group, and a sweep's trial, on a Ray of three nodes on this machine."""
 
 import json
 import os
@@ -16,10 +16,14 @@ from pathlib import Path
 import forked
 import pytest
 from ray.cluster_utils import Cluster
-from tiny import command, fields, write_photos
+from tiny import command, fields, write_photos, write_sets
+from tracking_helpers import wait_until
+from tuning_helpers import open_queue, run_all, sweep_fields
 
 from pipeline.storage import Storage
+from pipeline.tracking.spool import published_step
 from pipeline.training import checkpoint as checkpoints
+from pipeline.tuning.sweep_folder import outcomes
 
 pytestmark = [pytest.mark.cluster, pytest.mark.ray, pytest.mark.slow]
 
@@ -129,3 +133,30 @@ def test_a_run_saves_at_notice_shrinks_grows_and_saves_when_stopped(cluster: Clu
     finally:
         run.process.kill()
         run.process.join()
+
+
+def test_a_trial_whose_node_is_lost_ends_on_another_one_with_the_same_value(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    first = cluster.add_node(**NODE)
+    write_sets(tmp_path)
+    changes = {
+        "checkpoint_every_steps": 2,
+        "validate_every_steps": 1000,
+        "gan.steps": 300,
+        "tune.trials": 1,
+    }
+    undisturbed = open_queue(tmp_path, **{"tune.name": "undisturbed", **changes})
+    run_all(undisturbed)
+    (expected,) = undisturbed.outcomes.values()
+    sweep = Storage(str(tmp_path / "runs" / "sweep"))
+    environment = {**os.environ, "RAY_ADDRESS": cluster.address, "RAY_AUTH_MODE": "disabled"}
+    with subprocess.Popen(
+        command("tune_gan", tmp_path, sweep_fields(tmp_path, **changes)), env=environment, stdout=subprocess.DEVNULL
+    ) as driver:  # fmt: skip
+        wait_until(lambda: published_step(sweep / f"trials/{expected.run_name}") > 6)
+        cluster.add_node(**NODE)
+        cluster.remove_node(first, allow_graceful=False)
+    assert driver.returncode == 0
+    (outcome,) = outcomes(sweep)
+    assert (outcome.status, outcome.metrics) == ("finished", expected.metrics)
