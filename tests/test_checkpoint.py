@@ -295,6 +295,21 @@ def test_a_snapshot_keeps_values_and_memory_formats_and_its_buffers() -> None:
     assert snapshot.take({"other": torch.ones(2)})()["other"].tolist() == [1, 1]
 
 
+def test_a_snapshots_tensors_are_written_although_they_share_memory(
+    run: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU's state goes through."""
+    monkeypatch.setattr(CheckpointWriter, "_copies", lambda writer, named: writer._snapshot.take(named))
+    state, name = trained_state(), CheckpointName(1, "psnr")
+    with CheckpointWriter(run, 1, SIZES) as writer:
+        ema, tensors = state.ema.state_dict(), state.tensors()
+        writer.save(name, ema, tensors, state.scalars(), lambda: None, frozenset())
+    loaded = checkpoints.read(run, name)
+    for found, expected in ((loaded.ema, state.ema.state_dict()), (loaded.tensors, state.tensors())):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 def test_another_architecture_is_refused(run: Storage) -> None:
     name = written(run, trained_state(), 1)
     loaded = checkpoints.read(run, name)
