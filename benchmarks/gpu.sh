@@ -56,8 +56,9 @@ part checkpoint 45 "$python" benchmarks/checkpoint.py --device "$device" --batch
 part upscale 60 "$python" benchmarks/upscale.py --device "$device" ${tiny:+"$tiny" --images 4 --rounds 1}
 mark=gpu
 [[ $device == cpu ]] && mark="not gpu and not slow"
-part tests 210 "$python" -m pytest tests/test_gpu_*.py tests/test_model_trunk_kernels.py tests/test_tracking_system.py \
-  -m "$mark" -q -p no:cacheprovider --junitxml="$out/tests.xml"
+# Without the project's options, which are an error where pytest-timeout is not installed.
+part tests 210 "$python" -m pytest -o addopts=-ra tests/test_gpu_*.py tests/test_model_trunk_kernels.py \
+  tests/test_tracking_system.py -m "$mark" -q -p no:cacheprovider --junitxml="$out/tests.xml"
 
 echo "== report: $out/report.md ($SECONDS s)"
 exit $failed

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.sh: every part is in the report, and a failing one does not end the visit."""
+"""benchmarks/gpu.sh: every part is in the report, a failing one does not end the visit, plugins may be missing."""
 
 import os
 import subprocess
@@ -10,38 +10,44 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
+def visit(folder: Path, **environment: str) -> tuple[int, str]:
+    """Tries the script on the CPU; its exit code and report."""
+    result = subprocess.run(
+        [str(ROOT / "benchmarks" / "gpu.sh"), str(folder / "out")],
+        env={**os.environ, "PYTHON": sys.executable, "DEVICE": "cpu", "TINY": "1", **environment},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "report:" in result.stdout
+    return result.returncode, (folder / "out" / "report.md").read_text()
+
+
+def program(path: Path, *lines: str) -> str:
+    path.write_text("\n".join(["#!/bin/sh", *lines, ""]))
+    path.chmod(0o755)
+    return str(path)
+
+
 @pytest.mark.slow
 def test_the_report_holds_every_part(tmp_path: Path) -> None:
-    environment = {
-        **os.environ,
-        "PYTHON": sys.executable,
-        "DEVICE": "cpu",
-        "PARTS": "environment step train upscale",
-        "TINY": "1",
-    }
-    result = subprocess.run(
-        [str(ROOT / "benchmarks" / "gpu.sh"), str(tmp_path / "out")],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    report = (tmp_path / "out" / "report.md").read_text()
+    code, report = visit(tmp_path, PARTS="environment step train upscale")
     assert [line for line in report.splitlines() if line.startswith("## ")] == [
         "## environment", "## step", "## train", "## upscale"
     ]  # fmt: skip
     assert report.count(": exit code 0, ") == 4, report
     assert "matrix product" in report
-    assert "report:" in result.stdout
-    assert result.returncode == 0
+    assert code == 0
 
 
 def test_a_failing_part_does_not_end_the_visit(tmp_path: Path) -> None:
-    failing = tmp_path / "python"
-    failing.write_text("#!/bin/sh\necho no torch here\nexit 3\n")
-    failing.chmod(0o755)
-    environment = {**os.environ, "PYTHON": str(failing), "DEVICE": "cpu", "TINY": "1"}
-    result = subprocess.run(
-        [str(ROOT / "benchmarks" / "gpu.sh"), str(tmp_path / "out")],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    report = (tmp_path / "out" / "report.md").read_text()
+    code, report = visit(tmp_path, PYTHON=program(tmp_path / "python", "echo no torch here", "exit 3"))
     assert report.count("exit code 3") == report.count("\n## ") == 7
-    assert result.returncode == 1
+    assert code == 1
+
+
+@pytest.mark.slow
+def test_the_tests_need_none_of_the_projects_pytest_plugins(tmp_path: Path) -> None:
+    bare = program(
+        tmp_path / "python", f'exec {sys.executable} "$@" -p no:timeout -p no:xdist --collect-only'
+    )
+    code, report = visit(tmp_path, PYTHON=bare, PARTS="tests")
+    assert code == 0, report
