@@ -58,7 +58,7 @@ mark=gpu
 [[ $device == cpu ]] && mark="not gpu and not slow"
 # Without the project's options, which are an error where pytest-timeout is not installed.
 part tests 210 "$python" -m pytest -o addopts=-ra tests/test_gpu_*.py tests/test_model_trunk_kernels.py \
-  tests/test_tracking_system.py -m "$mark" -q -p no:cacheprovider --junitxml="$out/tests.xml"
+  tests/test_tracking_system.py tests/test_training_discriminate.py -m "$mark" -q -p no:cacheprovider --junitxml="$out/tests.xml"
 
 echo "== report: $out/report.md ($SECONDS s)"
 exit $failed

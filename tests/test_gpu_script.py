@@ -1,4 +1,4 @@
-"""benchmarks/gpu.sh: every part is in the report, a failing one does not end the visit, plugins may be missing."""
+"""benchmarks/gpu.sh: every part is in the report, a failing one does not end the visit, all GPU tests are run."""
 
 import os
 import subprocess
@@ -44,10 +44,19 @@ def test_a_failing_part_does_not_end_the_visit(tmp_path: Path) -> None:
     assert code == 1
 
 
+def test_every_file_with_tests_of_a_gpu_is_run() -> None:
+    script = (ROOT / "benchmarks" / "gpu.sh").read_text()
+    marked = {path for path in ROOT.glob("tests/test_*.py") if "mark.gpu" in path.read_text()}
+    needs_mlflow = {ROOT / "tests" / "test_tracking_model.py"}
+    assert len(marked) > 8
+    for path in marked - set(ROOT.glob("tests/test_gpu_*.py")) - needs_mlflow:
+        assert f"tests/{path.name}" in script
+
+
 @pytest.mark.slow
 def test_the_tests_need_none_of_the_projects_pytest_plugins(tmp_path: Path) -> None:
-    bare = program(
+    python = program(
         tmp_path / "python", f'exec {sys.executable} "$@" -p no:timeout -p no:xdist --collect-only'
     )
-    code, report = visit(tmp_path, PYTHON=bare, PARTS="tests")
+    code, report = visit(tmp_path, PYTHON=python, PARTS="tests")
     assert code == 0, report
