@@ -12,13 +12,12 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/python jobs/demo.py
 
-# Two processes for all but Ray's tests, which start several processes each.
-TWO := -n 2 --dist loadfile
+# Two processes, each with its own Ray if its tests need one; a file's tests run in one of them.
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 test: lint
 	$(BIN)/python -m pytest $(TWO) -m "not ray and not slow"
-	$(BIN)/python -m pytest $(TWO) -m "slow and not ray"
-	$(BIN)/python -m pytest -m ray
+	$(BIN)/python -m pytest $(TWO) -m "slow or ray"
 
 fast: $(READY)
 	$(BIN)/python -m pytest $(TWO) -m "not ray and not slow"
