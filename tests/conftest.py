@@ -52,6 +52,8 @@ def ray_cluster() -> Iterator[str]:
     folder = tempfile.mkdtemp(prefix="er", dir="/tmp")
     previous = os.environ.pop("RAY_ADDRESS", None)
     os.environ["RAY_AUTH_MODE"] = "disabled"
+    # Ray Train waits this long for a worker that hangs before it kills it; by default 30 s.
+    os.environ["TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S"] = "5"
     context = ray.init(
         address="local", num_cpus=2, include_dashboard=True, dashboard_port=0, _temp_dir=folder, log_to_driver=True,
         object_store_memory=256 * 2**20,

@@ -3,15 +3,15 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import forked
 import psutil
 import pytest
 import ray.train
@@ -41,8 +41,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_sets(tmp_path_factory.mktemp("ray-run"))
 
 
+# Long enough for three faults, with progress before each.
+WORKERS: dict[str, Any] = {"workers": 2, "gan.steps": 24, "tracking.uri": "none"}
+
+
 def train(folder: Path, **changes: Any) -> TrainingResult:
-    return tiny.train(folder, **{"workers": 2, "tracking.register_model": False, **changes})
+    return tiny.train(folder, **{**WORKERS, **changes})
 
 
 def processes(kind: str) -> list[psutil.Process]:
@@ -55,24 +59,40 @@ def processes(kind: str) -> list[psutil.Process]:
     return found
 
 
-def hurt_at(
-    run: Storage, step: int, kind: str, number: signal.Signals, done: threading.Event, hurt: list[int]
-) -> None:
-    """Sends a signal to a process of this kind as soon as a checkpoint of `step` is there.
+@contextmanager
+def hurting(run: Storage, after: int, *hurts: tuple[str, signal.Signals]) -> Iterator[None]:
+    """Sends each signal to a process of its kind, and fails if the run ends before.
 
-    Processes that an earlier run left and that are about to end are excluded. Before a controller is killed, its
-    workers are halted: else they might end the run before Ray stops them.
+    The first is sent after a checkpoint later than step `after`, each other one after a checkpoint that is later than
+    the fault before. Processes that an earlier run left and that are about to end are excluded. Before a controller is
+    killed, its workers are halted: else they might end the run before Ray stops them.
     """
-    earlier = set(processes(""))
-    while not done.wait(0.05):
-        if any(name.step >= step for name in checkpoints.listed(run)):
+    earlier, done = set(processes("")), threading.Event()
+    hurt: list[psutil.Process] = []
+
+    def hurt_all() -> None:
+        while len(hurt) < len(hurts) and not done.wait(0.05):
+            kind, number = hurts[len(hurt)]
+            noted = faults.load(run)
+            since = noted[-1].step if noted else after
+            if len(noted) < len(hurt) or not any(name.step > since for name in checkpoints.listed(run)):
+                continue
             for worker in set(processes("RayTrainWorker")) - earlier:
                 if kind == "TrainController":
                     worker.suspend()
             for process in set(processes(kind)) - earlier:
                 process.send_signal(number)
-                hurt.append(process.pid)
-                return
+                hurt.append(process)
+                break
+
+    thread = threading.Thread(target=hurt_all)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    assert len(hurt) == len(hurts)
 
 
 @pytest.fixture(scope="module")
@@ -80,31 +100,26 @@ def undisturbed(ray_cluster: str, folder: Path) -> TrainingResult:
     return train(folder)
 
 
-@pytest.mark.parametrize(
-    ("kind", "number", "text", "feed"),
-    [
-        ("RayTrainWorker", signal.SIGKILL, "its process ended", "ray"),
-        # A worker that hangs: the others' collectives run into their time-out.
-        ("RayTrainWorker", signal.SIGSTOP, "a worker stopped", "thread"),
-        ("TrainController", signal.SIGKILL, "controller stopped", "auto"),
-    ],
-)
-def test_a_process_that_is_killed_or_hangs_changes_no_bit_of_the_result(
-    undisturbed: TrainingResult, folder: Path, kind: str, number: signal.Signals, text: str, feed: str
+def test_processes_that_are_killed_or_hang_change_no_bit_of_the_result(
+    undisturbed: TrainingResult, folder: Path
 ) -> None:
-    name = f"{kind}-{number.name}"
-    run = Storage(str(folder / "runs" / name))
-    done, hurt = threading.Event(), []
-    hurter = threading.Thread(target=hurt_at, args=(run, 4, kind, number, done, hurt))
-    hurter.start()
-    try:
-        disturbed = train(folder, run_name=name, **{"faults.collective_timeout_s": 10, "data.feed": feed})
-    finally:
-        done.set()
-        hurter.join()
-    assert hurt
-    assert text in " ".join(fault.text for fault in faults.load(run))
-    assert (disturbed.stage, disturbed.step) == ("gan", 12)
+    run = Storage(str(folder / "runs" / "disturbed"))
+    hurts = [
+        ("RayTrainWorker", signal.SIGKILL),
+        # A worker that hangs: the collectives of the others run into their time-out.
+        ("RayTrainWorker", signal.SIGSTOP),
+        ("TrainController", signal.SIGKILL),
+    ]
+    with hurting(run, 2, *hurts):
+        disturbed = train(folder, run_name="disturbed", **{"faults.collective_timeout_s": 10})
+    noted = " ".join(fault.text for fault in faults.load(run))
+    for text in (
+        "a worker stopped: its process ended",
+        "a worker stopped: RuntimeError",
+        "controller stopped",
+    ):
+        assert text in noted
+    assert (disturbed.stage, disturbed.step) == ("gan", 30)
     assert disturbed.generator_sha256 == undisturbed.generator_sha256
     assert disturbed.metrics == undisturbed.metrics
 
@@ -112,54 +127,53 @@ def test_a_process_that_is_killed_or_hangs_changes_no_bit_of_the_result(
 def test_a_driver_that_is_killed_is_started_again_and_changes_no_bit(
     undisturbed: TrainingResult, folder: Path
 ) -> None:
-    changes = {"run_name": "driver", "workers": 2, "tracking.register_model": False}
+    changes = {**WORKERS, "run_name": "driver", "data.feed": "ray"}
     arguments = tiny.command("train_gan", folder, tiny.fields(folder, **changes))
-    tiny.run_until(arguments, "step 8/12")
+    tiny.run_until(arguments, "step 8/30")
     assert not (folder / "runs" / "driver" / "result.json").exists()
-    again = train(folder, run_name="driver")
+    again = train(folder, **changes)
     assert again.generator_sha256 == undisturbed.generator_sha256
     assert again.metrics == undisturbed.metrics
 
 
-def failing_start(mark: Path, kind: str) -> WorkerGroupCallback:
-    """Fails the first start of a worker group when its workers' processes are there; runs in the controller."""
+def failing_starts(marks: Path) -> WorkerGroupCallback:
+    """Fails the first three starts of a worker group when its workers' processes are there; runs in the controller."""
 
     # A local class travels by value: the controller cannot import this module.
-    class FailingStart(WorkerGroupCallback):
+    class FailingStarts(WorkerGroupCallback):
         def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
-            if kind == "controller" and self._is_first():
+            if self._is_next("controller"):
                 os.kill(os.getpid(), signal.SIGKILL)
             return {}
 
         def after_worker_group_start(self, worker_group: Any) -> None:
-            if kind != "controller" and self._is_first():
-                # An error ends the controller; after a worker's death it starts another group.
-                raise OSError("no process group") if kind == "error" else RayActorError()
+            # After a worker's death the controller starts another group; an error ends it.
+            if self._is_next("worker"):
+                raise RayActorError()
+            if self._is_next("error"):
+                raise OSError("no process group")
 
-        def _is_first(self) -> bool:
-            try:
-                mark.touch(exist_ok=False)
-            except FileExistsError:
+        def _is_next(self, kind: str) -> bool:
+            kinds = ("worker", "controller", "error")
+            if kind != next((each for each in kinds if not (marks / each).exists()), None):
                 return False
+            (marks / kind).touch()
             return True
 
-    return FailingStart()
+    return FailingStarts()
 
 
-@pytest.mark.parametrize("kind", ["error", "worker", "controller"])
-def test_a_worker_group_that_fails_while_starting_frees_its_cpus_for_the_next(
-    undisturbed: TrainingResult, folder: Path, tmp_path: Path, kind: str
+def test_worker_groups_that_fail_while_starting_free_their_cpus_for_the_next(
+    undisturbed: TrainingResult, folder: Path, tmp_path: Path
 ) -> None:
-    values = tiny.fields(
-        folder, run_name=f"start-{kind}", workers=2,
-        **{"tracking.register_model": False, "faults.worker_start_timeout_s": 30, "faults.max_restarts": 2},
-    )  # fmt: skip
+    limits = {"faults.worker_start_timeout_s": 30, "faults.max_restarts": 3}
+    values = tiny.fields(folder, run_name="starts", **WORKERS, **limits)
     config, _ = load_config(tiny.flags(values), description="", environment={})
     # Another user of the same Ray: its placement group stays.
     others = placement_group([{"memory": 2**20}])
     try:
-        result = run_training(config, callbacks=[failing_start(tmp_path / "failed", kind)])
-        assert (tmp_path / "failed").exists()
+        result = run_training(config, callbacks=[failing_starts(tmp_path)])
+        assert (tmp_path / "error").exists()
         assert result.generator_sha256 == undisturbed.generator_sha256
         assert placement_group_table(others)["state"] == "CREATED"
     finally:
@@ -176,9 +190,10 @@ def test_an_error_that_repeats_ends_the_run_with_its_message(ray_cluster: str, f
 
 
 def test_divergence_is_one_line_after_a_second_attempt(ray_cluster: str, folder: Path) -> None:
+    changes = {"workers": 1, "psnr.learning_rate": 1e38, "faults.max_skipped_steps": 1}
     name = "diverged"
     with pytest.raises(UserError, match=r"non-finite gradients.*lower psnr\.learning_rate"):
-        train(folder, run_name=name, **{"psnr.learning_rate": 1e38, "faults.max_skipped_steps": 1})
+        train(folder, run_name=name, **changes)
     noted = faults.load(Storage(str(folder / "runs" / name)))
     assert [fault.kind for fault in noted] == ["diverged", "diverged"]
 
@@ -218,28 +233,23 @@ def test_a_gpu_with_too_little_memory_is_retried_once_like_a_divergence() -> Non
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-def test_a_driver_that_does_not_fit_is_found_before_the_group_starts(tmp_path: Path) -> None:
-    script = (
+def test_a_driver_that_does_not_fit_is_found_before_the_group_starts(
+    undisturbed: TrainingResult, folder: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
         "import ray, sys, tiny\n"
         "from pathlib import Path\n"
         "from pipeline.errors import UserError\n"
         # Ray schedules on GPUs that torch cannot use.
         "ray.init(address='local', num_cpus=2, num_gpus=2, include_dashboard=False, object_store_memory=100 * 2**20)\n"
         "try:\n"
-        "    tiny.train(Path(sys.argv[1]), workers=2, use_gpu=True, **{'tracking.uri': 'none'})\n"
+        "    tiny.train(Path(sys.argv[1]), workers=2, run_name='unfit', use_gpu=True, **{'tracking.uri': 'none'})\n"
         "except UserError as error:\n"
         "    print('refused:', error)\n"
     )
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{Path(tiny.__file__).parent}:{os.environ.get('PYTHONPATH', '')}",
-    }
-    environment.pop("RAY_ADDRESS", None)
-    environment["RAY_AUTH_MODE"] = "disabled"
-    result = subprocess.run(
-        [sys.executable, "-c", script, str(write_sets(tmp_path))],
-        env=environment, capture_output=True, text=True, check=False, timeout=500,
-    )  # fmt: skip
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    result = forked.run([str(script), str(folder)], environment={**environment, "RAY_AUTH_MODE": "disabled"})
     assert "refused: use_gpu=true, " in result.stdout, result.stdout + result.stderr
     assert "torch cannot use a GPU here (" in result.stdout
     assert "resuming at step" not in result.stdout

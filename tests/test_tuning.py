@@ -4,13 +4,10 @@ import io
 import json
 import os
 import signal
-import subprocess
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 import safetensors.torch
 import tiny
@@ -19,10 +16,9 @@ from evaluation_helpers import job
 from mlflow import MlflowClient
 from PIL import Image
 from ray.tune.search import Searcher
-from test_training_ray import hurt_at
+from test_training_ray import hurting
 from tiny import write_sets
 from tiny_patches import write_patches
-from tracking_helpers import wait_until
 from tuning_helpers import configurations, open_queue, run_all, sweep_fields
 
 from pipeline.data import prepare
@@ -39,8 +35,6 @@ from pipeline.run_folder import (
 from pipeline.storage import Storage, only_writer
 from pipeline.tracking.config import TrackingConfig
 from pipeline.tracking.run import open_parent, open_run, require_tracking
-from pipeline.tracking.spool import published_step
-from pipeline.training import faults
 from pipeline.training.stopping import STOP
 from pipeline.tuning import sweep_folder
 from pipeline.tuning.config import TuneConfig
@@ -77,24 +71,25 @@ def children(folder: Path, parent: str) -> dict[str, Any]:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_sweep_killed_between_validations_ends_with_the_values_of_an_undisturbed_one(folder: Path) -> None:
+def test_a_sweep_killed_between_validations_ends_with_the_values_of_an_undisturbed_one(
+    ray_cluster: str, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     # The validations are at steps 6 and 12. More trials than CPUs wait; their start has no time-out.
     changes = {
-        "checkpoint_every_steps": 1, "validate_every_steps": 1000, "tune.max_concurrent": 4, "tune.trials": 4,
+        "checkpoint_every_steps": 1, "validate_every_steps": 1000, "tune.max_concurrent": 3, "tune.trials": 3,
         "faults.worker_start_timeout_s": 1,
     }  # fmt: skip
     undisturbed = open_queue(folder, **{"tune.name": "undisturbed", **changes})
     run_all(undisturbed)
-    tiny.run_until(command(folder, **changes), "(1/4)", environment())
+    tiny.run_until(command(folder, **changes), "(1/3)", environment())
     sweep = Storage(str(folder / "runs" / "sweep"))
-    first = outcomes(sweep)
-    assert len(first) < 4
+    assert len(outcomes(sweep)) < 3
 
     result_file = folder / "result.json"
-    again = [*command(folder, **changes), "--json", str(result_file)]
-    done = subprocess.run(again, env=environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "resuming sweep sweep: " in done.stdout
+    capfd.readouterr()
+    job("tune_gan")([*command(folder, **changes)[2:], "--json", str(result_file)])
+    printed = capfd.readouterr().out
+    assert "resuming sweep sweep: " in printed
     trials = outcomes(sweep)
     assert {trial.run_name: (trial.status, trial.step, trial.metrics) for trial in trials} == {
         name: ("finished", 12, trial.metrics) for name, trial in undisturbed.outcomes.items()
@@ -104,7 +99,7 @@ def test_a_sweep_killed_between_validations_ends_with_the_values_of_an_undisturb
     assert set(result) >= {"run_id", "trials", "best"}
     best = max(trials, key=lambda trial: trial.metrics["psnr_y"])
     assert result["best"]["run_name"] == best.run_name
-    assert f"best: {best.run_name}" in done.stdout
+    assert f"best: {best.run_name}" in printed
     with Image.open(sweep.path("tradeoff.png")) as figure:
         assert figure.width > 300
 
@@ -122,27 +117,17 @@ def test_a_sweep_killed_between_validations_ends_with_the_values_of_an_undisturb
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_trial_whose_process_is_killed_ends_with_the_value_of_an_undisturbed_one(folder: Path) -> None:
-    changes = {"checkpoint_every_steps": 1, "validate_every_steps": 1000, "tune.trials": 1, "gan.steps": 300}
+def test_a_trial_whose_process_is_killed_ends_with_the_value_of_an_undisturbed_one(
+    ray_cluster: str, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"checkpoint_every_steps": 1, "validate_every_steps": 1000, "tune.trials": 1, "gan.steps": 100}
     undisturbed = open_queue(folder, **{"tune.name": "not-killed", **changes})
     run_all(undisturbed)
     (expected,) = undisturbed.outcomes.values()
-    sweep = Storage(str(folder / "runs" / "killed"))
-    with subprocess.Popen(
-        command(folder, **{"tune.name": "killed", **changes}), env=environment(), stdout=subprocess.PIPE, text=True
-    ) as driver:  # fmt: skip
-        trial = sweep / f"trials/{expected.run_name}"
-        wait_until(lambda: published_step(trial) > 6)
-        (process,) = [
-            each
-            for each in psutil.Process(driver.pid).children(recursive=True)
-            if "ImplicitFunc.train" in "".join(each.cmdline())
-        ]
-        process.kill()
-        log, _ = driver.communicate()
-    assert driver.returncode == 0, log
-    assert f"{expected.run_name}: its process ended; starting another" in log
-    (outcome,) = outcomes(sweep)
+    trial = Storage(str(folder / "runs" / "killed" / "trials" / expected.run_name))
+    with hurting(trial, 6, ("ImplicitFunc.train", signal.SIGKILL)):
+        (outcome,) = run_sweep(*configurations(folder, **{"tune.name": "killed", **changes})).trials
+    assert f"{expected.run_name}: its process ended; starting another" in capfd.readouterr().out
     assert (outcome.status, outcome.metrics) == ("finished", expected.metrics)
 
 
@@ -152,44 +137,29 @@ def sweep_on_ray_train(folder: Path, name: str) -> TrialOutcome:
         "workers": 2,
         "tune.trials": 1,
         "tune.max_concurrent": 2,
+        "psnr.steps": 0,
         "gan.steps": 60,
+        "gan.allow_random_start": True,
         "checkpoint_every_steps": 2,
     }
     (trial,) = run_sweep(*configurations(folder, **{"tune.name": name, **changes})).trials
     return trial
 
 
-@pytest.fixture(scope="module")
-def undisturbed(folder: Path, ray_cluster: str) -> TrialOutcome:
-    return sweep_on_ray_train(folder, "workers")
-
-
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["RayTrainWorker", "TrainController"])
-def test_a_trial_on_ray_train_ends_with_the_same_values_after_a_kill(
-    folder: Path, undisturbed: TrialOutcome, kind: str, capfd: Any
+def test_a_trial_on_ray_train_ends_with_the_same_values_after_kills(
+    ray_cluster: str, folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert (undisturbed.status, undisturbed.step) == ("finished", 66)
-    run = Storage(str(folder / "runs" / kind / "trials" / undisturbed.run_name))
-    done, hurt = threading.Event(), []
-    hurter = threading.Thread(target=hurt_at, args=(run, 8, kind, signal.SIGKILL, done, hurt))
-    hurter.start()
-    try:
-        trial = sweep_on_ray_train(folder, kind)
-    finally:
-        done.set()
-        hurter.join()
-    assert hurt
-    assert faults.load(run)
-    assert (trial.status, trial.step, trial.metrics) == ("finished", 66, undisturbed.metrics)
+    undisturbed = sweep_on_ray_train(folder, "workers")
+    assert (undisturbed.status, undisturbed.step) == ("finished", 60)
     assert "tune.max_concurrent=2: 1 at a time" in capfd.readouterr().out
-    log = run.read_bytes("log.txt").decode()  # what the driver, its controller and its workers print
-    for text in (
-        "[gan] step 66/66",
-        "resuming at step",
-        "; starting" if kind == "TrainController" else "; resuming",
-    ):
+    run = Storage(str(folder / "runs" / "disturbed" / "trials" / undisturbed.run_name))
+    with hurting(run, 0, ("RayTrainWorker", signal.SIGKILL), ("TrainController", signal.SIGKILL)):
+        trial = sweep_on_ray_train(folder, "disturbed")
+    assert (trial.status, trial.step, trial.metrics) == ("finished", 60, undisturbed.metrics)
+    log = run.read_bytes("log.txt").decode()  # what the driver, its controllers and its workers print
+    for text in ("[gan] step 60/60", "resuming at step", "; starting", "; resuming"):
         assert text in log
 
 
