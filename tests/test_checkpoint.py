@@ -299,12 +299,11 @@ def test_a_snapshots_tensors_are_written_although_they_share_memory(
     run: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a GPU's state goes through."""
-    monkeypatch.setattr(CheckpointWriter, "_copies", lambda writer, named: writer._snapshot.take(named))
-    state, name = trained_state(), CheckpointName(1, "psnr")
-    with CheckpointWriter(run, 1, SIZES) as writer:
-        ema, tensors = state.ema.state_dict(), state.tensors()
-        writer.save(name, ema, tensors, state.scalars(), lambda: None, frozenset())
-    loaded = checkpoints.read(run, name)
+    monkeypatch.setattr(Checkpointer, "_copies", lambda self, named: self._snapshot.take(named))
+    state = trained_state()
+    with saving(run, state) as checkpointer:
+        checkpointer.save()
+    loaded = checkpoints.read(run, CheckpointName(1, "psnr"))
     for found, expected in ((loaded.ema, state.ema.state_dict()), (loaded.tensors, state.tensors())):
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], value) for name, value in expected.items())
