@@ -291,7 +291,9 @@ def test_images_of_another_content_do_not_count_when_a_run_is_resumed(trained: t
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_workers_of_ray_train_measure_the_sets_that_the_driver_has_found(trained: tuple[Path, Any]) -> None:
+def test_workers_of_ray_train_measure_the_sets_that_the_driver_has_found(
+    ray_cluster: str, trained: tuple[Path, Any]
+) -> None:
     folder, alone = trained
     sets = {"Set5": str(folder / "set5"), "Set14": str(folder / "set14")}
     changes = {"validation.sets": sets, "validation.select_on": "Set14"}
