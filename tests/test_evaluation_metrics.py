@@ -131,6 +131,7 @@ def test_infinite_psnr_of_equal_images_is_null_in_json(tmp_path: Path) -> None:
     assert "∞" in (tmp_path / "out" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_tiles_change_a_metric_by_less_than_its_printed_digits(tmp_path: Path) -> None:
     write_image(tmp_path / "hr" / "a.png", 320, 400)
     weights = write_generator(tmp_path / "g.safetensors")

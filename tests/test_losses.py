@@ -101,7 +101,14 @@ def ms_ssim(sr: Tensor, hr: Tensor, scales: int) -> Tensor:
 
 @pytest.mark.parametrize(
     ("size", "scales"),
-    [((176, 183), 5), ((128, 128), 4), ((96, 90), 4), ((64, 64), 3), ((32, 40), 2), ((16, 11), 1)],
+    [
+        pytest.param((176, 183), 5, marks=pytest.mark.slow),
+        ((128, 128), 4),
+        ((96, 90), 4),
+        ((64, 64), 3),
+        ((32, 40), 2),
+        ((16, 11), 1),
+    ],
 )
 def test_ms_ssim_loss_equals_torchmetrics(size: tuple[int, int], scales: int) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -400,6 +400,7 @@ def test_the_example_is_the_input_at_the_start_of_a_validation_image() -> None:
     assert np.array_equal(input_example({"a": strip}, 4), lr[:24, :32])
 
 
+@pytest.mark.slow
 def test_a_silent_server_fails_in_bounded_time(config, tmp_path, monkeypatch) -> None:
     shorten(CONNECT_LIMITS, monkeypatch, at_most_s=10)
     with socket.socket() as silent:
@@ -412,6 +413,7 @@ def test_a_silent_server_fails_in_bounded_time(config, tmp_path, monkeypatch) ->
         assert time.monotonic() - began < 60
 
 
+@pytest.mark.slow
 def test_a_server_that_stops_answering_fails_in_bounded_time(config, tmp_path, monkeypatch) -> None:
     shorten(UPLOAD_LIMITS, monkeypatch, at_most_s=60)
     with socket.socket() as silent:

@@ -118,7 +118,7 @@ def test_the_experiments_artifact_location_is_absolute(storage: Storage, run: St
     assert location == f"{storage.uri}/mlartifacts" or location.startswith(f"{storage.uri}/mlartifacts/")
 
 
-@pytest.mark.parametrize("kind", ["refused", "silent"])
+@pytest.mark.parametrize("kind", ["refused", pytest.param("silent", marks=pytest.mark.slow)])
 def test_an_unreachable_server_is_a_one_line_error_within_seconds(
     run: Storage, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -197,6 +197,7 @@ def test_more_points_than_fit_in_a_call_arrive(run: Storage, monkeypatch: pytest
     assert len(curve(tracked, "loss/pixel")) == len(curve(tracked, "train/steps_per_s")) == 20
 
 
+@pytest.mark.slow
 def test_an_error_of_the_server_does_not_reach_training(
     run: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -272,7 +272,7 @@ def test_a_trial_is_compared_and_shown_on_another_set(folder: Path, monkeypatch:
     ranking = compare_trials(queue.settings, [outcome])
     assert ranking.candidates[0].means == {"own/psnr_y": outcome.metrics["own/psnr_y"]}
     monkeypatch.setattr("pipeline.training.validation_sets.read_held_out", lambda manifest: [])
-    assert [each.image for each in crops(queue, ranking)] == [f"image{index}.png" for index in range(3)]
+    assert list(crops(queue, ranking)) == [f"image{index}.png" for index in range(3)]
 
 
 @pytest.mark.slow
