@@ -14,6 +14,7 @@ from pipeline.data.feed import Feed
 from pipeline.storage import Storage
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training.config import TrainConfig
+from pipeline.training.distributed import gathered
 from pipeline.training.loop import train
 from pipeline.training.validation_sets import open_sets
 from pipeline.training.worker import Worker
@@ -57,3 +58,11 @@ def test_new_processes_for_every_interval_end_with_the_same_bits(tmp_path: Path)
     expected, found = tensors_of(whole), tensors_of(parts)
     assert expected.keys() == found.keys()
     assert [name for name, value in expected.items() if not torch.equal(value, found[name])] == []
+
+
+def texts(rank: int, world_size: int) -> list[str]:
+    return gathered("é" * rank)
+
+
+def test_every_worker_gets_the_text_of_each() -> None:
+    assert run_workers(3, texts) == [["", "é", "éé"]] * 3

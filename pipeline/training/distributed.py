@@ -106,11 +106,17 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 def gathered(value: str) -> list[str]:
-    """The value of every rank, in order."""
-    values = [value] * world_size()
-    if len(values) > 1:
-        dist.all_gather_object(values, value)
-    return values
+    """The text of every rank, in order; at most 128 bytes of UTF-8.
+
+    torch's all_gather_object would unpickle what the other ranks send.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    own = torch.tensor(list(value.encode().ljust(128, b"\0")), dtype=torch.uint8, device=device)
+    texts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(texts, own)
+    return [bytes(text.tolist()).rstrip(b"\0").decode() for text in texts]
 
 
 @torch.no_grad()
