@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from pipeline.imaging import Image, bicubic_upscale, upscale
+from pipeline.imaging.panels import nearest_upscale
 from pipeline.metrics import MetricSet
 from pipeline.model import RRDBNet
 from pipeline.training.distributed import rank, sum_in_place, world_size
@@ -103,8 +104,7 @@ def detailed_crops(
     lr = np.ascontiguousarray(image.lr[y : y + CROP_PX, x : x + CROP_PX])
     hr = image.hr[scale * y : scale * (y + CROP_PX), scale * x : scale * (x + CROP_PX)]
     results = [upscale(generator, lr, device=device) for generator in generators]
-    nearest = lr.repeat(scale, axis=0).repeat(scale, axis=1)
-    return [nearest, bicubic_upscale(lr, scale), *results, hr]
+    return [nearest_upscale(lr, scale), bicubic_upscale(lr, scale), *results, hr]
 
 
 def _most_detailed(lr: Image) -> tuple[int, int]:

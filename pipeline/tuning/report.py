@@ -1,15 +1,14 @@
 """The report of a sweep: one HTML page that needs no network."""
 
 import base64
-import io
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import jinja2
-from PIL import Image as PillowImage
 
 from pipeline.imaging import Image
+from pipeline.imaging.arrays import encoded
 from pipeline.metrics.names import METRICS, label_of, metric_of
 from pipeline.run_folder import TrialOutcome
 from pipeline.tuning.config import TuneConfig
@@ -129,9 +128,7 @@ def _metric(trial: TrialOutcome, name: str) -> str:
 
 
 def _webp(pixels: Image) -> str:
-    buffer = io.BytesIO()
-    PillowImage.fromarray(pixels).save(buffer, "WEBP", lossless=True)
-    return _data_uri(buffer.getvalue(), "webp")
+    return _data_uri(encoded(pixels, "WEBP", lossless=True), "webp")
 
 
 def _data_uri(content: bytes, kind: str) -> str:
