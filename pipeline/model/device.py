@@ -1,5 +1,6 @@
 """What torch can do on this machine, and how it computes: precision, autocast, deterministic algorithms."""
 
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -100,3 +101,30 @@ def set_deterministic(enabled: bool) -> None:
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
     """A context in which autocast is off; inputs that it has made bfloat16 must be cast by the caller."""
     return torch.autocast(device.type, enabled=False)
+
+
+@contextmanager
+def side_stream(device: torch.device) -> Iterator[None]:
+    """A context whose work on a GPU runs beside what is queued after it, and after what is queued before it.
+
+    `join_side_stream` must follow, and until then every tensor that crosses between the two must stay referenced: the
+    memory of a freed one is reused on its own stream. On a CPU, nothing changes.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    side = _side_stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        yield
+
+
+def join_side_stream(device: torch.device) -> None:
+    """Lets the current stream wait for the work of `side_stream`."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).wait_stream(_side_stream(device))
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

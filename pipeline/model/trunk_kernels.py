@@ -10,9 +10,6 @@ Same mathematics as `RRDBNet.body` under autocast; products are in bfloat16 or f
 residuals in float32. `RRDBNet.body` is the reference (tests/test_model_trunk_kernels.py).
 """
 
-import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from pipeline.model.device import join_side_stream, side_stream
 from pipeline.model.rrdbnet import NEGATIVE_SLOPE
 from pipeline.model.trunk_weights import PackedTrunk, stacked
 
@@ -190,7 +188,6 @@ class _Trunk(torch.autograd.Function):
         of_input, outer_top = top, top
         deltas[-1][:, :feat] = top * (scale * scale)
         # Weight gradients depend on the block's buffers only, and run in parallel to the chain of input gradients.
-        side = _side_stream(top.device) if top.is_cuda else None
         for block in reversed(range(blocks)):
             delta, buffer = deltas[block], buffers[block]
             for segment in (4, 3, 2, 1):
@@ -210,13 +207,12 @@ class _Trunk(torch.autograd.Function):
             )  # fmt: skip
             of_input = gradient
             pixels = (images, height, width, pitch)
-            with _in_parallel(side):
+            with side_stream(top.device):
                 weight_gradients[block] = torch.ops.aten.convolution_backward(
                     delta.view(pixels).permute(0, 3, 1, 2), buffer.view(pixels).permute(0, 3, 1, 2), like, None,
                     [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False],
                 )[1]  # fmt: skip
-        if side is not None:
-            torch.cuda.current_stream().wait_stream(side)
+        join_side_stream(top.device)
         bias_gradients = deltas.sum(1, dtype=torch.float32)
         of_weights, of_biases = [], []
         for conv in range(5):
@@ -228,22 +224,6 @@ class _Trunk(torch.autograd.Function):
         return (
             of_input.view(images, height, width, feat).permute(0, 3, 1, 2), None, *of_weights, *of_biases,
         )  # fmt: skip
-
-
-@functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
-
-
-@contextmanager
-def _in_parallel(side: torch.cuda.Stream | None) -> Iterator[None]:
-    """Runs on `side` what depends only on the work queued so far; without a stream (in Triton's interpreter), here."""
-    if side is None:
-        yield
-        return
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        yield
 
 
 def trunk(x: Tensor, body: nn.Sequential, scale: float) -> Tensor:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pipeline.model.device import join_side_stream, side_stream
 from pipeline.model.losses import (
     ms_ssim_loss,
     perceptual_loss,
@@ -90,27 +91,33 @@ def gan_step(
     buffers = list(unwrap(discriminator).buffers())
     saved_buffers = [buffer.clone() for buffer in buffers]
 
-    with _autocast(config, batch.lr.device):
+    # On a GPU the perceptual loss is computed beside the generator and the discriminator, whose kernels are short.
+    device = batch.lr.device
+    target = None
+    if gan.perceptual_weight:
+        assert features is not None
+        with side_stream(device), _autocast(config, device), torch.no_grad():
+            target = features(batch.hr)
+    with _autocast(config, device):
         sr = state.generator(batch.lr)
 
     # Gradient of the losses on pixels and features at the generator's output; this frees their graph.
     cut = sr.detach().requires_grad_()
-    content, losses = _image_losses(cut, batch.hr, mean, gan.pixel_weight, gan)
-    perceptual = content.new_zeros(())
-    if gan.perceptual_weight:
-        assert features is not None
-        with _autocast(config, batch.lr.device):
-            with torch.no_grad():
-                target = features(batch.hr)
-            output = features(cut)
-        perceptual = perceptual_loss(output, target, config.perceptual.layers, mean)
-        content = content + gan.perceptual_weight * perceptual
-    (gradient,) = torch.autograd.grad(content, cut)
+    with side_stream(device):
+        content, losses = _image_losses(cut, batch.hr, mean, gan.pixel_weight, gan)
+        perceptual = content.new_zeros(())
+        if gan.perceptual_weight:
+            with _autocast(config, device):
+                output = features(cut)
+            perceptual = perceptual_loss(output, target, config.perceptual.layers, mean)
+            content = content + gan.perceptual_weight * perceptual
+        (gradient,) = torch.autograd.grad(content, cut)
 
     # The fake logits are returned twice: the generator's loss must not reach the discriminator's parameters, nor the
     # discriminator's loss the generator.
-    with _autocast(config, batch.lr.device):
+    with _autocast(config, device):
         real, fake, fake_for_generator = discriminator(batch.hr, sr)
+    join_side_stream(device)
     if gan.loss == "relativistic":
         mean_real, mean_fake, mean_for_generator = global_means(real, fake, fake_for_generator)
         _, discriminator_loss = relativistic_losses(real, fake, mean, (mean_real, mean_fake))
