@@ -17,7 +17,7 @@ from pipeline.data import HeldOutPhoto
 from pipeline.errors import UserError
 from pipeline.model import LAYERS, VGGFeatures
 from pipeline.storage import Storage
-from pipeline.training.checks import check_before_start, prepare_worker
+from pipeline.training.checks import check_before_start, perceptual_features, prepare_worker
 from pipeline.training.config import TrainConfig
 from pipeline.training.loop import train
 from pipeline.training.run import run_training
@@ -148,6 +148,19 @@ def test_every_layer_of_vgg19_survives_the_smallest_crop() -> None:
     with torch.no_grad():
         outputs = features(torch.rand(1, 3, smallest, smallest))
     assert all(min(output.shape) > 0 for output in outputs.values())
+
+
+def test_features_in_bf16_keep_rounded_weights_and_compute_the_same_bits(tmp_path: Path) -> None:
+    config = load(tmp_path, precision="bf16", **{"perceptual.layers": {"conv2_2": 1.0}})
+    exact = perceptual_features(config.model_copy(update={"precision": "fp32"}))
+    rounded = perceptual_features(config)
+    assert exact is not None
+    assert rounded is not None
+    assert {weight.dtype for weight in rounded.parameters()} == {torch.bfloat16}
+    assert rounded.mean.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        images = torch.rand(2, 3, 32, 32)
+        assert torch.equal(rounded(images)["conv2_2"], exact(images)["conv2_2"])
 
 
 def test_missing_weights_of_a_validation_metric_are_found_before_the_start(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from pipeline.data import Manifest
 from pipeline.data.format.local_copy import local_copy
@@ -119,9 +120,17 @@ def perceptual_features(config: TrainConfig) -> VGGFeatures | Lite0Features | No
     if not (config.gan.steps and config.gan.perceptual_weight):
         return None
     perceptual = config.perceptual
+    features: VGGFeatures | Lite0Features
     if perceptual.weights == "efficientnet_lite0":
-        return Lite0Features(perceptual.layers)
-    return VGGFeatures(perceptual.layers, perceptual.weights, perceptual.sha256, seed=config.seed)
+        features = Lite0Features(perceptual.layers)
+    else:
+        features = VGGFeatures(perceptual.layers, perceptual.weights, perceptual.sha256, seed=config.seed)
+    if config.precision == "bf16":
+        # Autocast would round the same weights again in every step, twice.
+        for module in features.modules():
+            if isinstance(module, nn.Conv2d):
+                module.to(torch.bfloat16)
+    return features
 
 
 def _require_space(config: TrainConfig, run: Storage) -> None:
