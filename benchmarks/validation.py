@@ -27,6 +27,7 @@ from pipeline.errors import UserError, is_installed
 from pipeline.imaging import bicubic_upscale, luma, matlab_bicubic_downscale
 from pipeline.metrics import FIDELITY, METRICS, MetricSet, weights
 from pipeline.model import RRDBNet
+from pipeline.model.trunk import use_kernels
 from pipeline.training.validation import validate
 from pipeline.training.validation_sets import ValidationSet
 
@@ -122,12 +123,17 @@ def main() -> None:
             print(f"PSNR and SSIM with scikit-image, one thread: {reference * scale:.1f}", flush=True)
         sizes = () if device.type == "cuda" else (4, 1, 2)
         network = RRDBNet(*sizes).to(device, memory_format=torch.channels_last).eval()
+        use_kernels(network)
         network_name = "the paper's network" if device.type == "cuda" else "a tiny network"
         sets = [ValidationSet("held_out", images)]
         for chosen, metrics in (("PSNR and SSIM", FIDELITY), ("all of these", usable)):
             together = MetricSet(metrics, device, folder=folder)
-            whole = seconds(partial(validate, network, sets, together), device)
-            print(f"validation with {network_name} and {chosen}: {whole * scale:.1f}", flush=True)
+            for half in (False, True) if device.type == "cuda" else (False,):
+                whole = seconds(partial(validate, network, sets, together, half), device)
+                how = (
+                    "as with precision=bf16" if half else "in TF32" if device.type == "cuda" else "in float32"
+                )
+                print(f"validation with {network_name} {how} and {chosen}: {whole * scale:.1f}", flush=True)
 
 
 if __name__ == "__main__":

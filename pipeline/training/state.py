@@ -168,6 +168,7 @@ def new_state(config: TrainConfig, stage: Stage, device: torch.device) -> TrainS
     generator = _placed(seeded(config.seed, lambda: build_generator(config)), config, device)
     use_kernels(generator)
     ema = _placed(build_generator(config), config, device)
+    use_kernels(ema)  # in validations
     ema.load_state_dict(generator.state_dict())
     ema.requires_grad_(False)
     lr_px = config.crop_px // config.data.scale

@@ -1,6 +1,8 @@
 """Validation on whole held-out images, distributed over the workers."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,14 +20,26 @@ STRIPS = 4  # comparison strips of a set
 CROP_PX = 48  # side of the crop in a strip, in LR pixels
 
 
-def validate(generator: RRDBNet, sets: Sequence[ValidationSet], metrics: MetricSet) -> dict[str, float]:
+def validate(
+    generator: RRDBNet, sets: Sequence[ValidationSet], metrics: MetricSet, half: bool = False
+) -> dict[str, float]:
     """Means of the metrics over the images of each set, by `ValidationSet.key`.
+
+    `half`: a GPU computes images in float16, which has TF32's 10 bits; in float32 those that overflow.
 
     Batches of images are assigned to ranks by size, the largest first, to balance the load. The result is the same on
     all ranks and does not depend on their number: each batch is measured by one rank, and means are taken in the
     images' order.
     """
-    return _means(lambda lr: upscale(generator, lr, tile_px=TILE_PX, device=metrics.device), sets, metrics)
+
+    def upscaled(lr: Image) -> Image:
+        image = partial(upscale, generator, lr, TILE_PX, device=metrics.device)
+        if half and metrics.device.type == "cuda":
+            with suppress(FloatingPointError):
+                return image(dtype=torch.float16, require_finite=True)
+        return image()
+
+    return _means(upscaled, sets, metrics)
 
 
 def bicubic_baseline(sets: Sequence[ValidationSet], metrics: MetricSet, scale: int) -> dict[str, float]:

@@ -50,7 +50,7 @@ class Validator:
         if not self._sets:
             return
         scale, device = self._config.data.scale, self._worker.device
-        metrics = validate(state.ema, self._sets, self._metrics)
+        metrics = validate(state.ema, self._sets, self._metrics, self._config.precision == "bf16")
         if state.bicubic_images != self._images or not metrics.keys() <= state.bicubic.keys():
             state.bicubic = bicubic_baseline(self._sets, self._metrics, scale)
             state.bicubic_images = self._images
