@@ -11,7 +11,7 @@ from evaluation_helpers import synthetic_image, user_error, write_generator, wri
 
 from pipeline.errors import UserError
 from pipeline.evaluation import models
-from pipeline.evaluation.models import Model, interpolated, notes, open_model
+from pipeline.evaluation.models import Model, automatic_tile, interpolated, notes, open_model
 from pipeline.evaluation.result import short_labels
 from pipeline.model import RRDBNet, save_generator
 
@@ -145,3 +145,23 @@ def test_labels_are_short_and_distinguish_the_models(names: list[str], labels: l
 
 def test_a_label_of_the_user_is_kept() -> None:
     assert short_labels([Model("a/x.pth", 4, label="tuned"), Model("b/x.pth", 4)]) == ["tuned", "x"]
+
+
+@pytest.mark.parametrize(
+    ("pixels", "gpu_bytes", "tile"),
+    [
+        (512 * 512, None, 0),
+        (512 * 512 + 1, None, 256),
+        (512 * 512 + 1, 8 * 10**9, 256),  # a GPU with as little as a CPU may have
+        (700 * 700, 24 * 10**9, 0),
+        (800 * 800, 24 * 10**9, 678),
+        (1024 * 1024, 80 * 10**9, 0),
+        (1024 * 1024 + 1, 80 * 10**9, 928),
+    ],
+)
+def test_a_tile_with_its_overlap_takes_a_quarter_of_a_gpus_memory(
+    pixels: int, gpu_bytes: int | None, tile: int
+) -> None:
+    assert automatic_tile(pixels, gpu_bytes) == tile
+    if gpu_bytes is not None and tile > 256:
+        assert (tile + 96) ** 2 * 10_000 <= gpu_bytes / 4

@@ -1,6 +1,7 @@
 """Resolves a model spec: a registered version, a run, a checkpoint, a weight file, or `bicubic`."""
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,9 +21,14 @@ from pipeline.tracking.lookup import pull_generator, version_uri
 from pipeline.training.model_source import GENERATOR_FILE, find_model_file, shipped_model
 
 BICUBIC = "bicubic"
-# Low-resolution pixels up to which an image is upscaled without tiles (about 2.2 GB for the paper's network).
+# Low-resolution pixels up to which an image is upscaled without tiles (about 2.2 GB for the paper's network), and the
+# side of a tile of a larger one.
 WHOLE_UP_TO_PX = 512 * 512
 AUTO_TILE_PX = 256
+# On a GPU a quarter of its memory decides, up to these pixels: cuDNN counts elements of a tensor in 32 bits.
+GPU_UP_TO_PX = 1024 * 1024
+BYTES_PER_PX = 10_000
+HALO_PX = 48
 
 
 Progress = Callable[[list[Tile]], Iterable[Tile]]
@@ -53,7 +59,7 @@ class Model:
 
         Args:
             lr: uint8 or uint16 RGB (H, W, 3).
-            tile_px: side of a tile in `lr`'s pixels; 0: no tiles; None: 256 for more than 512 x 512 pixels.
+            tile_px: side of a tile in `lr`'s pixels; 0: no tiles; None: see `automatic_tile`.
             progress: receives the tiles; see `pipeline.imaging.upscale`.
 
         Raises:
@@ -62,7 +68,11 @@ class Model:
         if self.generator is None:
             return bicubic_upscale(lr, self.scale)
         if tile_px is None:
-            tile_px = AUTO_TILE_PX if lr.shape[0] * lr.shape[1] > WHOLE_UP_TO_PX else 0
+            device = next(self._prepared.parameters()).device
+            tile_px = automatic_tile(
+                lr.shape[0] * lr.shape[1],
+                torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None,
+            )
         # Here and not in `open_model`: Ray's workers are other processes.
         set_precision(self.precision)
         try:
@@ -70,6 +80,7 @@ class Model:
                 self._prepared,
                 lr,
                 tile_px=tile_px or None,
+                halo_px=HALO_PX,
                 dtype=self._dtype,
                 require_finite=True,
                 progress=progress,
@@ -93,6 +104,18 @@ class Model:
         if isinstance(network, RRDBNet):
             use_kernels(network)
         return network
+
+
+def automatic_tile(pixels: int, gpu_bytes: int | None = None) -> int:
+    """Side of the tiles of an image of this many low-resolution pixels; 0: the whole image at once.
+
+    `gpu_bytes`: the memory of the GPU that computes it. All of it counts, not what is free, so that an image does not
+    depend on those before it.
+    """
+    if gpu_bytes is None or gpu_bytes // 4 // BYTES_PER_PX <= WHOLE_UP_TO_PX:
+        return AUTO_TILE_PX if pixels > WHOLE_UP_TO_PX else 0
+    limit = min(gpu_bytes // 4 // BYTES_PER_PX, GPU_UP_TO_PX)
+    return math.isqrt(limit) - 2 * HALO_PX if pixels > limit else 0
 
 
 def open_model(

@@ -28,7 +28,7 @@ from mlflow.pyfunc import PythonModel
 
 # Overlap around a tile, in LR pixels, which is cropped from the result: seams stay under 1/255.
 HALO_PX = 48
-# As `upscale.py`: images of more than 512 x 512 pixels are computed in tiles of 256.
+# As `upscale.py` on a CPU: images of more than 512 x 512 pixels are computed in tiles of 256.
 WHOLE_UP_TO_PX = 512 * 512
 AUTO_TILE_PX = 256
 AUTO = -1
