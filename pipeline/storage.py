@@ -118,7 +118,7 @@ class Storage:
         with filesystem.open_input_file(join(base, name)) as file:
             return file.read()
 
-    def write_bytes(self, name: str, content: bytes) -> None:
+    def write_bytes(self, name: str, content: bytes | memoryview) -> None:
         """Writes or replaces the file `name` atomically."""
         if self.remote:
             filesystem, base = self.filesystem()

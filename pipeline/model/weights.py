@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
+from pipeline.model.encoding import encode_tensors
 from pipeline.model.rrdbnet import UNSHUFFLE, RRDBNet
 from pipeline.model.weight_forms import (
     archive_fault,
@@ -72,15 +73,9 @@ def encode_generator(
 
     Equal networks and metadata give equal bytes.
     """
-    entries = {**(metadata or {}), **sizes_as_text(generator)}
-    # The library writes metadata in a random order, so the header is built here.
-    content = safetensors.torch.save(_plain_state(generator, dtype))
-    end = 8 + int.from_bytes(content[:8], "little")
-    header = json.dumps(
-        {"__metadata__": dict(sorted(entries.items())), **json.loads(content[8:end])}
-    ).encode()
-    header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header + content[end:]
+    return bytes(
+        encode_tensors(_plain_state(generator, dtype), {**(metadata or {}), **sizes_as_text(generator)})
+    )
 
 
 def architecture(generator: RRDBNet) -> dict[str, Any]:

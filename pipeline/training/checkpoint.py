@@ -12,6 +12,7 @@ A folder without a manifest, or with a file that does not match it, is never use
 
 import hashlib
 import logging
+import math
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
+from pipeline.model.encoding import encode_tensors
 from pipeline.run_folder import CHECKPOINT_MANIFEST, CHECKPOINT_STATE, CheckpointManifest, FileDigest
 from pipeline.storage import Storage
 
@@ -82,14 +84,17 @@ def write(run: Storage, checkpoint: Checkpoint, metadata: dict[str, str]) -> Non
         FloatingPointError: a tensor is not finite; nothing is written.
         OSError: the storage cannot be written (a full disk, for instance).
     """
-    for tensor, value in [*checkpoint.ema.items(), *checkpoint.tensors.items()]:
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise FloatingPointError(f"{checkpoint.name}: {tensor} holds a non-finite value; not written")
+    for tensors in (checkpoint.ema, checkpoint.tensors):
+        floating = {tensor: value for tensor, value in tensors.items() if value.is_floating_point()}
+        largest = torch._foreach_norm([*floating.values()], float("inf"))
+        for tensor, value in zip(floating, largest, strict=True):
+            if not math.isfinite(value):
+                raise FloatingPointError(f"{checkpoint.name}: {tensor} holds a non-finite value; not written")
     folder, name = run / checkpoint.name.folder, str(checkpoint.name)
     run.remove(checkpoint.name.folder)
     contents = {
-        "generator.safetensors": safetensors.torch.save(_compact(checkpoint.ema), metadata),
-        "training.safetensors": safetensors.torch.save(_compact(checkpoint.tensors)),
+        "generator.safetensors": encode_tensors(checkpoint.ema, metadata),
+        "training.safetensors": encode_tensors(checkpoint.tensors),
         "state.json": CHECKPOINT_STATE.dump({"format": FORMAT, **checkpoint.scalars}),
     }
     files = {}
@@ -191,8 +196,3 @@ def newest_if_valid(run: Storage) -> Checkpoint | None:
 def can_resume(run: Storage) -> bool:
     """Whether there is a checkpoint to resume from (even if it is corrupt)."""
     return bool(listed(run)) or len(run.names(FOLDER)) > 1
-
-
-def _compact(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    # safetensors stores row-major tensors only; channels-last weights are copied into that order.
-    return {name: value.contiguous() for name, value in tensors.items()}

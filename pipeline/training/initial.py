@@ -8,12 +8,12 @@ from operator import attrgetter
 from typing import Any
 
 import pyarrow
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from pipeline.model import decode_generator, generator_sha256
+from pipeline.model.encoding import encode_tensors
 from pipeline.model.initial import Fit, discriminator_sizes, fit, read_discriminator_tensors
 from pipeline.model.weights import generator_sizes, read_generator_tensors, read_tensors
 from pipeline.run_folder import IDENTITY, SWEEP, InitialWeights, RunIdentity
@@ -112,7 +112,7 @@ def save_copies(folder: Storage, initial: Mapping[str, Initial]) -> None:
     """Writes copies of the weights to the run's or sweep's folder. Raises OSError."""
     for network, weights in initial.items():
         if weights.tensors is not None and not weights.stored:
-            folder.write_bytes(_file(network), safetensors.torch.save(weights.tensors))
+            folder.write_bytes(_file(network), encode_tensors(weights.tensors))
 
 
 def load_initial(network: str, state: TrainState, config: TrainConfig, run: Storage) -> str:
