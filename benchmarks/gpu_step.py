@@ -24,14 +24,20 @@ from step import LAYER, basicsr_step
 from turns import machine
 
 from pipeline.data.feed import RawBatch
-from pipeline.model import RRDBNet, VGGFeatures, set_precision
+from pipeline.model import RRDBNet, set_precision
 from pipeline.model.trunk import use_kernels
+from pipeline.training.checks import perceptual_features
 from pipeline.training.config import TrainConfig
 from pipeline.training.state import begin_gan, new_state
 from pipeline.training.stepper import Stepper
 from pipeline.training.worker import Worker
 
 STEPS, TINY_STEPS = 20, 2
+PLAN = [
+    ("gan", "ours", "bf16", "auto"), ("gan", "basicsr", "tf32", "off"), ("psnr", "ours", "bf16", "auto"),
+    ("psnr", "basicsr", "tf32", "off"), ("gan", "ours", "tf32", "auto"), ("psnr", "ours", "tf32", "auto"),
+    ("gan", "ours", "bf16", "off"), ("gan", "ours", "fp32", "auto"),
+]  # fmt: skip
 
 
 class Bench:
@@ -46,8 +52,9 @@ class Bench:
         if stage == "gan":
             self.state.step = self.config.psnr.steps
             begin_gan(self.state, self.config, self.device)
-            self.features = VGGFeatures([LAYER], "random").to(self.device)
-            self.features.to(memory_format=torch.channels_last)
+            self.features = perceptual_features(self.config)
+            assert self.features is not None
+            self.features.to(self.device, memory_format=torch.channels_last)
         self.stepper = Stepper(self.config, Worker(device=self.device), self.features)
         self.raw = random_batch(self.config, self.device)
 
@@ -67,6 +74,7 @@ def make_config(options: argparse.Namespace, precision: str, graph: str) -> Trai
             "crop_px": 32 if options.tiny else 128,
             "precision": precision,
             "cuda_graph": graph,
+            "perceptual": {"weights": "random", "layers": {LAYER: 1.0}},
             "model": small if options.tiny else {},
         }
     )
@@ -107,12 +115,7 @@ def synchronize(device: torch.device) -> None:
 def steps(options: argparse.Namespace, report: Callable[..., None]) -> None:
     """Both stages: BasicSR's sequence in TF32, this project's step in three forms."""
     device = torch.device(options.device)
-    plan = [
-        ("gan", "ours", "bf16", "auto"), ("gan", "basicsr", "tf32", "off"), ("psnr", "ours", "bf16", "auto"),
-        ("psnr", "basicsr", "tf32", "off"), ("gan", "ours", "tf32", "auto"), ("psnr", "ours", "tf32", "auto"),
-        ("gan", "ours", "bf16", "off"), ("gan", "ours", "fp32", "auto"),
-    ]  # fmt: skip
-    for stage, who, precision, graph in plan:
+    for stage, who, precision, graph in PLAN:
         name = f"{stage}, {who}, {precision}, {'graph' if graph == 'auto' else 'eager'}"
         try:
             bench: Bench | None = Bench(options, stage, precision, graph)

@@ -20,8 +20,8 @@ from tiny_run import command
 PAPER = {
     "model__num_block": 23, "model__num_feat": 64, "model__num_grow_ch": 32, "model__discriminator_num_feat": 64,
     "batch_size": 16, "crop_px": 128, "data__patch_px": 192, "data__patch_stride_px": 96, "precision": "bf16",
-    "perceptual__layers": '{"conv5_4": 1.0}', "psnr__steps": 2500, "gan__steps": 600, "log_every_steps": 100,
-    "validate_every_steps": 500, "checkpoint_every_steps": 200,
+    "perceptual__layers": '{"conv5_4": 1.0}', "psnr__steps": 1500, "gan__steps": 600, "log_every_steps": 100,
+    "validate_every_steps": 500, "checkpoint_every_steps": 200, "ema_decay": 0.99,
 }  # fmt: skip
 TINY = {
     "psnr__steps": 4, "gan__steps": 4, "log_every_steps": 1, "validate_every_steps": 2, "checkpoint_every_steps": 2
