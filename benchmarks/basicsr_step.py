@@ -107,16 +107,17 @@ class BasicSR:
     generator: nn.Module
     ema: nn.Module
     discriminator: nn.Module | None
-    features: VGGFeatures | None
+    features: nn.Module | None
     generator_optimizer: torch.optim.Adam
     discriminator_optimizer: torch.optim.Adam | None
     ema_decay: float
     weights: GanStage
+    layers: dict[str, float]
     constant_means: bool = True
     """As in BasicSR; see the module's docstring."""
 
     @classmethod
-    def like(cls, state: TrainState, config: TrainConfig, features: VGGFeatures | None) -> "BasicSR":
+    def like(cls, state: TrainState, config: TrainConfig, features: nn.Module | None) -> "BasicSR":
         """The weights of `state`, with new optimizers."""
         dtype = next(state.generator.parameters()).dtype
         device = next(state.generator.parameters()).device
@@ -147,6 +148,7 @@ class BasicSR:
             adam(discriminator) if discriminator is not None else None,
             config.ema_decay,
             config.gan,
+            dict(config.perceptual.layers),
         )
 
     def psnr_step(self, lr: Tensor, hr: Tensor, learning_rate: float) -> dict[str, float]:
@@ -166,16 +168,19 @@ class BasicSR:
         assert self.discriminator_optimizer is not None
         assert self.features is not None
         discriminator, weights = self.discriminator, self.weights
-        for optimizer in (self.generator_optimizer, self.discriminator_optimizer):
-            _set_rate(optimizer, learning_rate)
+        share = (weights.discriminator_learning_rate or weights.learning_rate) / weights.learning_rate
+        _set_rate(self.generator_optimizer, learning_rate)
+        _set_rate(self.discriminator_optimizer, learning_rate * share)
 
         for parameter in discriminator.parameters():
             parameter.requires_grad = False
         self.generator_optimizer.zero_grad()
         sr = self.generator(lr)
         pixel = weights.pixel_weight * functional.l1_loss(sr, hr)
-        output, target = self.features(sr)[LAYER], self.features(hr.detach())[LAYER]
-        perceptual = weights.perceptual_weight * functional.l1_loss(output, target)
+        output, target = self.features(sr), self.features(hr.detach())
+        perceptual = weights.perceptual_weight * sum(
+            weight * functional.l1_loss(output[layer], target[layer]) for layer, weight in self.layers.items()
+        )
         real, fake = discriminator(hr).detach(), discriminator(sr)
         adversarial = (
             weights.adversarial_weight * (_bce(real - fake.mean(), 0) + _bce(fake - real.mean(), 1)) / 2

@@ -4,14 +4,15 @@
 #   benchmarks/gpu.sh OUT        writes OUT/report.md, and the full output of each part below OUT
 #
 # The machine needs torch, torchvision and the packages of tests/minimal.py; WHEELS=FOLDER installs missing ones from a
-# folder of wheels. Each part has a time limit and may fail without ending the visit. PARTS chooses some of:
-# environment step train validation checkpoint upscale tests. Where a single command may take less than 12 minutes, call
-# the script twice. DEVICE=cpu TINY=1 tries it on a machine without a GPU.
+# folder of wheels. Each part has a time limit and may fail without ending the visit. PARTS chooses some of: environment
+# step tests train upscale validation checkpoint stages. Where a single command may take less than 12 minutes, call the
+# script twice. PHOTOS=FOLDER, made by models/photos.py, adds the last part: both stages compared with BasicSR's, about 3
+# minutes. DEVICE=cpu TINY=1 tries it on a machine without a GPU.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 out=${1:?usage: benchmarks/gpu.sh OUT}
 mkdir -p "$out" && out=$(cd "$out" && pwd)
-parts=${PARTS:-environment step train validation checkpoint upscale tests}
+parts=${PARTS:-environment step tests train upscale validation checkpoint ${PHOTOS:+stages}}
 device=${DEVICE:-cuda}
 tiny=${TINY:+--tiny}
 python=${PYTHON:-python3}
@@ -47,18 +48,25 @@ if [[ -n ${WHEELS:-} ]]; then
 fi
 printf '# GPU visit of %s\n' "$(date -u +%FT%TZ)" >"$out/report.md"
 
-# The measurements first: the tests take longest, and a visit may end early.
 part environment 40 "$python" benchmarks/gpu_environment.py --device "$device"
+# The host decides how long BasicSR's sequence takes, 2 minutes at most so far.
 part step 180 "$python" benchmarks/gpu_step.py --device "$device" ${tiny:+"$tiny"} --out "$out"
-part train 140 "$python" benchmarks/gpu_train.py --device "$device" ${tiny:+"$tiny"} --out "$out"
-part validation 40 "$python" benchmarks/validation.py --device "$device" ${tiny:+--size 64 80}
-part checkpoint 45 "$python" benchmarks/checkpoint.py --device "$device" --batch 16 ${tiny:+--batch 1 --blocks 1 --rounds 2}
-part upscale 60 "$python" benchmarks/upscale.py --device "$device" ${tiny:+"$tiny" --images 4 --rounds 1}
 mark=gpu
 [[ $device == cpu ]] && mark="not gpu and not slow"
+"$python" -m pytest -o addopts= --help 2>/dev/null | grep -q numprocesses && processes="-n 6 --dist loadfile"
 # Without the project's options, which are an error where pytest-timeout is not installed.
 part tests 210 "$python" -m pytest -o addopts=-ra tests/test_gpu_*.py tests/test_model_trunk_kernels.py \
-  tests/test_tracking_system.py tests/test_training_discriminate.py -m "$mark" -q -p no:cacheprovider --junitxml="$out/tests.xml"
+  tests/test_tracking_system.py tests/test_training_discriminate.py -m "$mark" -q -p no:cacheprovider \
+  ${processes:-} --junitxml="$out/tests.xml"
+part train 140 "$python" benchmarks/gpu_train.py --device "$device" ${tiny:+"$tiny"} --out "$out"
+part upscale 80 "$python" benchmarks/upscale.py --device "$device" --precision bf16 ${tiny:+"$tiny" --images 4 --rounds 1}
+part validation 40 "$python" benchmarks/validation.py --device "$device" ${tiny:+--size 64 80}
+part checkpoint 60 "$python" benchmarks/checkpoint.py --device "$device" --batch 16 ${tiny:+--batch 1 --blocks 1 --rounds 2}
+small='--use_gpu false --precision fp32 --model.num_block 1 --model.num_feat 8 --model.num_grow_ch 4
+  --model.discriminator_num_feat 4 --batch_size 2 --psnr.steps 4 --psnr.schedule.warmup_steps 1 --gan.steps 2
+  --perceptual.weights random --perceptual.layers {"conv1_2":1} --validation.metrics [psnr_y] --gan.select_by psnr_y'
+part stages 220 "$python" benchmarks/both_stages.py --out "$out/stages" --config configs/photos_x4.yaml \
+  --data.source "${PHOTOS:-}/train" --data.held_out "${PHOTOS:-}/held_out" --data.root "$out/stages/data" ${tiny:+$small}
 
 echo "== report: $out/report.md ($SECONDS s)"
 exit $failed

@@ -5,14 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 
 
 def visit(folder: Path, **environment: str) -> tuple[int, str]:
     """Tries the script on the CPU; its exit code and report."""
-    inherited = {name: value for name, value in os.environ.items() if name not in {"PARTS", "WHEELS"}}
+    inherited = {name: value for name, value in os.environ.items() if name not in {"PARTS", "WHEELS", "PHOTOS"}}
     result = subprocess.run(
         [str(ROOT / "benchmarks" / "gpu.sh"), str(folder / "out")],
         env={**inherited, "PYTHON": sys.executable, "DEVICE": "cpu", "TINY": "1", **environment},
@@ -30,11 +32,18 @@ def program(path: Path, *lines: str) -> str:
 
 @pytest.mark.slow
 def test_the_report_holds_every_part(tmp_path: Path) -> None:
-    code, report = visit(tmp_path, PARTS="environment step train upscale")
+    for use, side in (("train", 128), ("held_out", 160)):
+        (tmp_path / "photos" / use).mkdir(parents=True)
+        for index in range(3):
+            pixels = np.random.default_rng(index).integers(0, 256, (192, side + 96, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / use / f"{use}{index}.png")
+    code, report = visit(
+        tmp_path, PARTS="environment step train upscale stages", PHOTOS=str(tmp_path / "photos")
+    )
     assert [line for line in report.splitlines() if line.startswith("## ")] == [
-        "## environment", "## step", "## train", "## upscale"
+        "## environment", "## step", "## train", "## upscale", "## stages"
     ]  # fmt: skip
-    assert report.count(": exit code 0, ") == 4, report
+    assert report.count(": exit code 0, ") == 5, report
     assert "matrix product" in report
     assert code == 0
 
