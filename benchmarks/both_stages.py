@@ -4,7 +4,7 @@
 
 All flags but --out and --hr are the run's. Ours is `jobs/train_gan.py`, on a GPU as a CUDA graph; BasicSR's runs in
 float32, its default (on a GPU TF32), and in its memory format. Writes OUT/ours.safetensors and OUT/basicsr.safetensors,
-in 16 bits, and what `jobs/evaluate.py` says about both and bicubic on the data set's held-out photos, or on --hr.
+in 16 bits, and the report of `jobs/evaluate.py` on both and bicubic, for the data set's held-out photos, or on --hr.
 """
 
 import argparse

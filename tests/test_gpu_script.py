@@ -14,7 +14,9 @@ ROOT = Path(__file__).parent.parent
 
 def visit(folder: Path, **environment: str) -> tuple[int, str]:
     """Tries the script on the CPU; its exit code and report."""
-    inherited = {name: value for name, value in os.environ.items() if name not in {"PARTS", "WHEELS", "PHOTOS"}}
+    inherited = {
+        name: value for name, value in os.environ.items() if name not in {"PARTS", "WHEELS", "PHOTOS"}
+    }
     result = subprocess.run(
         [str(ROOT / "benchmarks" / "gpu.sh"), str(folder / "out")],
         env={**inherited, "PYTHON": sys.executable, "DEVICE": "cpu", "TINY": "1", **environment},

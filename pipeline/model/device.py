@@ -105,10 +105,10 @@ def without_autocast(device: torch.device) -> AbstractContextManager[None]:
 
 @contextmanager
 def side_stream(device: torch.device) -> Iterator[None]:
-    """A context whose work on a GPU runs beside what is queued after it, and after what is queued before it.
+    """A context whose work on a GPU runs after what is queued before it, and at the same time as what is queued later.
 
-    `join_side_stream` must follow, and until then every tensor that crosses between the two must stay referenced: the
-    memory of a freed one is reused on its own stream. On a CPU, nothing changes.
+    `join_side_stream` must follow. Until then every tensor that one stream makes and the other uses must stay
+    referenced: the memory of a freed one is reused by the stream that made it. On a CPU, nothing changes.
     """
     if device.type != "cuda":
         yield

@@ -46,4 +46,4 @@ def encode_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | 
         value = tensors[name]
         content[start : start + value.nbytes].view(value.dtype).view(value.shape).copy_(value)
         start += value.nbytes
-    return memoryview(content.numpy())
+    return content.numpy().data

@@ -92,7 +92,7 @@ def write(run: Storage, checkpoint: Checkpoint, metadata: dict[str, str]) -> Non
                 raise FloatingPointError(f"{checkpoint.name}: {tensor} holds a non-finite value; not written")
     folder, name = run / checkpoint.name.folder, str(checkpoint.name)
     run.remove(checkpoint.name.folder)
-    contents = {
+    contents: dict[str, bytes | memoryview] = {
         "generator.safetensors": encode_tensors(checkpoint.ema, metadata),
         "training.safetensors": encode_tensors(checkpoint.tensors),
         "state.json": CHECKPOINT_STATE.dump({"format": FORMAT, **checkpoint.scalars}),

@@ -91,9 +91,9 @@ def gan_step(
     buffers = list(unwrap(discriminator).buffers())
     saved_buffers = [buffer.clone() for buffer in buffers]
 
-    # On a GPU the perceptual loss is computed beside the generator and the discriminator, whose kernels are short.
+    # On a GPU the perceptual loss is computed while the generator and the discriminator are, whose kernels are short.
     device = batch.lr.device
-    target = None
+    target: dict[str, Tensor] = {}
     if gan.perceptual_weight:
         assert features is not None
         with side_stream(device), _autocast(config, device), torch.no_grad():
@@ -107,6 +107,7 @@ def gan_step(
         content, losses = _image_losses(cut, batch.hr, mean, gan.pixel_weight, gan)
         perceptual = content.new_zeros(())
         if gan.perceptual_weight:
+            assert features is not None
             with _autocast(config, device):
                 output = features(cut)
             perceptual = perceptual_loss(output, target, config.perceptual.layers, mean)
