@@ -33,7 +33,8 @@ def _network() -> RRDBNet:
 
 
 def _error(value: Tensor, expected: Tensor) -> float:
-    return float((value.detach().double() - expected.double()).norm() / expected.double().norm())
+    value, expected = value.detach().double(), expected.detach().double()
+    return float((value - expected).norm() / expected.norm())
 
 
 def _errors(
