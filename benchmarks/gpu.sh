@@ -13,6 +13,13 @@ cd "$(dirname "$0")/.." || exit 1
 out=${1:?usage: benchmarks/gpu.sh OUT}
 mkdir -p "$out" && out=$(cd "$out" && pwd)
 parts=${PARTS:-environment step tests train upscale validation checkpoint ${PHOTOS:+stages}}
+for part in $parts; do
+  if [[ " environment step tests train upscale validation checkpoint stages " != *" $part "* ]]; then
+    echo "PARTS: there is no part $part" >&2
+    exit 2
+  fi
+done
+[[ " $parts " != *" stages "* || -d ${PHOTOS:-} ]] || { echo "PHOTOS: the part stages needs a folder" >&2; exit 2; }
 device=${DEVICE:-cuda}
 tiny=${TINY:+--tiny}
 python=${PYTHON:-python3}

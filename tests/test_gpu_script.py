@@ -56,6 +56,21 @@ def test_a_failing_part_does_not_end_the_visit(tmp_path: Path) -> None:
     assert code == 1
 
 
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [("step steps", "PARTS: there is no part steps"), ("stages", "PHOTOS: the part stages")],
+)
+def test_a_wrong_choice_of_parts_is_one_line_and_exit_code_2(
+    tmp_path: Path, parts: str, message: str
+) -> None:
+    result = subprocess.run(
+        [str(ROOT / "benchmarks" / "gpu.sh"), str(tmp_path / "out")],
+        env={**os.environ, "PARTS": parts, "PHOTOS": ""}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert result.stderr.startswith(message)
+
+
 def test_every_file_with_tests_of_a_gpu_is_run() -> None:
     script = (ROOT / "benchmarks" / "gpu.sh").read_text()
     marked = {path for path in ROOT.glob("tests/test_*.py") if "mark.gpu" in path.read_text()}
