@@ -19,12 +19,12 @@ MAIN, SIDE = 0, 1
 class Streams(TorchDispatchMode):
     """Replaces `side_stream` and `join_side_stream`; finds what one stream uses before it waited for the other."""
 
-    def __init__(self, *, joins: bool = True) -> None:
+    def __init__(self, *, forks: bool = True, joins: bool = True) -> None:
         super().__init__()
         self.races: list[str] = []
         self.on_side = 0
         """Operations of the side stream."""
-        self._joins = joins
+        self._forks, self._joins = forks, joins
         self._stream = MAIN
         self._time = [0, 0]
         """Operations of each stream so far."""
@@ -37,7 +37,8 @@ class Streams(TorchDispatchMode):
 
     @contextmanager
     def side(self, device: torch.device) -> Iterator[None]:
-        self._waited[SIDE][MAIN] = self._time[MAIN]
+        if self._forks:
+            self._waited[SIDE][MAIN] = self._time[MAIN]
         self._stream = SIDE
         try:
             yield
@@ -99,6 +100,7 @@ def streams_of_a_step(monkeypatch: pytest.MonkeyPatch, streams: Streams, **chang
         {"discriminator": "unet"},
         {"gan": {"loss": "vanilla"}},
         {"gan": {"perceptual_weight": 0.0}},
+        {"gan": {"ms_ssim_weight": 0.1}},
     ],
     ids=str,
 )
@@ -110,5 +112,6 @@ def test_no_stream_uses_what_the_other_is_still_writing(
     assert streams.on_side > 10
 
 
-def test_a_missing_wait_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert streams_of_a_step(monkeypatch, Streams(joins=False)).races
+@pytest.mark.parametrize("missing", ["forks", "joins"])
+def test_a_missing_wait_is_found(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    assert streams_of_a_step(monkeypatch, Streams(**{missing: False})).races

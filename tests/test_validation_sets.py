@@ -25,7 +25,7 @@ from pipeline.model.config import ModelConfig
 from pipeline.storage import Storage
 from pipeline.tracking.lookup import pull_generator
 from pipeline.tracking.spool import ImageRecord, Metrics, read_segment, segment_steps
-from pipeline.training import validator
+from pipeline.training import validation, validator
 from pipeline.training.checks import with_absolute_paths
 from pipeline.training.config import TrainConfig
 from pipeline.training.run_log import RunLog
@@ -358,3 +358,30 @@ def test_bicubic_is_measured_again_on_other_images(tmp_path: Path, monkeypatch: 
         run, worker = Storage(str(tmp_path)), Worker()
         Validator(config, worker, run, sets, RunLog(config, worker, run)).validate(state)
     assert measured == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("device", "half", "expected"),
+    [
+        ("cuda", True, [torch.float16, torch.float32]),  # the first overflows
+        ("cuda", False, [torch.float32]),
+        ("cpu", True, [torch.float32]),
+    ],
+)
+def test_an_image_that_overflows_half_precision_is_computed_again(
+    monkeypatch: pytest.MonkeyPatch, device: str, half: bool, expected: list[torch.dtype]
+) -> None:
+    tried = []
+
+    def upscale(
+        *_: object, dtype: torch.dtype = torch.float32, require_finite: bool = False, **__: object
+    ) -> str:
+        tried.append(dtype)
+        if require_finite:
+            raise FloatingPointError
+        return "computed"
+
+    monkeypatch.setattr(validation, "upscale", upscale)
+    lr = np.zeros((4, 4, 3), np.uint8)
+    assert validation._upscaled(RRDBNet(4, 1, 2), lr, torch.device(device), half) == "computed"
+    assert tried == expected

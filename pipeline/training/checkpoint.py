@@ -85,8 +85,10 @@ def write(run: Storage, checkpoint: Checkpoint, metadata: dict[str, str]) -> Non
         OSError: the storage cannot be written (a full disk, for instance).
     """
     for tensors in (checkpoint.ema, checkpoint.tensors):
-        floating = {tensor: value for tensor, value in tensors.items() if value.is_floating_point()}
-        largest = torch._foreach_norm([*floating.values()], float("inf"))
+        floating = {
+            name: value for name, value in tensors.items() if value.is_floating_point() and value.numel()
+        }
+        largest = torch._foreach_norm([*floating.values()], float("inf")) if floating else []
         for tensor, value in zip(floating, largest, strict=True):
             if not math.isfinite(value):
                 raise FloatingPointError(f"{checkpoint.name}: {tensor} holds a non-finite value; not written")

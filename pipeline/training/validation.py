@@ -25,21 +25,21 @@ def validate(
 ) -> dict[str, float]:
     """Means of the metrics over the images of each set, by `ValidationSet.key`.
 
-    `half`: a GPU computes images in float16, which has TF32's 10 bits; in float32 those that overflow.
+    `half`: a GPU computes images in float16, which has TF32's 10 bits; those that overflow again, in float32's range.
 
     Batches of images are assigned to ranks by size, the largest first, to balance the load. The result is the same on
     all ranks and does not depend on their number: each batch is measured by one rank, and means are taken in the
     images' order.
     """
+    return _means(lambda lr: _upscaled(generator, lr, metrics.device, half), sets, metrics)
 
-    def upscaled(lr: Image) -> Image:
-        image = partial(upscale, generator, lr, TILE_PX, device=metrics.device)
-        if half and metrics.device.type == "cuda":
-            with suppress(FloatingPointError):
-                return image(dtype=torch.float16, require_finite=True)
-        return image()
 
-    return _means(upscaled, sets, metrics)
+def _upscaled(generator: RRDBNet, lr: Image, device: torch.device, half: bool) -> Image:
+    image = partial(upscale, generator, lr, TILE_PX, device=device)
+    if half and device.type == "cuda":
+        with suppress(FloatingPointError):
+            return image(dtype=torch.float16, require_finite=True)
+    return image()
 
 
 def bicubic_baseline(sets: Sequence[ValidationSet], metrics: MetricSet, scale: int) -> dict[str, float]:
