@@ -36,17 +36,18 @@ EVERY = 500
 
 def basicsr(config: TrainConfig, device: torch.device) -> RRDBNet:
     """EMA weights after both stages of BasicSR's sequence (the first alone if `gan.steps` is 0)."""
+    config = config.model_copy(update={"precision": "fp32"})  # of the perceptual network's weights, too
     state = new_state(config, "psnr", device)
     batches = _batches(config, device)
     began = time.perf_counter()
-    for first, count in ((0, config.psnr.steps), (config.psnr.steps, config.gan.steps)):
+    for stage, first, count in (("psnr", 0, config.psnr.steps), ("gan", config.psnr.steps, config.gan.steps)):
         features = None
-        if first:
+        if stage == "gan":
             state.step = first
             begin_gan(state, config, device)
             features = perceptual_features(config)
         theirs = BasicSR.like(state, config, features.to(device) if features else None)
-        update = theirs.gan_step if first else theirs.psnr_step
+        update = theirs.gan_step if stage == "gan" else theirs.psnr_step
         for step in range(first, first + count):
             batch = next(batches)
             rate = stage_rate(config, state.stage, step)
@@ -74,6 +75,13 @@ def job(name: str, *arguments: str) -> None:
     subprocess.run([sys.executable, str(JOBS / f"{name}.py"), *arguments], check=True)
 
 
+def write(folder: Path, name: str, generator: RRDBNet) -> str:
+    """Writes a generator in 16 bits; returns its name and file for `evaluate.py`."""
+    file = folder / f"{name}.safetensors"
+    file.write_bytes(encode_generator(generator, dtype=torch.float16))
+    return f"{name}={file}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -83,6 +91,8 @@ def main() -> None:
     options, flags = parser.parse_known_args()
     loaded, _ = load_config(flags, description="", environment={})
     config = loaded.alone()
+    if config.gan.loss != "relativistic" or config.gan.ms_ssim_weight or config.psnr.ms_ssim_weight:
+        parser.error("BasicSR's sequence has the pixel, perceptual and relativistic losses only")
     device = torch.device("cuda" if config.use_gpu else "cpu")
     prepare(config.data, on_ray=False)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -93,16 +103,13 @@ def main() -> None:
     print(f"ours: {time.perf_counter() - began:.0f} s", flush=True)
     source = str(options.out / "runs" / config.run_name)
     ours, _ = decode_generator(find_model_file(source, GENERATOR_FILE, source)[0], source)
+    models = [write(options.out, "ours", ours)]
 
     began = time.perf_counter()
     set_precision("tf32")
     theirs = basicsr(config, device)
     print(f"BasicSR's: {time.perf_counter() - began:.0f} s", flush=True)
-    models = []
-    for name, network in (("ours", ours), ("basicsr", theirs)):
-        file = options.out / f"{name}.safetensors"
-        file.write_bytes(encode_generator(network, dtype=torch.float16))
-        models.append(f"{name}={file}")
+    models.append(write(options.out, "basicsr", theirs))
     hr = options.hr or str(config.data.held_out)
     job(
         "evaluate", "--model", "bicubic", *models, "--hr", hr, "--device", device.type,

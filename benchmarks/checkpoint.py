@@ -125,6 +125,8 @@ def main() -> None:
     parser.add_argument("--storage", help="folder to write below; default: the system's temporary one")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    if options.device == "cuda" and options.blocks != 23:
+        parser.error("--blocks: the step on a GPU is the paper's, with 23")
     torch.set_num_threads(1)
     facts = machine(options.device)
     with tempfile.TemporaryDirectory(dir=options.storage) as folder:

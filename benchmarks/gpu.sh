@@ -15,7 +15,7 @@ mkdir -p "$out" && out=$(cd "$out" && pwd)
 parts=${PARTS:-environment step tests train upscale validation checkpoint ${PHOTOS:+stages}}
 for part in $parts; do
   if [[ " environment step tests train upscale validation checkpoint stages " != *" $part "* ]]; then
-    echo "PARTS: there is no part $part" >&2
+    echo "PARTS: unknown part $part" >&2
     exit 2
   fi
 done
@@ -69,11 +69,12 @@ part train 140 "$python" benchmarks/gpu_train.py --device "$device" ${tiny:+"$ti
 part upscale 80 "$python" benchmarks/upscale.py --device "$device" --precision bf16 ${tiny:+"$tiny" --images 4 --rounds 1}
 part validation 40 "$python" benchmarks/validation.py --device "$device" ${tiny:+--size 64 80}
 part checkpoint 60 "$python" benchmarks/checkpoint.py --device "$device" --batch 16 ${tiny:+--batch 1 --blocks 1 --rounds 2}
-small='--use_gpu false --precision fp32 --model.num_block 1 --model.num_feat 8 --model.num_grow_ch 4
+sizes="--psnr.steps 2000 --gan.steps 400"
+[[ -n $tiny ]] && sizes='--use_gpu false --model.num_block 1 --model.num_feat 8 --model.num_grow_ch 4
   --model.discriminator_num_feat 4 --batch_size 2 --psnr.steps 4 --psnr.schedule.warmup_steps 1 --gan.steps 2
   --perceptual.weights random --perceptual.layers {"conv1_2":1} --validation.metrics [psnr_y] --gan.select_by psnr_y'
-part stages 220 "$python" benchmarks/both_stages.py --out "$out/stages" --config configs/photos_x4.yaml \
-  --data.source "${PHOTOS:-}/train" --data.held_out "${PHOTOS:-}/held_out" --data.root "$out/stages/data" ${tiny:+$small}
+part stages 240 "$python" benchmarks/both_stages.py --out "$out/stages" --config configs/photos_x4.yaml \
+  --data.source "${PHOTOS:-}/train" --data.held_out "${PHOTOS:-}/held_out" --data.root "$out/stages/data" $sizes
 
 echo "== report: $out/report.md ($SECONDS s)"
 exit $failed

@@ -58,7 +58,7 @@ def test_a_failing_part_does_not_end_the_visit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("parts", "message"),
-    [("step steps", "PARTS: there is no part steps"), ("stages", "PHOTOS: the part stages")],
+    [("step steps", "PARTS: unknown part steps"), ("stages", "PHOTOS: the part stages")],
 )
 def test_a_wrong_choice_of_parts_is_one_line_and_exit_code_2(
     tmp_path: Path, parts: str, message: str

@@ -39,7 +39,7 @@ TilePx = Annotated[
     Field(
         ge=0,
         description="Tile side in low-resolution pixels; smaller tiles need less memory; 0: no tiles (default: 256 for "
-        "images of more than 512 x 512; on a GPU of 12 GB and more, larger ones).",
+        "images of more than 512 x 512; on a GPU with more than 10 GB, larger tiles for larger images).",
         json_schema_extra={"aliases": ["-t"], "metavar": "PX"},
     ),
 ]
