@@ -6,8 +6,8 @@
 # The machine needs torch, torchvision and the packages of tests/minimal.py; WHEELS=FOLDER installs missing ones from a
 # folder of wheels. Each part has a time limit and may fail without ending the visit. PARTS chooses some of: environment
 # step tests train upscale validation checkpoint stages. Where a single command may take less than 12 minutes, call the
-# script twice. PHOTOS=FOLDER, made by models/photos.py, adds the last part: both stages compared with BasicSR's, about 3
-# minutes. DEVICE=cpu TINY=1 tries it on a machine without a GPU.
+# script twice. PHOTOS=FOLDER, made by models/photos.py, adds the last part: both stages compared with BasicSR's, at most
+# 4 minutes more. DEVICE=cpu TINY=1 tries it on a machine without a GPU.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 out=${1:?usage: benchmarks/gpu.sh OUT}
@@ -62,11 +62,11 @@ mark=gpu
 [[ $device == cpu ]] && mark="not gpu and not slow"
 "$python" -m pytest -o addopts= --help 2>/dev/null | grep -q numprocesses && processes="-n 6 --dist loadfile"
 # Without the project's options, which are an error where pytest-timeout is not installed.
-part tests 210 "$python" -m pytest -o addopts=-ra tests/test_gpu_*.py tests/test_model_trunk_kernels.py \
+part tests 180 "$python" -m pytest -o addopts=-ra tests/test_gpu_*.py tests/test_model_trunk_kernels.py \
   tests/test_tracking_system.py tests/test_training_discriminate.py -m "$mark" -q -p no:cacheprovider \
   ${processes:-} --junitxml="$out/tests.xml"
-part train 140 "$python" benchmarks/gpu_train.py --device "$device" ${tiny:+"$tiny"} --out "$out"
-part upscale 80 "$python" benchmarks/upscale.py --device "$device" --precision bf16 ${tiny:+"$tiny" --images 4 --rounds 1}
+part train 130 "$python" benchmarks/gpu_train.py --device "$device" ${tiny:+"$tiny"} --out "$out"
+part upscale 70 "$python" benchmarks/upscale.py --device "$device" --precision bf16 ${tiny:+"$tiny" --images 4 --rounds 1}
 part validation 40 "$python" benchmarks/validation.py --device "$device" ${tiny:+--size 64 80}
 part checkpoint 60 "$python" benchmarks/checkpoint.py --device "$device" --batch 16 ${tiny:+--batch 1 --blocks 1 --rounds 2}
 sizes="--psnr.steps 2000 --gan.steps 400"
