@@ -38,9 +38,11 @@ def basicsr(config: TrainConfig, device: torch.device) -> RRDBNet:
     """EMA weights after both stages of BasicSR's sequence (the first alone if `gan.steps` is 0)."""
     config = config.model_copy(update={"precision": "fp32"})  # of the perceptual network's weights, too
     state = new_state(config, "psnr", device)
-    batches = _batches(config, device)
+    batches = batches_of(config, device)
     began = time.perf_counter()
     for stage, first, count in (("psnr", 0, config.psnr.steps), ("gan", config.psnr.steps, config.gan.steps)):
+        if not count:
+            continue
         features = None
         if stage == "gan":
             state.step = first
@@ -63,7 +65,8 @@ def basicsr(config: TrainConfig, device: torch.device) -> RRDBNet:
     return state.ema
 
 
-def _batches(config: TrainConfig, device: torch.device) -> Iterator[Batch]:
+def batches_of(config: TrainConfig, device: torch.device) -> Iterator[Batch]:
+    """The batches of all steps, of both stages."""
     worker = Worker(device=device)
     raws = feed_of(config, worker).batches(0, config.psnr.steps + config.gan.steps, device.type == "cuda")
     for step, raw in enumerate(raws):

@@ -12,9 +12,10 @@ set -u
 cd "$(dirname "$0")/.." || exit 1
 out=${1:?usage: benchmarks/gpu.sh OUT}
 mkdir -p "$out" && out=$(cd "$out" && pwd)
-parts=${PARTS:-environment step tests train upscale validation checkpoint ${PHOTOS:+stages}}
+all="environment step tests train upscale validation checkpoint"
+parts=${PARTS:-$all ${PHOTOS:+stages}}
 for part in $parts; do
-  if [[ " environment step tests train upscale validation checkpoint stages " != *" $part "* ]]; then
+  if [[ " $all stages " != *" $part "* ]]; then
     echo "PARTS: unknown part $part" >&2
     exit 2
   fi

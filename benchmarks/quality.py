@@ -18,24 +18,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from basicsr_step import BasicSR
+from both_stages import basicsr, batches_of
 from torch import nn
 from turns import machine
 
 from pipeline.config import load_config
 from pipeline.data import load_manifest, prepare, read_held_out
-from pipeline.data.feed import Feed
 from pipeline.metrics import FIDELITY, MetricSet
 from pipeline.model import RRDBNet
-from pipeline.training.batches import on_device
 from pipeline.training.config import TrainConfig
-from pipeline.training.schedule import learning_rate
+from pipeline.training.schedule import stage_rate
 from pipeline.training.state import new_state
-from pipeline.training.step import Batch, psnr_step
+from pipeline.training.step import psnr_step
 from pipeline.training.validation import validate
 from pipeline.training.validation_config import HELD_OUT
 from pipeline.training.validation_sets import ValidationSet
-from pipeline.training.worker import Worker
 
 DEMO = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
 CPU = torch.device("cpu")
@@ -45,18 +42,18 @@ def demo_config(root: str, steps: int, seed: int) -> TrainConfig:
     """The demo's from random weights: 2 blocks, this many steps of stage 1, with a tenth of them as warm-up."""
     flags = ["--data.root", root, "--psnr.steps", str(steps), "--seed", str(seed), "--workers", "0"]
     flags += ["--psnr.schedule.warmup_steps", str(steps // 10), "--shuffle_channels", "false"]
-    flags += ["--init.generator", "null", "--model.num_block", "2", "--psnr.learning_rate", "2e-3"]
+    flags += [
+        "--gan.steps",
+        "0",
+        "--init.generator",
+        "null",
+        "--model.num_block",
+        "2",
+        "--psnr.learning_rate",
+        "2e-3",
+    ]
     config, _ = load_config(flags, description="", default_file=DEMO, environment={})
     return config.alone()
-
-
-def train(config: TrainConfig, update: Callable[[Batch, float], object]) -> None:
-    """Calls `update(batch, learning_rate)` with every batch of stage 1."""
-    feed = Feed(config.data.root, config.seed, config.batch_size, config.crop_px)
-    psnr = config.psnr
-    for step, raw in enumerate(feed.batches(0, psnr.steps)):
-        rate = learning_rate(psnr.schedule, psnr.learning_rate, step, psnr.steps)
-        update(on_device(raw, config, Worker(), step), rate)
 
 
 def ours(config: TrainConfig, disturbed: bool = False) -> nn.Module:
@@ -67,19 +64,8 @@ def ours(config: TrainConfig, disturbed: bool = False) -> nn.Module:
             for parameter in state.generator.parameters():
                 parameter.mul_(1 + 2**-23)
 
-    def update(batch: Batch, rate: float) -> None:
-        psnr_step(state, batch, config, rate)
-
-    train(config, update)
-    return state.ema
-
-
-def basicsr(config: TrainConfig) -> nn.Module:
-    """EMA weights after BasicSR's, in a generator of ours."""
-    state = new_state(config, "psnr", CPU)
-    theirs = BasicSR.like(state, config, None)
-    train(config, lambda batch, rate: theirs.psnr_step(batch.lr.contiguous(), batch.hr.contiguous(), rate))
-    state.ema.load_state_dict(theirs.ema.state_dict())
+    for step, batch in enumerate(batches_of(config, CPU)):
+        psnr_step(state, batch, config, stage_rate(config, "psnr", step))
     return state.ema
 
 
@@ -128,7 +114,7 @@ def ways_of(config: TrainConfig, options: argparse.Namespace) -> dict[str, Calla
     """What is trained for one seed."""
     ways: dict[str, Callable[[], nn.Module]] = {
         "ours, fp32": lambda: ours(config),
-        "BasicSR's sequence, fp32": lambda: basicsr(config),
+        "BasicSR's sequence, fp32": lambda: basicsr(config, CPU),
     }
     if options.bf16:
         ways["ours, bf16"] = lambda: ours(config.model_copy(update={"precision": "bf16"}))

@@ -128,11 +128,9 @@ def main() -> None:
         sets = [ValidationSet("held_out", images)]
         for chosen, metrics in (("PSNR and SSIM", FIDELITY), ("all of these", usable)):
             together = MetricSet(metrics, device, folder=folder)
-            for half in (False, True) if device.type == "cuda" else (False,):
+            ways = [("in TF32", False), ("as with precision=bf16", True)]
+            for how, half in ways if device.type == "cuda" else [("in float32", False)]:
                 whole = seconds(partial(validate, network, sets, together, half), device)
-                how = (
-                    "as with precision=bf16" if half else "in TF32" if device.type == "cuda" else "in float32"
-                )
                 print(f"validation with {network_name} {how} and {chosen}: {whole * scale:.1f}", flush=True)
 
 

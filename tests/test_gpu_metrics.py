@@ -8,7 +8,7 @@ from gpu import requires_gpu
 from pipeline.data import HeldOutPhoto
 from pipeline.imaging import matlab_bicubic_downscale
 from pipeline.metrics import METRICS, MetricSet, unavailable
-from pipeline.model import RRDBNet, set_precision
+from pipeline.model import RRDBNet, seeded, set_precision
 from pipeline.model.trunk import use_kernels
 from pipeline.training.validation import validate
 from pipeline.training.validation_sets import ValidationSet
@@ -41,15 +41,17 @@ def test_validation_in_half_precision_agrees_with_float32(size: float) -> None:
     draws = np.random.default_rng(1)
     image = draws.integers(0, 256, (192, 256, 3), dtype=np.uint8)
     sets = [ValidationSet("held_out", [HeldOutPhoto("a.png", image, matlab_bicubic_downscale(image))])]
-    torch.manual_seed(0)
-    network = RRDBNet(32, 2, 16).to("cuda", memory_format=torch.channels_last).eval()
+    network = seeded(0, lambda: RRDBNet(32, 2, 16)).to("cuda", memory_format=torch.channels_last).eval()
     with torch.no_grad():
         network.conv_first.weight.mul_(size)
         network.conv_last.weight.div_(size)
     use_kernels(network)
     metrics = MetricSet(["psnr_y", "ssim_y"], torch.device("cuda"))
-    set_precision("fp32")
-    expected = validate(network, sets, metrics)
-    set_precision("bf16")
-    found = validate(network, sets, metrics, half=True)
+    try:
+        set_precision("fp32")
+        expected = validate(network, sets, metrics)
+        set_precision("bf16")
+        found = validate(network, sets, metrics, half=True)
+    finally:
+        set_precision("tf32")  # torch's default
     assert found == pytest.approx(expected, abs=1e-2)

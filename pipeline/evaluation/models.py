@@ -12,7 +12,7 @@ from torch import nn
 
 from pipeline.errors import UserError, require_package
 from pipeline.imaging import DeepImage, bicubic_upscale, prepared, upscale
-from pipeline.imaging.tiling import Tile
+from pipeline.imaging.tiling import HALO_PX, Tile
 from pipeline.model import RRDBNet, decode_generator, set_precision
 from pipeline.model.device import emulates_bf16, require_gpu
 from pipeline.model.trunk import use_kernels
@@ -28,7 +28,6 @@ AUTO_TILE_PX = 256
 # On a GPU a quarter of its memory decides, up to these pixels: cuDNN counts elements of a tensor in 32 bits.
 GPU_UP_TO_PX = 1024 * 1024
 BYTES_PER_PX = 10_000
-HALO_PX = 48
 
 
 Progress = Callable[[list[Tile]], Iterable[Tile]]
@@ -80,7 +79,6 @@ class Model:
                 self._prepared,
                 lr,
                 tile_px=tile_px or None,
-                halo_px=HALO_PX,
                 dtype=self._dtype,
                 require_finite=True,
                 progress=progress,
@@ -112,10 +110,11 @@ def automatic_tile(pixels: int, gpu_bytes: int | None = None) -> int:
     `gpu_bytes`: the memory of the GPU that computes it. All of it counts, not what is free, so that an image does not
     depend on those before it.
     """
-    if gpu_bytes is None or gpu_bytes // 4 // BYTES_PER_PX <= WHOLE_UP_TO_PX:
-        return AUTO_TILE_PX if pixels > WHOLE_UP_TO_PX else 0
-    limit = min(gpu_bytes // 4 // BYTES_PER_PX, GPU_UP_TO_PX)
-    return math.isqrt(limit) - 2 * HALO_PX if pixels > limit else 0
+    whole, side = WHOLE_UP_TO_PX, AUTO_TILE_PX
+    fitting = 0 if gpu_bytes is None else min(gpu_bytes // 4 // BYTES_PER_PX, GPU_UP_TO_PX)
+    if fitting > whole:
+        whole, side = fitting, math.isqrt(fitting) - 2 * HALO_PX
+    return side if pixels > whole else 0
 
 
 def open_model(

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from pipeline.imaging.arrays import DeepImage, require_image
 
+HALO_PX = 48
 # Start and end of a tile along one axis, then those of its input; first the rows, then the columns.
 Span = tuple[int, int, int, int]
 Tile = tuple[Span, Span]
@@ -19,7 +20,7 @@ def upscale(
     generator: nn.Module,
     lr: DeepImage,
     tile_px: int | None = None,
-    halo_px: int = 48,
+    halo_px: int = HALO_PX,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
     channels_last: bool = True,
@@ -28,7 +29,7 @@ def upscale(
 ) -> DeepImage:
     """Super-resolves `lr`, whole or in tiles.
 
-    A tile is computed with an overlap of `halo_px` on each side, which is cropped from the result: with 48, the
+    A tile is computed with an overlap of `halo_px` on each side, which is cropped from the result: by default, the
     difference from the whole is at most one level. Peak memory depends on the tile and the image's 8-bit pixels.
 
     Args:

@@ -114,6 +114,8 @@ def require_fitting_data(config: TrainConfig, manifest: Manifest) -> None:
 def perceptual_features(config: TrainConfig) -> VGGFeatures | Lite0Features | None:
     """The network of stage 2's perceptual loss, on the CPU; None if the run does not use it.
 
+    With precision=bf16 its convolutions' weights are bfloat16, for use under autocast.
+
     Raises:
         UserError: a file that is missing, corrupt, or does not hold the network's weights.
     """

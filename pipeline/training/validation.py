@@ -35,11 +35,11 @@ def validate(
 
 
 def _upscaled(generator: RRDBNet, lr: Image, device: torch.device, half: bool) -> Image:
-    image = partial(upscale, generator, lr, TILE_PX, device=device)
+    compute = partial(upscale, generator, lr, TILE_PX, device=device)
     if half and device.type == "cuda":
         with suppress(FloatingPointError):
-            return image(dtype=torch.float16, require_finite=True)
-    return image()
+            return compute(dtype=torch.float16, require_finite=True)
+    return compute()
 
 
 def bicubic_baseline(sets: Sequence[ValidationSet], metrics: MetricSet, scale: int) -> dict[str, float]:
